@@ -1,0 +1,126 @@
+"""Evaluation after 0..S adaptation steps: the only evaluator; the command line and training use it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from .maml import Batch, MetaConfig, for_tasks, inner_step, make_batch, task_shards
+from .policy import SSMPolicy, numpy_weights
+from .rollouts import Array, Rollouts
+
+
+class Collect(Protocol):
+    """How an evaluator gets rollouts of its tasks; ``Pool`` provides it, in process or over Ray."""
+
+    def __call__(self, weights: Mapping[str, Array], step: int) -> Rollouts:
+        """Roll every task out with ``weights`` (shared, or [M, ...] a task) after ``step`` adaptation steps."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted returns over adaptation steps 0..S.
+
+    Attributes:
+        returns: [M, S+1] float64, mean over a task's episodes; NaN where all of them were dropped.
+        lengths: [M, S+1] float64, mean episode length in steps.
+        environment_steps: all steps taken, those of the last step's rollouts included.
+        seconds: wall time.
+    """
+
+    returns: Array
+    lengths: Array
+    environment_steps: int
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: lists ``return``, ``ci_low``, ``ci_high`` (95 %), ``episode_length`` over steps 0..S, and totals."""
+        mean, low, high = confidence_interval(self.returns)
+        return {
+            "return": mean.tolist(),
+            "ci_low": low.tolist(),
+            "ci_high": high.tolist(),
+            "episode_length": np.nanmean(self.lengths, 0).tolist(),
+            "num_tasks": len(self.returns),
+            "environment_steps": self.environment_steps,
+            "seconds": self.seconds,
+        }
+
+
+def confidence_interval(samples: Array, level: float = 0.95) -> tuple[Array, Array, Array]:
+    """Student's interval of a mean over the first axis; NaN entries are left out.
+
+    Args:
+        samples: [n, ...], independent over the first axis.
+        level: coverage, in (0, 1).
+
+    Returns:
+        Mean, lower and upper bound, [...] each; bounds equal the mean where fewer than two samples are left.
+    """
+    count = np.sum(np.isfinite(samples), 0)
+    mean = np.nanmean(samples, 0)
+    spread = np.nanstd(samples, 0) * np.sqrt(count / np.maximum(count - 1, 1))
+    half = stats.t.ppf(0.5 + level / 2, np.maximum(count - 1, 1)) * spread / np.sqrt(count)
+    half = np.where(count > 1, half, 0.0)
+    return mean, mean - half, mean + half
+
+
+def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int) -> Evaluation:
+    """Returns of every task before adaptation and after each of ``steps`` inner steps.
+
+    Args:
+        policy: the meta-trained policy.
+        config: inner algorithm and step size.
+        collect: rolls the tasks out; called for steps 0..S in order.
+        steps: number S of adaptation steps.
+    """
+    begin = time.perf_counter()
+    weights = policy.numpy_weights()
+    device = next(policy.parameters()).device
+    returns, lengths, environment_steps = [], [], 0
+    for step in range(steps + 1):
+        rollouts = collect(weights, step)
+        environment_steps += rollouts.num_steps
+        returns.append(_task_means(rollouts.returns()))
+        lengths.append(_task_means(np.where(rollouts.kept(), rollouts.lengths(), np.nan)))
+        if step < steps:
+            weights = adapt_weights(policy, weights, make_batch(policy.spec, rollouts, config, device), config)
+    seconds = time.perf_counter() - begin
+    return Evaluation(np.stack(returns, 1), np.stack(lengths, 1), environment_steps, seconds)
+
+
+def adapt_weights(
+    policy: SSMPolicy, current: Mapping[str, Tensor] | Mapping[str, Array], batch: Batch, config: MetaConfig
+) -> dict[str, Array]:
+    """One inner step of every task of ``batch``, for acting with afterwards.
+
+    Args:
+        current: shared meta-parameters, or the tasks' own weights [M, ...] from the step before.
+
+    Returns:
+        Weights by name, [M, ...] float32 each.
+    """
+    device = batch.share.device
+    tensors = {name: torch.as_tensor(value, device=device) for name, value in current.items()}
+    if tensors["encoder.weight"].dim() == 2:
+        tensors = for_tasks(tensors, batch.share.shape[0])
+    parts = []
+    for part in task_shards(batch):
+        own = {name: value[part] for name, value in tensors.items()}
+        adapted, _ = inner_step(policy, own, batch.tasks(part), config, differentiable=False)
+        parts.append(numpy_weights(adapted))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _task_means(values: Array) -> Array:
+    """Mean over columns, NaN without any: [M, K] → [M]."""
+    count = np.isfinite(values).sum(1)
+    return np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
+

@@ -1,0 +1,289 @@
+"""The policy as workers run it: sizes, inputs and one time step, in NumPy alone.
+
+A worker never imports torch. Every task is one matrix product of fixed shape, and everything else is elementwise or a
+reduction over a short axis, so a task's numbers do not depend on which other tasks share the call: collecting with 0, 1
+or 8 workers gives bit-equal experience.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import numpy as np
+
+from .rollouts import Array, Rollouts
+
+MIN_DECAY = 1e-6
+"""Least decay of a mode a step. It keeps |a| below 1 in float32 too, where exp(-exp(nu)) rounds to 1 for very negative nu."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Sizes and form of a policy, whatever the task.
+
+    Attributes:
+        hidden_dim: width H of the residual stream.
+        state_dim: real state variables N of each SSM block (even: N/2 complex modes).
+        num_layers: SSM blocks; 0 gives a memoryless policy.
+        gated: gate a block's output by itself instead of mixing it by a linear layer (see ``SSMBlock``).
+        inputs: "full" (observation, previous action, previous reward, start flag) or "observation" alone.
+        initial_std: standard deviation of continuous actions before training.
+    """
+
+    hidden_dim: int = 64
+    state_dim: int = 32
+    num_layers: int = 1
+    gated: bool = False
+    inputs: Literal["full", "observation"] = "full"
+    initial_std: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_count("hidden_dim", self.hidden_dim, 1)
+        check_count("state_dim", self.state_dim, 2)
+        check_count("num_layers", self.num_layers, 0)
+        if self.state_dim % 2:
+            raise ValueError(f"state_dim must be even (complex modes are pairs), not {self.state_dim}.")
+        if self.inputs not in ("full", "observation"):
+            raise ValueError(f"inputs must be 'full' or 'observation', not {self.inputs!r}.")
+        check_number("initial_std", self.initial_std, above=0.0)
+
+
+@dataclass(frozen=True)
+class PolicySpec(PolicyConfig):
+    """All that is needed, with the weights, to run a policy. JSON values only.
+
+    Attributes:
+        observation_size: O, length of an observation.
+        action_size: A, length of a continuous action, or the number of discrete actions.
+        discrete: whether actions are integers in [0, A).
+    """
+
+    observation_size: int
+    action_size: int
+    discrete: bool
+
+    def __post_init__(self) -> None:
+        check_count("observation_size", self.observation_size, 1)
+        check_count("action_size", self.action_size, 1)
+        super().__post_init__()
+
+    @property
+    def input_size(self) -> int:
+        """Length I of the policy's input vector."""
+        if self.inputs == "observation":
+            return self.observation_size
+        return self.observation_size + self.action_size + 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PolicySpec:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: for an unknown key (the nearest valid one is named), a missing key, or an impossible size.
+        """
+        known = {f.name for f in fields(cls)}
+        check_keys(values, known, "policy")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"Incomplete policy description: {error}.") from None
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse what is not an integer of at least ``least``.
+
+    Raises:
+        ValueError: with one sentence that names the option.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}.")
+
+
+def check_number(name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuse what is not a finite number above ``above`` and in [``low``, ``high``].
+
+    Raises:
+        ValueError: with one sentence that names the option.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if number and above < value and low <= value <= high:
+        return
+    bounds = [f"above {above:g}"] if above > -math.inf else []
+    bounds += [f"at least {low:g}"] if low > -math.inf else []
+    bounds += [f"at most {high:g}"] if high < math.inf else []
+    raise ValueError(f"{name} must be a number {' and '.join(bounds)}, not {value!r}.")
+
+
+def check_keys(values: Mapping[str, Any], known: set[str], what: str) -> None:
+    """Refuse keys that are not ``known``, naming the nearest valid one.
+
+    Raises:
+        ValueError: with one sentence, for the first unknown key.
+    """
+    for key in values:
+        if key not in known:
+            near = get_close_matches(str(key), sorted(known), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(sorted(known))}."
+            raise ValueError(f"Unknown {what} key {key!r}: {hint}")
+
+
+def policy_inputs(spec: PolicySpec, rollouts: Rollouts) -> Array:
+    """Inputs that the policy saw at each step of ``rollouts``, rebuilt from the record.
+
+    Returns:
+        [M, T, K, I] float32: observation, then (``inputs="full"``) previous action (one-hot if discrete), previous reward
+        and start flag; previous action and reward are zero where ``resets``.
+    """
+    if spec.inputs == "observation":
+        return rollouts.observations
+    actions = rollouts.actions
+    if spec.discrete:
+        actions = np.eye(spec.action_size, dtype=np.float32)[actions]
+    size = spec.observation_size
+    inputs = np.zeros((*rollouts.rewards.shape, spec.input_size), np.float32)
+    inputs[..., :size] = rollouts.observations
+    inputs[:, 1:, :, size:-2] = actions[:, :-1]
+    inputs[:, 1:, :, -2] = rollouts.rewards[:, :-1]
+    inputs[..., size:-1] *= ~rollouts.resets[..., None]
+    inputs[..., -1] = rollouts.starts
+    return inputs
+
+
+class NumpyPolicy:
+    """One time step of the policy for M tasks and K columns at a time, each task with its own or the shared weights.
+
+    ``collect`` calls it once per environment step::
+
+        policy = NumpyPolicy(spec, weights)
+        state = policy.initial_state(tasks, columns)
+        actions, log_probs, state = policy.act(inputs, state, noise)
+
+    Args:
+        spec: sizes.
+        weights: float32 arrays by the names of ``SSMPolicy``'s parameters, each with a leading task axis [M, ...] or, where
+            all tasks share them, without.
+    """
+
+    def __init__(self, spec: PolicySpec, weights: Mapping[str, Array]) -> None:
+        self.spec = spec
+        per_task = weights["encoder.weight"].ndim == 3
+        # A column axis is inserted where a vector meets [M, K, ·]; matrices broadcast over tasks in matmul.
+        vector = (lambda x: np.ascontiguousarray(x)[:, None]) if per_task else np.ascontiguousarray
+        self._encoder = (np.ascontiguousarray(weights["encoder.weight"]), vector(weights["encoder.bias"]))
+        self._blocks = []
+        for i in range(spec.num_layers):
+            name = f"blocks.{i}."
+            decay = np.exp(weights[name + "nu"].astype(np.float64)) + MIN_DECAY
+            modulus, phase = np.exp(-decay), weights[name + "theta"]
+            gain = np.sqrt(-np.expm1(-2.0 * decay)).astype(np.float32)
+            # Pairs (re, im, re, im, …) become halves (re…, im…), so that the recurrence runs on contiguous real arrays:
+            # real multiplications and additions are rounded alike at every position of an array.
+            into = weights[name + "B"] * np.repeat(gain, 2, -1)[..., None, :]
+            out = weights[name + "C"]
+            self._blocks.append(
+                (
+                    np.ascontiguousarray(np.concatenate([into[..., 0::2], into[..., 1::2]], -1)),
+                    vector((modulus * np.cos(phase)).astype(np.float32)),
+                    vector((modulus * np.sin(phase)).astype(np.float32)),
+                    np.ascontiguousarray(np.concatenate([out[..., 0::2, :], out[..., 1::2, :]], -2)),
+                    vector(weights[name + "D"]),
+                    np.ascontiguousarray(weights[name + "out.weight"]),
+                    vector(weights[name + "out.bias"]),
+                )
+            )
+        self._head = (np.ascontiguousarray(weights["policy.weight"]), vector(weights["policy.bias"]))
+        if not spec.discrete:
+            log_std = vector(weights["policy.log_std"])
+            self._std = np.exp(log_std)
+            self._log_norm = log_std.sum(-1) + np.float32(0.5 * spec.action_size * math.log(2 * math.pi))
+
+    def initial_state(self, tasks: int, columns: int) -> list[tuple[Array, Array]]:
+        """Zero state: for each block the real and imaginary parts, [M, K, N/2] float32 each."""
+        shape = (tasks, columns, self.spec.state_dim // 2)
+        return [(np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for _ in self._blocks]
+
+    def head(self, inputs: Array, state: list[tuple[Array, Array]]) -> tuple[Array, list[tuple[Array, Array]]]:
+        """Action mean or logits for one step.
+
+        Args:
+            inputs: [M, K, I] float32.
+            state: of the step before.
+
+        Returns:
+            [M, K, A] float32, and the new state.
+        """
+        weight, bias = self._encoder
+        hidden = np.matmul(inputs, weight)
+        hidden += bias
+        np.tanh(hidden, out=hidden)
+        half = self.spec.state_dim // 2
+        new_state = []
+        for (re, im), (into, a_re, a_im, out, skip, out_weight, out_bias) in zip(state, self._blocks, strict=True):
+            driven = np.matmul(hidden, into)
+            new_re = a_re * re
+            new_re -= a_im * im
+            new_re += driven[..., :half]
+            new_im = a_re * im
+            new_im += a_im * re
+            new_im += driven[..., half:]
+            new_state.append((new_re, new_im))
+            driven[..., :half] = new_re
+            driven[..., half:] = new_im
+            y = np.matmul(driven, out)
+            y += skip * hidden
+            if self.spec.gated:
+                gate = np.matmul(y, out_weight)
+                gate += out_bias
+                # sigmoid through tanh: one vectorised kernel, rounded alike at every position of an array
+                gate *= np.float32(0.5)
+                np.tanh(gate, out=gate)
+                gate += np.float32(1.0)
+                gate *= np.float32(0.5)
+                y *= gate
+            else:
+                np.tanh(y, out=y)
+                y = np.matmul(y, out_weight)
+                y += out_bias
+            hidden = hidden + y
+        weight, bias = self._head
+        head = np.matmul(hidden, weight)
+        head += bias
+        return head, new_state
+
+    def act(
+        self, inputs: Array, state: list[tuple[Array, Array]], noise: Array | None
+    ) -> tuple[Array, Array, list[tuple[Array, Array]]]:
+        """Sample (or, without noise, take the most likely) actions.
+
+        Args:
+            inputs: [M, K, I] float32.
+            state: of the step before.
+            noise: standard normal [M, K, A] for continuous actions, uniform in [0, 1) [M, K] for discrete ones, or None.
+
+        Returns:
+            actions ([M, K, A] float32 or [M, K] int64), their log-probabilities [M, K] float32, and the new state.
+        """
+        head, state = self.head(inputs, state)
+        if self.spec.discrete:
+            head -= head.max(-1, keepdims=True)
+            log_probs = head - np.log(np.exp(head).sum(-1, keepdims=True))
+            if noise is None:
+                actions = log_probs.argmax(-1)
+            else:
+                below = np.exp(log_probs).cumsum(-1) <= noise[..., None]
+                actions = np.minimum(below.sum(-1), self.spec.action_size - 1)
+            return actions, np.take_along_axis(log_probs, actions[..., None], -1)[..., 0], state
+        if noise is None:
+            return head, np.broadcast_to(-self._log_norm, head.shape[:-1]).astype(np.float32), state
+        log_prob = np.float32(-0.5) * (noise * noise).sum(-1)
+        log_prob -= self._log_norm
+        return head + self._std * noise, log_prob, state
+

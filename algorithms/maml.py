@@ -1,0 +1,326 @@
+"""Model-agnostic meta-learning for reinforcement learning: inner adaptation and the meta-objective.
+
+The inner step is written once. The meta-objective differentiates through it, evaluation and the collection of query
+rollouts use its value. All tasks of a meta-batch adapt in one call: parameters carry a leading task axis [M, ...], so that
+a sum of per-task losses has every task's own gradient as its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+from torch.func import functional_call
+
+from .inference import PolicySpec, check_count, check_number, policy_inputs
+from .policy import SSMPolicy
+from .returns import policy_gradient_advantages
+from .rollouts import Rollouts
+
+Parameters = dict[str, Tensor]
+
+
+class Algorithm(NamedTuple):
+    """What distinguishes the members of the MAML family.
+
+    Attributes:
+        inner_ratio: the inner objective weighs advantages with the likelihood ratio to the policy that acted (the
+            low-variance curvature surrogate of ProMP, whose Hessian is that of the expected return) instead of with the
+            log-probability (MAML's, whose Hessian lacks the term ∇log π ∇log πᵀ).
+        second_order: the meta-gradient passes through the inner gradient.
+        clipped: the outer objective is PPO's clipped ratio with a penalty on the change of the policy before adaptation,
+            good for several epochs on the same data; otherwise a plain policy gradient, good for one.
+    """
+
+    inner_ratio: bool
+    second_order: bool
+    clipped: bool
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "promp": Algorithm(inner_ratio=True, second_order=True, clipped=True),
+    "maml": Algorithm(inner_ratio=False, second_order=True, clipped=False),
+    "fomaml": Algorithm(inner_ratio=False, second_order=False, clipped=False),
+}
+"""ProMP (Rothfuss et al. 2019, arXiv 1810.06784), MAML and first-order MAML (Finn et al. 2017, arXiv 1703.03400)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """How the policy adapts and how it is meta-trained.
+
+    Attributes:
+        algorithm: "promp", "maml" or "fomaml".
+        inner_lr: step size of the inner policy gradient steps.
+        inner_steps: number S of inner steps.
+        step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; empty: all on the last.
+        outer_lr: Adam's learning rate at the first iteration.
+        lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
+        epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
+        clip: range of PPO's likelihood ratio, 1 ± clip.
+        kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
+        entropy_bonus: weight of the policy's entropy after adaptation.
+        max_grad_norm: the meta-gradient is scaled down to this norm.
+        discount: of rewards, a step.
+        gae_lambda: of the generalized advantage estimator.
+    """
+
+    algorithm: str = "promp"
+    inner_lr: float = 0.1
+    inner_steps: int = 1
+    step_weights: tuple[float, ...] = ()
+    outer_lr: float = 1e-3
+    lr_schedule: str = "constant"
+    epochs: int = 5
+    clip: float = 0.3
+    kl_penalty: float = 0.01
+    entropy_bonus: float = 0.0
+    max_grad_norm: float = 1.0
+    discount: float = 0.99
+    gae_lambda: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, ALGORITHMS)
+        _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        for name in ("inner_lr", "outer_lr", "clip", "max_grad_norm"):
+            check_number(name, getattr(self, name), above=0.0)
+        for name in ("kl_penalty", "entropy_bonus"):
+            check_number(name, getattr(self, name), low=0.0)
+        for name in ("discount", "gae_lambda"):
+            check_number(name, getattr(self, name), low=0.0, high=1.0)
+        check_count("inner_steps", self.inner_steps, 1)
+        check_count("epochs", self.epochs, 1)
+        weights = self.step_weights
+        if weights and len(weights) != self.inner_steps + 1:
+            raise ValueError(
+                f"step_weights needs one weight for each of 0..{self.inner_steps} inner steps, "
+                f"that is {self.inner_steps + 1}, not {len(weights)}."
+            )
+        if weights and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
+            raise ValueError(f"step_weights must be non-negative numbers with a positive sum, not {weights!r}.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights w_0..w_S, normalised to sum 1."""
+        weights = self.step_weights or (*[0.0] * self.inner_steps, 1.0)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    @property
+    def passes(self) -> int:
+        """Epochs that the algorithm takes over one iteration's rollouts."""
+        return self.epochs if ALGORITHMS[self.algorithm].clipped else 1
+
+
+SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""Factor of the outer learning rate by the fraction of iterations done, in [0, 1)."""
+
+
+class Batch(NamedTuple):
+    """Rollouts of M tasks as the objectives read them; all tensors on one device.
+
+    Attributes:
+        inputs: [M, T, K, I] float32, see ``policy_inputs``.
+        resets: [M, T, K] bool, or None where the only reset is at the first step (which starts from zero anyway).
+        actions: [M, T, K, A] float32 or [M, T, K] int64.
+        log_probs: [M, T, K] float32, of the policy that acted.
+        advantages: [M, T, K] float32, 0 where not valid.
+        share: [M, T, K] float32, each valid step's share of its task's mean; 0 where not valid, sums to 1 a task (to 0
+            for a task without any step).
+    """
+
+    inputs: Tensor
+    resets: Tensor | None
+    actions: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    share: Tensor
+
+    def tasks(self, part: slice) -> Batch:
+        """The batch of a slice of its tasks."""
+        return Batch(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
+
+
+def make_batch(
+    spec: PolicySpec, rollouts: Rollouts, config: MetaConfig, device: torch.device | str = "cpu"
+) -> Batch:
+    """Rollouts with inputs rebuilt and advantages estimated."""
+    advantages = policy_gradient_advantages(rollouts, config.discount, config.gae_lambda)
+    count = rollouts.valid.sum((1, 2), keepdims=True)
+    share = (rollouts.valid / np.maximum(count, 1)).astype(np.float32)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    return Batch(
+        inputs=tensor(policy_inputs(spec, rollouts)),
+        resets=tensor(rollouts.resets) if rollouts.resets[:, 1:].any() else None,
+        actions=tensor(rollouts.actions),
+        log_probs=tensor(rollouts.log_probs),
+        advantages=tensor(advantages),
+        share=tensor(share),
+    )
+
+
+def for_tasks(parameters: Mapping[str, Tensor], tasks: int) -> Parameters:
+    """Shared parameters seen by each of M tasks: [M, ...] views, differentiable to the shared ones."""
+    return {name: value.unsqueeze(0).expand(tasks, *value.shape) for name, value in parameters.items()}
+
+
+def inner_loss(
+    policy: SSMPolicy, parameters: Parameters, batch: Batch, algorithm: Algorithm
+) -> tuple[Tensor, Distribution]:
+    """The negative policy-gradient objective that a task descends to adapt.
+
+    Returns:
+        [M] losses, and the action distribution over the batch's steps.
+    """
+    actions = functional_call(policy, parameters, (batch.inputs, batch.resets)).actions
+    log_probs = actions.log_prob(batch.actions)
+    weight = torch.exp(log_probs - batch.log_probs) if algorithm.inner_ratio else log_probs
+    return -(weight * batch.advantages * batch.share).sum((1, 2)), actions
+
+
+def inner_step(
+    policy: SSMPolicy, parameters: Parameters, batch: Batch, config: MetaConfig, *, differentiable: bool
+) -> tuple[Parameters, Distribution]:
+    """One gradient step of every task on its own support batch: θ'_i = θ_i - α ∇ L_i(θ_i).
+
+    Args:
+        parameters: [M, ...] each.
+        batch: the M tasks' support rollouts, collected with ``parameters`` (or, in later epochs, their old values).
+        differentiable: keep the graph from the result to ``parameters``; without, the result is a new leaf.
+
+    Returns:
+        Parameters after the step, [M, ...] each, and the action distribution before it.
+    """
+    algorithm = ALGORITHMS[config.algorithm]
+    if not differentiable:
+        parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    losses, actions = inner_loss(policy, parameters, batch, algorithm)
+    second_order = differentiable and algorithm.second_order
+    # The value head takes no part in the policy gradient.
+    gradients = torch.autograd.grad(
+        losses.sum(), list(parameters.values()), create_graph=second_order, allow_unused=True,
+        retain_graph=differentiable,
+    )  # fmt: skip
+    adapted = {
+        name: value if gradient is None else value - config.inner_lr * gradient
+        for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
+    }
+    if not differentiable:
+        adapted = {name: value.detach() for name, value in adapted.items()}
+    return adapted, actions
+
+
+def outer_loss(
+    policy: SSMPolicy, parameters: Parameters, batch: Batch, config: MetaConfig
+) -> tuple[Tensor, Distribution]:
+    """Loss of each task's adapted policy on its query batch: PPO's clipped surrogate, or the plain policy gradient.
+
+    Returns:
+        [M] losses, and the action distribution over the batch's steps.
+    """
+    actions = functional_call(policy, parameters, (batch.inputs, batch.resets)).actions
+    log_probs = actions.log_prob(batch.actions)
+    if ALGORITHMS[config.algorithm].clipped:
+        ratio = torch.exp(log_probs - batch.log_probs)
+        clipped = torch.clamp(ratio, 1 - config.clip, 1 + config.clip)
+        gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    else:
+        gain = log_probs * batch.advantages
+    if config.entropy_bonus:
+        gain = gain + config.entropy_bonus * actions.entropy()
+    return -(gain * batch.share).sum((1, 2)), actions
+
+
+class MetaLoss(NamedTuple):
+    """The meta-objective over M tasks and its diagnostics.
+
+    Attributes:
+        losses: [M], Σ_s w_s L(θ_s) plus the penalty.
+        before: detached action distribution of the meta-parameters on the first batch: the reference of later epochs.
+        kl_before: [M], detached divergence of the meta-policy from the reference on the first batch.
+        log_ratio: largest |log π_new/π_old| on the query batch over valid steps.
+        entropy: mean entropy of the adapted policies on the query batch.
+    """
+
+    losses: Tensor
+    before: Distribution
+    kl_before: Tensor
+    log_ratio: Tensor
+    entropy: Tensor
+
+
+def meta_loss(
+    policy: SSMPolicy,
+    parameters: Mapping[str, Tensor],
+    stages: Sequence[Batch],
+    config: MetaConfig,
+    reference: Distribution | None = None,
+) -> MetaLoss:
+    """Σ_s w_s L(θ_s) over 0..S adaptation steps, θ_0 the meta-parameters and θ_{s+1} = θ_s - α ∇L_s(θ_s).
+
+    Args:
+        parameters: the meta-parameters, shared by all tasks.
+        stages: S+1 batches; the s-th was collected with θ_s. Batch s < S is support of step s, batch S is the query.
+        reference: the meta-policy's action distribution on the first batch when it was collected; None: it is now.
+
+    Returns:
+        Losses of each task, differentiable to ``parameters``.
+    """
+    algorithm = ALGORITHMS[config.algorithm]
+    weights = config.weights
+    current = for_tasks(parameters, stages[0].share.shape[0])
+    total = torch.zeros((), device=stages[0].share.device)
+    before: Distribution | None = None
+    for stage, weight in zip(stages[:-1], weights[:-1], strict=True):
+        if weight:
+            total = total + weight * outer_loss(policy, current, stage, config)[0]
+        current, actions = inner_step(policy, current, stage, config, differentiable=True)
+        before = actions if before is None else before
+    last, adapted = outer_loss(policy, current, stages[-1], config)
+    total = total + weights[-1] * last
+    assert before is not None
+    first = stages[0]
+    old = detached(before) if reference is None else reference
+    divergence = (kl_divergence(old, before) * first.share).sum((1, 2))
+    if algorithm.clipped and config.kl_penalty:
+        total = total + config.kl_penalty * divergence
+    with torch.no_grad():
+        query = stages[-1]
+        log_ratio = (adapted.log_prob(query.actions) - query.log_probs).abs()
+        entropy = (adapted.entropy() * query.share).sum() / query.share.sum().clamp(min=1e-8)
+    return MetaLoss(
+        total, detached(before), divergence.detach(), (log_ratio * (query.share > 0)).max(), entropy
+    )
+
+
+def detached(distribution: Distribution) -> Distribution:
+    """The same distribution without a graph."""
+    if isinstance(distribution, torch.distributions.Independent):
+        base = distribution.base_dist
+        normal = torch.distributions.Normal(base.loc.detach(), base.scale.detach(), validate_args=False)  # type: ignore[attr-defined]
+        return torch.distributions.Independent(normal, 1, validate_args=False)
+    return torch.distributions.Categorical(logits=distribution.logits.detach(), validate_args=False)  # type: ignore[attr-defined]
+
+
+def task_shards(batch: Batch, steps: int = 4096) -> list[slice]:
+    """Slices of the tasks of about ``steps`` environment steps each: one slice's activations stay in the processor's cache."""
+    tasks, *per_task = batch.share.shape
+    size = max(1, round(steps / math.prod(per_task)))
+    return [slice(start, min(start + size, tasks)) for start in range(0, tasks, size)]
+
+
+def _one_of(name: str, value: str, valid: Mapping[str, object]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")

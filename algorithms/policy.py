@@ -1,0 +1,106 @@
+"""The SSM policy in torch: encoder, SSM blocks, action head and value head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Distribution, Independent, Normal
+
+from .inference import PolicySpec
+from .rollouts import Array
+from .ssm import Affine, SSMBlock
+
+__all__ = ["PolicyOutput", "PolicySpec", "SSMPolicy"]
+
+
+class PolicyOutput(NamedTuple):
+    """What the policy says of a sequence: action distribution [M, T, K], value [M, T, K], state after the last step."""
+
+    actions: Distribution
+    values: Tensor
+    state: list[Tensor]
+
+
+class SSMPolicy(nn.Module):
+    """Recurrent policy: tanh encoder → SSM blocks → Gaussian or categorical head, and a value head.
+
+    Parameters may carry a leading task axis M, so that every task of a meta-batch runs with its own weights in one call::
+
+        output = torch.func.functional_call(policy, adapted, (inputs, resets))
+        log_probs = output.actions.log_prob(batch.actions)
+
+    Args:
+        spec: sizes and form.
+        seed: seed of the initial weights.
+    """
+
+    def __init__(self, spec: PolicySpec, seed: int = 0) -> None:
+        super().__init__()
+        self.spec = spec
+        generator = torch.Generator().manual_seed(seed)
+        width = spec.hidden_dim
+        self.encoder = Affine(spec.input_size, width, spec.input_size**-0.5, generator)
+        blocks = [SSMBlock(width, spec.state_dim, spec.gated, generator) for _ in range(spec.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        # A small last layer starts near the uniform or zero-mean policy.
+        self.policy = Affine(width, spec.action_size, 0.01 * width**-0.5, generator)
+        if not spec.discrete:
+            self.policy.log_std = nn.Parameter(torch.full((spec.action_size,), float(np.log(spec.initial_std))))
+        self.value = Affine(width, 1, 0.01 * width**-0.5, generator)
+
+    def forward(
+        self, inputs: Tensor, resets: Tensor | None = None, state: list[Tensor] | None = None
+    ) -> PolicyOutput:
+        """Run over a whole sequence.
+
+        Args:
+            inputs: [M, T, K, I], see ``policy_inputs``.
+            resets: [M, T, K] bool, where the recurrent state is zeroed before the step; None: nowhere.
+            state: for each block [M, K, N/2, 2]; None: zero.
+
+        Returns:
+            Distributions and values over [M, T, K], and the state after the last step.
+        """
+        hidden = torch.tanh(self.encoder(inputs))
+        after = []
+        for i, block in enumerate(self.blocks):
+            hidden, last = block(hidden, resets, None if state is None else state[i])
+            after.append(last)
+        return PolicyOutput(self._distribution(hidden), self.value(hidden).squeeze(-1), after)
+
+    def step(self, inputs: Tensor, state: list[Tensor]) -> PolicyOutput:
+        """Run over one step: as :meth:`forward` with inputs [M, K, I], distributions and values over [M, K]."""
+        hidden = torch.tanh(self.encoder(inputs))
+        after = []
+        for block, before in zip(self.blocks, state, strict=True):
+            hidden, last = block.step(hidden, before)
+            after.append(last)
+        return PolicyOutput(self._distribution(hidden), self.value(hidden).squeeze(-1), after)
+
+    def initial_state(self, *lead: int) -> list[Tensor]:
+        """Zero state, for each block [*lead, N/2, 2]."""
+        size = (*lead, self.spec.state_dim // 2, 2)
+        return [torch.zeros(size, device=self.encoder.weight.device) for _ in self.blocks]
+
+    def _distribution(self, hidden: Tensor) -> Distribution:
+        head = self.policy(hidden)
+        if self.spec.discrete:
+            return Categorical(logits=head, validate_args=False)
+        log_std = self.policy.log_std
+        if log_std.dim() > 1:
+            log_std = log_std.reshape(log_std.shape[0], *[1] * (head.dim() - 2), -1)
+        std = torch.exp(log_std).expand_as(head)
+        return Independent(Normal(head, std, validate_args=False), 1, validate_args=False)
+
+    def numpy_weights(self) -> dict[str, Array]:
+        """Copies of the parameters as float32 arrays by name: what workers act with and checkpoints keep."""
+        return numpy_weights(dict(self.named_parameters()))
+
+
+def numpy_weights(parameters: Mapping[str, Tensor]) -> dict[str, Array]:
+    """Copies of ``parameters`` as float32 arrays."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in parameters.items()}

@@ -1,0 +1,125 @@
+"""Returns, advantages and the linear feature baseline, batched over tasks, in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .rollouts import Array, Rollouts
+
+
+def discounted_returns(rewards: Array, valid: Array, discount: float) -> Array:
+    """Discounted sum of the rewards still to come, G_t = r_t + discount · G_{t+1}.
+
+    Args:
+        rewards: [M, T, K], any number where not ``valid``.
+        valid: [M, T, K] bool.
+        discount: in [0, 1].
+
+    Returns:
+        [M, T, K] float64, 0 where not valid.
+    """
+    return generalized_advantages(rewards, np.zeros(rewards.shape), np.zeros_like(rewards[:, 0]), valid, discount, 1.0)
+
+
+def generalized_advantages(
+    rewards: Array, values: Array, last_values: Array, valid: Array, discount: float, gae_lambda: float
+) -> Array:
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16).
+
+    Args:
+        rewards: [M, T, K], any number where not ``valid``.
+        values: [M, T, K], baseline at each step, any number where not valid.
+        last_values: [M, K], value after the last valid step: 0 where the episode truly ended, and where returns stop at a
+            known horizon (the linear baseline's case).
+        valid: [M, T, K] bool, a prefix of each column.
+        discount: in [0, 1].
+        gae_lambda: in [0, 1]; 1 gives return minus baseline.
+
+    Returns:
+        [M, T, K] float64, 0 where not valid.
+    """
+    rewards = np.where(valid, rewards, 0.0).astype(np.float64)
+    values = np.where(valid, values, 0.0).astype(np.float64)
+    advantages = np.zeros(rewards.shape)
+    following = last_values.astype(np.float64)
+    running = np.zeros_like(following)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        here = valid[:, t]
+        delta = rewards[:, t] + discount * following - values[:, t]
+        running = np.where(here, delta + discount * gae_lambda * running, 0.0)
+        advantages[:, t] = running
+        following = np.where(here, values[:, t], following)
+    return advantages
+
+
+def linear_baseline(rollouts: Rollouts, targets: Array, regularisation: float = 1e-5) -> Array:
+    """Fit a linear baseline to each task's returns and evaluate it on the same steps (Duan et al. 2016, appendix 2).
+
+    Features: observation (clipped to ±10), its square, t, t², t³ (t in hundreds of steps) and 1.
+
+    Args:
+        rollouts: one or more columns a task.
+        targets: [M, T, K], what to predict, such as discounted returns.
+        regularisation: added to the normal equations' diagonal; raised tenfold until they can be solved.
+
+    Returns:
+        [M, T, K] float64, 0 where not valid.
+    """
+    tasks, steps, columns = rollouts.valid.shape
+    observations = np.clip(rollouts.observations.astype(np.float64), -10, 10)
+    size = observations.shape[-1]
+    time = (np.arange(steps) / 100.0)[None, :, None, None]
+    features = np.empty((tasks, steps, columns, 2 * size + 4))
+    features[..., :size] = observations
+    features[..., size : 2 * size] = observations**2
+    features[..., 2 * size :] = np.concatenate([time, time**2, time**3, np.ones_like(time)], -1)
+    features *= rollouts.valid[..., None]
+    flat = features.reshape(tasks, steps * columns, -1)
+    transposed = flat.swapaxes(1, 2)
+    gram = transposed @ flat
+    moment = transposed @ np.where(rollouts.valid, targets, 0.0).reshape(tasks, -1, 1)
+    identity = np.eye(gram.shape[-1])
+    for _ in range(6):
+        try:
+            solution = np.linalg.solve(gram + regularisation * identity, moment)
+        except np.linalg.LinAlgError:
+            solution = None
+        if solution is not None and np.isfinite(solution).all():
+            return (flat @ solution).reshape(tasks, steps, columns)
+        regularisation *= 10
+    return np.zeros((tasks, steps, columns))
+
+
+def normalized(advantages: Array, valid: Array) -> Array:
+    """Advantages with mean 0 and standard deviation 1 over each task's valid steps; 0 for a task without any.
+
+    Args:
+        advantages: [M, T, K].
+        valid: [M, T, K] bool.
+
+    Returns:
+        [M, T, K] float32.
+    """
+    count = np.maximum(valid.sum((1, 2), keepdims=True), 1)
+    mean = (advantages * valid).sum((1, 2), keepdims=True) / count
+    centred = (advantages - mean) * valid
+    std = np.sqrt((centred**2).sum((1, 2), keepdims=True) / count)
+    return (centred / (std + 1e-8)).astype(np.float32)
+
+
+def policy_gradient_advantages(rollouts: Rollouts, discount: float, gae_lambda: float) -> Array:
+    """Normalised advantages with the linear baseline, the weights of every policy gradient of the MAML family.
+
+    Args:
+        rollouts: M tasks of episodes that all end at a known horizon or before.
+        discount: in [0, 1].
+        gae_lambda: in [0, 1].
+
+    Returns:
+        [M, T, K] float32, mean 0 and standard deviation 1 over each task's valid steps.
+    """
+    returns = discounted_returns(rollouts.rewards, rollouts.valid, discount)
+    values = linear_baseline(rollouts, returns)
+    nothing = np.zeros_like(values[:, 0])
+    raw = generalized_advantages(rollouts.rewards, values, nothing, rollouts.valid, discount, gae_lambda)
+    return normalized(raw, rollouts.valid)

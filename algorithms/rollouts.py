@@ -1,0 +1,122 @@
+"""The one record of experience: what a worker returns, a learner consumes and an evaluator reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Experience of M tasks, T time steps and K columns (episodes, or RL² trials) a task.
+
+    ``collect`` makes it, ``Pool`` joins the parts of several workers with :meth:`concatenate`, the learner reads it::
+
+        rollouts = pool.collect(weights, tasks, columns=20, key=(iteration, stage))
+        batch = make_batch(policy.spec, rollouts, config)
+
+    Attributes:
+        observations: [M, T, K, O] float32, before the step.
+        actions: [M, T, K, A] float32 or [M, T, K] int64, as sampled, before the environment clips.
+        rewards: [M, T, K] float32, after the step.
+        log_probs: [M, T, K] float32, of the action under the policy that acted.
+        starts: [M, T, K] bool, first step of an episode: an input feature only.
+        resets: [M, T, K] bool, where recurrent state, previous action and previous reward are zeroed.
+        terminated: [M, T, K] bool, the return's unit truly ended at this step; a cut at the horizon is not an end.
+        valid: [M, T, K] bool, false after the last step collected. What is not valid enters no loss, mean or return.
+        last_observations: [M, K, O] float32, after the last valid step and before any autoreset.
+        tasks: M JSON values, the tasks' parameters.
+        errors: tracebacks or descriptions of what went wrong in episodes that were dropped. A dropped episode is a
+            column without a single valid step.
+    """
+
+    observations: Array
+    actions: Array
+    rewards: Array
+    log_probs: Array
+    starts: Array
+    resets: Array
+    terminated: Array
+    valid: Array
+    last_observations: Array
+    tasks: tuple[Any, ...]
+    errors: tuple[str, ...] = ()
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks M."""
+        return self.valid.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """Number of valid environment steps over all tasks and columns."""
+        return int(self.valid.sum())
+
+    def kept(self) -> Array:
+        """Columns that hold an episode, [M, K] bool; the others were dropped."""
+        return self.valid.any(axis=1)
+
+    def returns(self) -> Array:
+        """Undiscounted return of each column, [M, K] float64; NaN where the column was dropped."""
+        total = np.where(self.valid, self.rewards, 0.0).sum(axis=1, dtype=np.float64)
+        return np.where(self.kept(), total, np.nan)
+
+    def lengths(self) -> Array:
+        """Number of valid steps of each column, [M, K] int64; 0 where the column was dropped."""
+        return self.valid.sum(axis=1)
+
+    def select(self, index: slice) -> Rollouts:
+        """The tasks of ``index`` (a slice over M), as views."""
+        arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "errors"}
+        return replace(self, **arrays)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+        """Join parts along the tasks; shorter ones are padded in time with steps that are not valid.
+
+        Args:
+            parts: one or more records with equal K, O and A.
+
+        Raises:
+            ValueError: without any part.
+        """
+        if not parts:
+            raise ValueError("Rollouts.concatenate needs at least one part.")
+        if len(parts) == 1:
+            return parts[0]
+        longest = max(part.valid.shape[1] for part in parts)
+        joined: dict[str, Any] = {}
+        for name in _TIMED:
+            first = getattr(parts[0], name)
+            total = sum(part.num_tasks for part in parts)
+            joined[name] = np.zeros((total, longest, *first.shape[2:]), first.dtype)
+            row = 0
+            for part in parts:
+                array = getattr(part, name)
+                joined[name][row : row + array.shape[0], : array.shape[1]] = array
+                row += array.shape[0]
+        return Rollouts(
+            **joined,
+            last_observations=np.concatenate([part.last_observations for part in parts]),
+            tasks=tuple(task for part in parts for task in part.tasks),
+            errors=tuple(error for part in parts for error in part.errors),
+        )
+
+    @staticmethod
+    def empty(tasks: Sequence[Any], columns: int, like: Rollouts, errors: Sequence[str] = ()) -> Rollouts:
+        """Record of ``tasks`` without a single valid step, shaped ``like`` another: what stands for dropped tasks."""
+        count = len(tasks)
+        arrays = {}
+        for name in _TIMED:
+            array = getattr(like, name)
+            arrays[name] = np.zeros((count, 1, columns, *array.shape[3:]), array.dtype)
+        last = np.zeros((count, columns, like.last_observations.shape[-1]), np.float32)
+        return Rollouts(**arrays, last_observations=last, tasks=tuple(tasks), errors=tuple(errors))
+
+
+_TIMED = ("observations", "actions", "rewards", "log_probs", "starts", "resets", "terminated", "valid")

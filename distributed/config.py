@@ -1,0 +1,106 @@
+"""Everything that defines a training run, in one frozen dataclass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from gymnasium import spaces
+
+from ..algorithms.inference import PolicyConfig, PolicySpec, check_count, check_keys, check_number
+from ..algorithms.maml import MetaConfig
+from ..tasks import TaskDistribution, make
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(MetaConfig, PolicyConfig):
+    """A meta-training run: task family, amount of experience, meta-learning algorithm and policy.
+
+    Build one with the options that are known to train a family, and change what you like::
+
+        config = TrainConfig.for_task("cartpole", iterations=20, hidden_dim=32)
+
+    Attributes:
+        task: name of the task family.
+        iterations: meta-iterations of the whole run; the learning-rate schedule spans them.
+        meta_batch: tasks M of an iteration.
+        episodes: episodes K a task, for each inner step and for the query.
+        seed: of everything random in the run.
+        num_workers: Ray actors that collect rollouts; 0 collects in process, without Ray.
+        learner_threads: threads that share the learner's tasks (on a CPU).
+        device: where the learner computes, such as "cpu" or "cuda".
+        checkpoint_every: iterations between checkpoints; there is one at the end, too.
+        sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not reproducible.
+    """
+
+    task: str = "navigation-2d"
+    iterations: int = 40
+    meta_batch: int = 20
+    episodes: int = 20
+    seed: int = 0
+    num_workers: int = 0
+    learner_threads: int = field(default_factory=available_cores)
+    device: str = "cpu"
+    checkpoint_every: int = 10
+    sample_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        PolicyConfig.__post_init__(self)
+        MetaConfig.__post_init__(self)
+        for name in ("iterations", "meta_batch", "episodes", "learner_threads", "checkpoint_every"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("seed", "num_workers"):
+            check_count(name, getattr(self, name), 0)
+        if self.sample_timeout_s is not None:
+            check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
+        make(self.task)
+
+    @classmethod
+    def for_task(cls, task: str, **options: Any) -> TrainConfig:
+        """The configuration that is known to train a family, with ``options`` changed.
+
+        Raises:
+            ValueError: for an unknown task, an unknown option or an impossible value, in one sentence.
+        """
+        return cls.from_dict({**make(task).recommended, "task": task, **options})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`; options that are not named keep their defaults.
+
+        Raises:
+            ValueError: for an unknown key (the nearest valid one is named) or an impossible value.
+        """
+        check_keys(values, {f.name for f in fields(cls)}, "option")
+        listed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**listed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def policy_spec(self, distribution: TaskDistribution) -> PolicySpec:
+        """Sizes of the policy for a family's spaces.
+
+        Raises:
+            ValueError: for a space that the policy cannot take.
+        """
+        observation, action = distribution.observation_space, distribution.action_space
+        if not isinstance(observation, spaces.Box) or len(observation.shape) != 1:
+            raise ValueError(f"{distribution.name}: observations must be vectors (Box with one axis), not {observation}.")
+        discrete = isinstance(action, spaces.Discrete)
+        if isinstance(action, spaces.Discrete):
+            size = int(action.n)
+        elif isinstance(action, spaces.Box) and len(action.shape) == 1:
+            size = action.shape[0]
+        else:
+            raise ValueError(f"{distribution.name}: actions must be Discrete or a Box with one axis, not {action}.")
+        form = {f.name: getattr(self, f.name) for f in fields(PolicyConfig)}
+        return PolicySpec(observation.shape[0], size, discrete, **form)

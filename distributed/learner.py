@@ -1,0 +1,162 @@
+"""The central learner: meta-parameters, optimiser, adaptation and meta-update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..algorithms.evaluation import adapt_weights
+from ..algorithms.inference import PolicySpec
+from ..algorithms.maml import SCHEDULES, Batch, MetaLoss, make_batch, meta_loss, task_shards
+from ..algorithms.policy import SSMPolicy
+from ..algorithms.rollouts import Array, Rollouts
+from .config import TrainConfig
+
+Shard = TypeVar("Shard")
+Result = TypeVar("Result")
+
+
+class Learner:
+    """Holds the policy and improves it; the trainer calls it between rollouts::
+
+        weights = learner.weights()
+        support = learner.batch(pool.collect(weights, ...))
+        query = learner.batch(pool.collect(learner.adapt(weights, support), ...))
+        statistics = learner.update([support, query], done=iteration / iterations)
+
+    On a CPU the tasks of a batch are cut into shards that fit the cache, ``learner_threads`` Python threads work on them
+    with one torch thread each (torch releases the interpreter lock), and the shards' gradients are added in their order:
+    the result does not depend on the number of threads.
+
+    Args:
+        spec: the policy's sizes.
+        config: algorithm, learning rates and device.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, spec: PolicySpec, config: TrainConfig, seed: int) -> None:
+        self.config = config
+        self.device = torch.device(config.device)
+        self.policy = SSMPolicy(spec, seed).to(self.device)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.outer_lr)
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
+
+    def weights(self) -> dict[str, Array]:
+        """Copies of the meta-parameters for workers."""
+        return self.policy.numpy_weights()
+
+    def batch(self, rollouts: Rollouts) -> Batch:
+        """Rollouts as the objectives read them, on the learner's device."""
+        return make_batch(self.policy.spec, rollouts, self.config, self.device)
+
+    def adapt(self, weights: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
+        """The tasks' weights [M, ...] after one inner step from ``weights`` (shared, or [M, ...])."""
+        return adapt_weights(self.policy, weights, batch, self.config)
+
+    def update(self, stages: Sequence[Batch], done: float = 0.0) -> dict[str, float]:
+        """One meta-update: ``epochs`` Adam steps on the meta-objective over one iteration's rollouts.
+
+        Args:
+            stages: S+1 batches, the s-th collected after s inner steps.
+            done: fraction of the run's iterations done, in [0, 1), for the learning-rate schedule.
+
+        Returns:
+            ``loss`` (last epoch), ``entropy`` of the adapted policies and ``kl`` of the policy before adaptation from the one
+            that acted (last epoch), ``grad_norm`` before clipping (mean), ``ratio_error``: largest |log ratio| on the first
+            epoch, 0 but for rounding; and ``learning_rate``.
+
+        Raises:
+            FloatingPointError: the meta-gradient is not finite; parameters are as before that epoch.
+        """
+        config = self.config
+        learning_rate = config.outer_lr * SCHEDULES[config.lr_schedule](done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        names, parameters = zip(*self.policy.named_parameters(), strict=True)
+        # A task that lost all its episodes at some stage has no meta-gradient.
+        whole = torch.stack([stage.share.sum((1, 2)) > 0 for stage in stages]).all(0).float()
+        active = max(float(whole.sum()), 1.0)
+        shards = task_shards(stages[-1])
+        parts = [[stage.tasks(shard) for stage in stages] for shard in shards]
+        references: list = [None] * len(shards)
+
+        def differentiate(index: int) -> tuple[tuple[Tensor | None, ...], MetaLoss]:
+            loss = meta_loss(
+                self.policy, dict(zip(names, parameters, strict=True)), parts[index], config, references[index]
+            )
+            total = (loss.losses * whole[shards[index]]).sum() / active
+            return torch.autograd.grad(total, parameters, allow_unused=True), loss
+
+        norms, ratio_error = [], 0.0
+        for epoch in range(config.passes):
+            results = self._map(differentiate, range(len(shards)))
+            for index, parameter in enumerate(parameters):
+                shares = [gradients[index] for gradients, _ in results]
+                # The value head has no part in a policy gradient.
+                parameter.grad = None if shares[0] is None else torch.stack(shares).sum(0)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+            if not np.isfinite(norm):
+                raise FloatingPointError(
+                    f"The meta-gradient is not finite in epoch {epoch + 1}; lower inner_lr ({config.inner_lr:g}) or "
+                    f"outer_lr ({config.outer_lr:g})."
+                )
+            norms.append(norm)
+            self.optimizer.step()
+            if epoch == 0:
+                references = [loss.before for _, loss in results]
+                ratio_error = max(float(loss.log_ratio) for _, loss in results)
+        losses = [loss for _, loss in results]
+        return {
+            "loss": float(sum((loss.losses.detach() * whole[s]).sum() for loss, s in zip(losses, shards, strict=True))) / active,
+            "entropy": float(np.mean([float(loss.entropy) for loss in losses])),
+            "kl": float(torch.cat([loss.kl_before for loss in losses]).mean()),
+            "grad_norm": float(np.mean(norms)),
+            "ratio_error": ratio_error,
+            "learning_rate": learning_rate,
+        }
+
+    def _map(self, work: Callable[[Shard], Result], shards: Sequence[Shard]) -> list[Result]:
+        """``work`` on every shard, in order, on the learner's threads."""
+        if self.config.learner_threads == 1 or self.device.type != "cpu":
+            return [work(shard) for shard in shards]
+        with ThreadPoolExecutor(self.config.learner_threads) as threads:
+            return list(threads.map(work, shards))
+
+    def optimizer_arrays(self) -> dict[str, Array]:
+        """Adam's moments and step counts as arrays by ``parameter.moment``, for a checkpoint."""
+        arrays = {}
+        for name, parameter in self.policy.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                arrays[f"{name}.{key}"] = value.detach().cpu().numpy().copy()
+        return arrays
+
+    def load(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array]) -> None:
+        """Take parameters and moments of a checkpoint; learning rates stay those of the config.
+
+        Args:
+            weights: by parameter name, of exactly this policy's shapes.
+            optimizer: as from :meth:`optimizer_arrays`.
+
+        Raises:
+            ValueError: a name or shape does not fit; nothing is changed.
+        """
+        own = dict(self.policy.named_parameters())
+        misfit = {name for name in own.keys() | weights.keys() if name not in own or name not in weights}
+        misfit |= {name for name in own.keys() & weights.keys() if tuple(own[name].shape) != weights[name].shape}
+        if misfit:
+            raise ValueError(f"The checkpoint's policy has other sizes: {', '.join(sorted(misfit))} do not fit.")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(torch.as_tensor(weights[name]))
+        self.optimizer.state.clear()
+        for key, value in optimizer.items():
+            name, moment = key.rsplit(".", 1)
+            tensor = torch.as_tensor(np.array(value))
+            # Adam keeps its step count on the CPU whatever the parameters' device.
+            self.optimizer.state[own[name]][moment] = tensor if moment == "step" else tensor.to(self.device)

@@ -1,0 +1,269 @@
+"""A training run in a folder: progress, metrics, checkpoints, interruption and resume; and evaluation of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from tensorboardX import SummaryWriter
+
+from ..algorithms.collect import seed_for
+from ..algorithms.evaluation import Evaluation, evaluate
+from ..algorithms.policy import SSMPolicy
+from ..algorithms.rollouts import Array, Rollouts
+from ..tasks import TaskDistribution, make
+from .checkpoint import Checkpoint, checkpoints, load_checkpoint, mark_best, prune, resolve_checkpoint
+from .config import TrainConfig, available_cores
+from .pool import Pool
+from .trainer import EVALUATION, MetaTrainer
+
+SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
+"""Branches of the seed tree for the splits' tasks: validation and test never meet the tasks of training."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run left behind.
+
+    Attributes:
+        run_dir: its folder.
+        checkpoint: the last checkpoint.
+        metrics: of the last iteration, as in ``metrics.jsonl``; empty if none was run.
+        seconds: wall time of this call.
+        signal: number of the signal that ended the run early, or None.
+    """
+
+    run_dir: Path
+    checkpoint: Path
+    metrics: dict[str, Any]
+    seconds: float
+    signal: int | None
+
+
+def start_ray(num_workers: int) -> str | None:
+    """Start Ray in this process if workers are wanted and none is started; usage reporting is off, all ports on loopback.
+
+    Returns:
+        The dashboard's address, or None where there is none.
+    """
+    if num_workers == 0:
+        return None
+    if ray.is_initialized():
+        return None
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    context = ray.init(
+        num_cpus=max(available_cores(), 1 + num_workers),
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        _node_ip_address="127.0.0.1",
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    return context.dashboard_url or None
+
+
+def train(
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    on_iteration: Callable[[dict[str, Any]], None] | None = None,
+    distribution: TaskDistribution | None = None,
+) -> TrainResult:
+    """Meta-train in a folder: checkpoints, ``metrics.jsonl`` and TensorBoard events.
+
+    SIGINT and SIGTERM end the run after the current iteration, with a checkpoint; a second one ends it at once.
+
+    Args:
+        config: of the run. With ``num_workers`` above 0, Ray is started in this process unless it already is.
+        run_dir: folder of the run, new or empty unless ``resume``.
+        resume: go on from the folder's last checkpoint, exactly as if the run had not stopped.
+        on_iteration: called with each iteration's metrics.
+        distribution: the family itself, instead of the registered one that ``config.task`` names.
+
+    Raises:
+        ValueError: the folder already holds a run, or has none to resume.
+        CheckpointError: the checkpoint to resume is damaged or of other sizes.
+        EnvironmentFailure: the environment spoils more than a tenth of the episodes.
+    """
+    begin = time.perf_counter()
+    run = Path(run_dir)
+    last = checkpoints(run)[-1:] if run.is_dir() else []
+    if resume and not last:
+        raise ValueError(f"There is no checkpoint in {run} to resume from.")
+    if not resume and (last or (run / "metrics.jsonl").exists()):
+        raise ValueError(f"{run} already holds a run; resume it, or choose another folder.")
+    start_ray(config.num_workers)
+    trainer = MetaTrainer({**config.to_dict(), "task_distribution": distribution})
+    metrics: dict[str, Any] = {}
+    try:
+        if last:
+            trainer.load_checkpoint(str(last[0]))
+        run.mkdir(parents=True, exist_ok=True)
+        recent = _cut_metrics(run / "metrics.jsonl", trainer.meta_iteration)[-config.checkpoint_every :]
+        with (
+            _interrupts() as interrupted,
+            (run / "metrics.jsonl").open("a") as log,
+            SummaryWriter(str(run), purge_step=trainer.meta_iteration + 1) as board,
+        ):
+            checkpoint = last[0] if last else _save(trainer, run, [])
+            while trainer.meta_iteration < config.iterations and not interrupted:
+                metrics = trainer.step()
+                log.write(json.dumps(metrics) + "\n")
+                log.flush()
+                for name, value in _scalars(metrics):
+                    board.add_scalar(name, value, trainer.meta_iteration)
+                recent.append(metrics["return_by_step"][-1])
+                if on_iteration:
+                    on_iteration(metrics)
+                due = trainer.meta_iteration % config.checkpoint_every == 0
+                if due or interrupted or trainer.meta_iteration == config.iterations:
+                    checkpoint = _save(trainer, run, recent[-config.checkpoint_every :])
+    finally:
+        trainer.stop()
+    return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)
+
+
+def _save(trainer: MetaTrainer, run: Path, recent: list[float]) -> Path:
+    """Checkpoint now; it is the best if the mean return after adaptation of the iterations since the last one is."""
+    path = run / f"checkpoint_{trainer.meta_iteration:06d}"
+    trainer.save_checkpoint(str(path))
+    best = run / "best.json"
+    value = float(np.mean(recent)) if recent else -np.inf
+    if np.isfinite(value) and (not best.exists() or value > json.loads(best.read_text())["return"]):
+        mark_best(run, path, value)
+    prune(run)
+    return path
+
+
+def _cut_metrics(path: Path, iteration: int) -> list[float]:
+    """Drop lines after ``iteration``, written by a run that died before its next checkpoint; return what is left after adaptation."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            metrics = json.loads(line)
+        except json.JSONDecodeError:
+            break  # torn by a crash
+        if metrics["iteration"] > iteration:
+            break
+        kept.append(metrics)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
+    fresh.replace(path)
+    return [metrics["return_by_step"][-1] for metrics in kept]
+
+
+def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a metrics line by TensorBoard tag; lists of numbers by index."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            yield from _scalars({str(i): x for i, x in enumerate(value) if isinstance(x, int | float)}, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            yield prefix + name, float(value)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT or SIGTERM; the second raises. Only the main thread can be asked to stop."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def load_policy(path: str | Path) -> tuple[SSMPolicy, Checkpoint]:
+    """The policy of a checkpoint, or of a run's best one, and the checkpoint itself.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    checkpoint = load_checkpoint(resolve_checkpoint(path))
+    policy = SSMPolicy(checkpoint.spec)
+    policy.load_state_dict({name: torch.from_numpy(value) for name, value in checkpoint.policy.items()})
+    return policy, checkpoint
+
+
+def evaluate_checkpoint(
+    path: str | Path,
+    *,
+    task: str | None = None,
+    split: str = "test",
+    num_tasks: int = 100,
+    steps: int = 3,
+    episodes: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    deterministic: bool = False,
+    distribution: TaskDistribution | None = None,
+    inner_lr: float | None = None,
+) -> Evaluation:
+    """Returns of a checkpoint's policy on held-out tasks before adaptation and after 1..``steps`` inner steps.
+
+    Args:
+        path: a checkpoint, or a run folder for its best one.
+        task: family of the tasks; None: the one it was trained on.
+        split: of that family.
+        num_tasks: how many tasks.
+        steps: adaptation steps S.
+        episodes: episodes a task and step; None: as in training.
+        seed: of tasks and rollouts: equal seeds give equal tasks and common random numbers.
+        num_workers: Ray actors; 0: in process.
+        deterministic: take the most likely actions.
+        distribution: the family itself, instead of a registered one.
+        inner_lr: step size; None: as in training.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        ValueError: an unknown task or split, or a family whose spaces the policy does not fit.
+    """
+    policy, checkpoint = load_policy(path)
+    config = TrainConfig.from_dict({**checkpoint.config, **({} if inner_lr is None else {"inner_lr": inner_lr})})
+    family = distribution or make(task or config.task)
+    spec = config.policy_spec(family)
+    if spec != policy.spec:
+        raise ValueError(
+            f"The policy acts on observations of size {policy.spec.observation_size} with {policy.spec.action_size} "
+            f"{'discrete' if policy.spec.discrete else 'continuous'} actions, which {family.name!r} does not have."
+        )
+    columns = config.episodes if episodes is None else episodes
+    branch = SPLIT_BRANCHES.get(split, len(SPLIT_BRANCHES))
+    rng = np.random.default_rng(seed_for(seed, EVALUATION, branch))
+    tasks = family.sample(num_tasks, rng, split)
+    start_ray(num_workers)
+    with Pool(family, policy.spec, num_workers=num_workers, name=f"ssm-metarl/evaluate/{time.time_ns()}") as pool:
+
+        def collect(weights: Mapping[str, Array], step: int) -> Rollouts:
+            seeds = [seed_for(seed, EVALUATION, branch, step, task) for task in range(num_tasks)]
+            label = f"evaluation, step {step}"
+            return pool.collect(weights, tasks, seeds, columns, label=label, deterministic=deterministic)
+
+        return evaluate(policy, config, collect, steps)
+
+

@@ -1,0 +1,210 @@
+"""The meta-iteration, as a Ray Tune trainable that also runs alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.tune import PlacementGroupFactory
+
+from ..algorithms.collect import seed_for
+from ..algorithms.rollouts import Rollouts
+from ..tasks import TaskDistribution, make
+from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from .config import TrainConfig
+from .learner import Learner
+from .pool import Pool
+
+# Branches of the seed tree: SeedSequence(seed, spawn_key=(branch, ...)).
+ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION = range(4)
+
+BAD_EPISODES_ALLOWED = 0.1
+"""Share of an iteration's episodes that may be lost to a faulty environment before the run stops."""
+
+
+class EnvironmentFailure(RuntimeError):
+    """Too many episodes of an iteration were lost; the message carries the environment's own traceback."""
+
+
+class MetaTrainer(tune.Trainable):
+    """Meta-trains a policy; one :meth:`step` is one meta-iteration.
+
+    Alone, without Ray started when ``num_workers`` is 0::
+
+        trainer = MetaTrainer(TrainConfig.for_task("cartpole").to_dict())
+        metrics = trainer.train()
+        trainer.save_checkpoint("somewhere/checkpoint_000001")
+        trainer.stop()
+
+    Under Tune it is passed as it is, with ``TrainConfig.to_dict()`` as parameter space.
+
+    Args:
+        config: options of ``TrainConfig``, and optionally "task_distribution": the family itself, instead of the registered one
+            that "task" names.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Build learner and workers; Tune and the constructor call it once."""
+        config = dict(config)
+        distribution = config.pop("task_distribution", None)
+        self.train_config = TrainConfig.from_dict(config)
+        self.distribution: TaskDistribution = distribution or make(self.train_config.task)
+        self.spec = self.train_config.policy_spec(self.distribution)
+        if self._trial_info is None:
+            check_resources(self.train_config)
+        seed = seed_for(self.train_config.seed, INITIAL_WEIGHTS).generate_state(1)[0]
+        self.learner = Learner(self.spec, self.train_config, int(seed))
+        self.pool = Pool(
+            self.distribution,
+            self.spec,
+            num_workers=self.train_config.num_workers,
+            name=f"ssm-metarl/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
+            sample_timeout_s=self.train_config.sample_timeout_s,
+        )
+        self.meta_iteration = 0
+        self.env_steps = 0
+
+    def step(self) -> dict[str, Any]:
+        """One meta-iteration: collect, adapt, collect with the adapted policies, meta-update.
+
+        Returns:
+            ``iteration``, ``env_steps`` (all so far), ``return_by_step`` (mean undiscounted return after 0..S inner steps),
+            ``episode_length_by_step``, ``seconds`` by phase, ``restarts``, ``dropped_tasks``, ``missing_tasks``, ``bad_episodes``
+            and the learner's statistics.
+
+        Raises:
+            EnvironmentFailure: more than a tenth of the iteration's episodes were lost to the environment.
+        """
+        config, learner = self.train_config, self.learner
+        begin = time.perf_counter()
+        seconds = {"sample": 0.0, "adapt": 0.0, "update": 0.0, "ray": 0.0}
+        overhead, dropped, missing = self.pool.ray_seconds, len(self.pool.dropped), self.pool.missing
+        rng = np.random.default_rng(seed_for(config.seed, TASKS, self.meta_iteration))
+        tasks = self.distribution.sample(config.meta_batch, rng, "train")
+        weights = learner.weights()
+        stages, collected = [], []
+        for stage in range(config.inner_steps + 1):
+            start = time.perf_counter()
+            seeds = [
+                seed_for(config.seed, ROLLOUTS, self.meta_iteration, stage, task) for task in range(config.meta_batch)
+            ]
+            label = "support" if stage < config.inner_steps else "query"
+            rollouts = self.pool.collect(weights, tasks, seeds, config.episodes, label=label)
+            collected.append(rollouts)
+            seconds["sample"] += time.perf_counter() - start
+            start = time.perf_counter()
+            stages.append(learner.batch(rollouts))
+            if stage < config.inner_steps:
+                weights = learner.adapt(weights, stages[-1])
+            seconds["adapt"] += time.perf_counter() - start
+        bad = self._bad_episodes(collected)
+        start = time.perf_counter()
+        statistics = learner.update(stages, done=min(self.meta_iteration / config.iterations, 1.0))
+        seconds["update"] = time.perf_counter() - start
+        seconds["ray"] = self.pool.ray_seconds - overhead
+        seconds["sample"] -= seconds["ray"]
+        seconds["total"] = time.perf_counter() - begin
+        self.meta_iteration += 1
+        self.env_steps += sum(rollouts.num_steps for rollouts in collected)
+        return {
+            "iteration": self.meta_iteration,
+            "env_steps": self.env_steps,
+            "return_by_step": [float(np.nanmean(rollouts.returns())) for rollouts in collected],
+            "episode_length_by_step": [
+                float(rollouts.num_steps / max(rollouts.kept().sum(), 1)) for rollouts in collected
+            ],
+            "seconds": seconds,
+            "restarts": self.pool.restarts,
+            "dropped_tasks": self.pool.dropped[dropped:],
+            "missing_tasks": self.pool.missing - missing,
+            "bad_episodes": bad,
+            **statistics,
+        }
+
+    def _bad_episodes(self, collected: list[Rollouts]) -> int:
+        """Episodes of the iteration that the environment spoiled.
+
+        Raises:
+            EnvironmentFailure: they are too many.
+        """
+        errors = [error for rollouts in collected for error in rollouts.errors]
+        episodes = sum(rollouts.kept().size for rollouts in collected)
+        if len(errors) > BAD_EPISODES_ALLOWED * episodes:
+            raise EnvironmentFailure(
+                f"{len(errors)} of {episodes} episodes of iteration {self.meta_iteration + 1} were lost to the environment "
+                f"{self.distribution.name!r}; the first error:\n{errors[0]}"
+            )
+        return len(errors)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> str:
+        """Write a checkpoint folder (see ``checkpoint.py``); Tune calls it, and so does ``train``."""
+        checkpoint = Checkpoint(
+            spec=self.spec,
+            config=self.train_config.to_dict(),
+            progress={"iteration": self.meta_iteration, "env_steps": self.env_steps},
+            policy=self.learner.weights(),
+            optimizer=self.learner.optimizer_arrays(),
+        )
+        save_checkpoint(Path(checkpoint_dir), checkpoint)
+        return checkpoint_dir
+
+    def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
+        """Go on from a checkpoint of this trainer's sizes; learning rates stay those of the config.
+
+        Raises:
+            CheckpointError: the folder is damaged, or its policy has other sizes.
+        """
+        assert isinstance(checkpoint, str | Path), "checkpoints are folders"
+        loaded = load_checkpoint(checkpoint)
+        if loaded.spec != self.spec:
+            differences = [
+                f"{name} {value!r} instead of {self.spec.to_dict()[name]!r}"
+                for name, value in loaded.spec.to_dict().items()
+                if value != self.spec.to_dict()[name]
+            ]
+            raise CheckpointError(f"{checkpoint}: its policy has {', '.join(differences)}.")
+        self.learner.load(loaded.policy, loaded.optimizer)
+        self.meta_iteration = int(loaded.progress["iteration"])
+        self.env_steps = int(loaded.progress["env_steps"])
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take new options in the same process (Tune's ``reuse_actors``); parameters start anew until a checkpoint is loaded."""
+        self.cleanup()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        """End the workers."""
+        self.pool.close()
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        """One CPU for the learner and one a worker, spread over nodes."""
+        workers = int(config.get("num_workers", 0))
+        return PlacementGroupFactory([{"CPU": 1.0}] * (1 + workers), strategy="SPREAD")
+
+    def _setup_logdir(self) -> None:
+        # Alone, Trainable would make an empty folder under ~/ray_results for every trainer.
+        if self._storage:
+            super()._setup_logdir()
+
+
+def check_resources(config: TrainConfig) -> None:
+    """Refuse more workers than a started Ray has processors for; Tune's placement groups do this for trials.
+
+    Raises:
+        ValueError: one sentence with both figures.
+    """
+    if config.num_workers == 0 or not ray.is_initialized():
+        return
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    if 1 + config.num_workers > cpus:
+        raise ValueError(
+            f"{config.num_workers} workers and the learner need {1 + config.num_workers} CPUs, "
+            f"but this Ray cluster has {cpus:g}; use num_workers={max(int(cpus) - 1, 0)} or fewer."
+        )

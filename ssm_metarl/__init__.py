@@ -1,0 +1,29 @@
+"""Meta-reinforcement learning with state space model policies: MAML inner loops on Ray actors.
+
+The names below are loaded on first use (PEP 562), so that importing `ssm_metarl` costs neither torch nor Ray:
+rollout workers live on NumPy alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module of this package that defines it.
+_EXPORTS: dict[str, str] = {}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,53 @@
+"""The package installs as `ssm_metarl.*` and stays light where it promises to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ssm_metarl
+
+# What a rollout worker loads must cost neither torch nor (but for the actor itself) Ray.
+WITHOUT_TORCH_AND_RAY = (
+    "ssm_metarl",
+    "ssm_metarl.algorithms.rollouts",
+    "ssm_metarl.algorithms.inference",
+    "ssm_metarl.algorithms.collect",
+    "ssm_metarl.algorithms.returns",
+    "ssm_metarl.tasks",
+)
+
+
+def loaded_by_importing(module: str, cwd: Path) -> set[str]:
+    """Names of the top-level packages in a fresh interpreter after `import module`."""
+    program = f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH_AND_RAY)
+def test_importing_loads_neither_torch_nor_ray(module: str, tmp_path: Path) -> None:
+    assert loaded_by_importing(module, tmp_path) & {"torch", "ray"} == set()
+
+
+def test_importing_the_worker_does_not_load_torch(tmp_path: Path) -> None:
+    assert "torch" not in loaded_by_importing("ssm_metarl.distributed.worker", tmp_path)
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert ssm_metarl.__version__ == importlib.metadata.version("ssm-metarl")
+
+
+def test_every_public_name_loads() -> None:
+    missing = [name for name in ssm_metarl.__all__ if not hasattr(ssm_metarl, name)]
+    assert missing == []
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        ssm_metarl.no_such_name  # noqa: B018
