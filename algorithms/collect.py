@@ -152,7 +152,7 @@ def collect(
         valid=np.ascontiguousarray(valid[:longest].swapaxes(0, 1)),
         last_observations=np.where(valid.any(0)[..., None], last, np.float32(0)),
         tasks=tuple(tasks),
-        errors=tuple(broken.values()),
+        errors=tuple(broken[key] for key in sorted(broken)),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,17 +33,22 @@ class Evaluation:
         lengths: [M, S+1] float64, mean episode length in steps.
         environment_steps: all steps taken, those of the last step's rollouts included.
         seconds: wall time.
+        task, split: where the tasks come from.
     """
 
     returns: Array
     lengths: Array
     environment_steps: int
     seconds: float
+    task: str = ""
+    split: str = ""
 
     def summary(self) -> dict[str, Any]:
         """JSON values: lists ``return``, ``ci_low``, ``ci_high`` (95 %), ``episode_length`` over steps 0..S, and totals."""
         mean, low, high = confidence_interval(self.returns)
         return {
+            "task": self.task,
+            "split": self.split,
             "return": mean.tolist(),
             "ci_low": low.tolist(),
             "ci_high": high.tolist(),
@@ -75,9 +80,12 @@ def confidence_interval(samples: Array, level: float = 0.95) -> tuple[Array, Arr
 def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int) -> Evaluation:
     """Returns of every task before adaptation and after each of ``steps`` inner steps.
 
+    Steps beyond those that the policy was meta-trained for are half as large, as in MAML's own evaluation (Finn et al.
+    2017, appendix A.2): advantages are normalised, so that near an optimum a full step would follow noise.
+
     Args:
         policy: the meta-trained policy.
-        config: inner algorithm and step size.
+        config: inner algorithm, step size and the number of steps trained for.
         collect: rolls the tasks out; called for steps 0..S in order.
         steps: number S of adaptation steps.
     """
@@ -91,7 +99,8 @@ def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int
         returns.append(_task_means(rollouts.returns()))
         lengths.append(_task_means(np.where(rollouts.kept(), rollouts.lengths(), np.nan)))
         if step < steps:
-            weights = adapt_weights(policy, weights, make_batch(policy.spec, rollouts, config, device), config)
+            step_config = config if step < config.inner_steps else replace(config, inner_lr=config.inner_lr / 2)
+            weights = adapt_weights(policy, weights, make_batch(policy.spec, rollouts, config, device), step_config)
     seconds = time.perf_counter() - begin
     return Evaluation(np.stack(returns, 1), np.stack(lengths, 1), environment_steps, seconds)
 

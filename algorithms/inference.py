@@ -8,6 +8,7 @@ or 8 workers gives bit-equal experience.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -29,7 +30,7 @@ class PolicyConfig:
         hidden_dim: width H of the residual stream.
         state_dim: real state variables N of each SSM block (even: N/2 complex modes).
         num_layers: SSM blocks; 0 gives a memoryless policy.
-        gated: gate a block's output by itself instead of mixing it by a linear layer (see ``SSMBlock``).
+        gated: gate a block's output by its input instead of mixing it by a linear layer (see ``SSMBlock``).
         inputs: "full" (observation, previous action, previous reward, start flag) or "observation" alone.
         initial_std: standard deviation of continuous actions before training.
     """
@@ -47,6 +48,7 @@ class PolicyConfig:
         check_count("num_layers", self.num_layers, 0)
         if self.state_dim % 2:
             raise ValueError(f"state_dim must be even (complex modes are pairs), not {self.state_dim}.")
+        check_flag("gated", self.gated)
         if self.inputs not in ("full", "observation"):
             raise ValueError(f"inputs must be 'full' or 'observation', not {self.inputs!r}.")
         check_number("initial_std", self.initial_std, above=0.0)
@@ -69,6 +71,7 @@ class PolicySpec(PolicyConfig):
     def __post_init__(self) -> None:
         check_count("observation_size", self.observation_size, 1)
         check_count("action_size", self.action_size, 1)
+        check_flag("discrete", self.discrete)
         super().__post_init__()
 
     @property
@@ -107,13 +110,23 @@ def check_count(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}.")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither true nor false.
+
+    Raises:
+        ValueError: with one sentence that names the option.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}.")
+
+
 def check_number(name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> None:
     """Refuse what is not a finite number above ``above`` and in [``low``, ``high``].
 
     Raises:
         ValueError: with one sentence that names the option.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if number and above < value and low <= value <= high:
         return
     bounds = [f"above {above:g}"] if above > -math.inf else []
@@ -179,6 +192,7 @@ class NumpyPolicy:
         vector = (lambda x: np.ascontiguousarray(x)[:, None]) if per_task else np.ascontiguousarray
         self._encoder = (np.ascontiguousarray(weights["encoder.weight"]), vector(weights["encoder.bias"]))
         self._blocks = []
+        last = "gate" if spec.gated else "out"
         for i in range(spec.num_layers):
             name = f"blocks.{i}."
             decay = np.exp(weights[name + "nu"].astype(np.float64)) + MIN_DECAY
@@ -195,8 +209,8 @@ class NumpyPolicy:
                     vector((modulus * np.sin(phase)).astype(np.float32)),
                     np.ascontiguousarray(np.concatenate([out[..., 0::2, :], out[..., 1::2, :]], -2)),
                     vector(weights[name + "D"]),
-                    np.ascontiguousarray(weights[name + "out.weight"]),
-                    vector(weights[name + "out.bias"]),
+                    (vector if spec.gated else np.ascontiguousarray)(weights[name + last + ".weight"]),
+                    vector(weights[name + last + ".bias"]),
                 )
             )
         self._head = (np.ascontiguousarray(weights["policy.weight"]), vector(weights["policy.bias"]))
@@ -226,7 +240,7 @@ class NumpyPolicy:
         np.tanh(hidden, out=hidden)
         half = self.spec.state_dim // 2
         new_state = []
-        for (re, im), (into, a_re, a_im, out, skip, out_weight, out_bias) in zip(state, self._blocks, strict=True):
+        for (re, im), (into, a_re, a_im, out, skip, last_weight, last_bias) in zip(state, self._blocks, strict=True):
             driven = np.matmul(hidden, into)
             new_re = a_re * re
             new_re -= a_im * im
@@ -240,8 +254,8 @@ class NumpyPolicy:
             y = np.matmul(driven, out)
             y += skip * hidden
             if self.spec.gated:
-                gate = np.matmul(y, out_weight)
-                gate += out_bias
+                gate = last_weight * hidden
+                gate += last_bias
                 # sigmoid through tanh: one vectorised kernel, rounded alike at every position of an array
                 gate *= np.float32(0.5)
                 np.tanh(gate, out=gate)
@@ -250,8 +264,8 @@ class NumpyPolicy:
                 y *= gate
             else:
                 np.tanh(y, out=y)
-                y = np.matmul(y, out_weight)
-                y += out_bias
+                y = np.matmul(y, last_weight)
+                y += last_bias
             hidden = hidden + y
         weight, bias = self._head
         head = np.matmul(hidden, weight)

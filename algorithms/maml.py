@@ -97,13 +97,17 @@ class MetaConfig:
         check_count("inner_steps", self.inner_steps, 1)
         check_count("epochs", self.epochs, 1)
         weights = self.step_weights
+        if not isinstance(weights, tuple | list):
+            raise ValueError(f"step_weights must be a tuple of numbers, not {weights!r}.")
+        for weight in weights:
+            check_number("step_weights", weight, low=0.0)
         if weights and len(weights) != self.inner_steps + 1:
             raise ValueError(
                 f"step_weights needs one weight for each of 0..{self.inner_steps} inner steps, "
                 f"that is {self.inner_steps + 1}, not {len(weights)}."
             )
-        if weights and not (all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0):
-            raise ValueError(f"step_weights must be non-negative numbers with a positive sum, not {weights!r}.")
+        if weights and not 0 < sum(weights) < math.inf:
+            raise ValueError(f"step_weights must have a positive sum, not {weights!r}.")
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -154,6 +158,7 @@ def make_batch(
     spec: PolicySpec, rollouts: Rollouts, config: MetaConfig, device: torch.device | str = "cpu"
 ) -> Batch:
     """Rollouts with inputs rebuilt and advantages estimated."""
+    rollouts = rollouts.masked()
     advantages = policy_gradient_advantages(rollouts, config.discount, config.gae_lambda)
     count = rollouts.valid.sum((1, 2), keepdims=True)
     share = (rollouts.valid / np.maximum(count, 1)).astype(np.float32)
@@ -322,5 +327,5 @@ def task_shards(batch: Batch, steps: int = 4096) -> list[slice]:
 
 
 def _one_of(name: str, value: str, valid: Mapping[str, object]) -> None:
-    if value not in valid:
+    if value not in tuple(valid):
         raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")

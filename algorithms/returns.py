@@ -66,7 +66,7 @@ def linear_baseline(rollouts: Rollouts, targets: Array, regularisation: float = 
         [M, T, K] float64, 0 where not valid.
     """
     tasks, steps, columns = rollouts.valid.shape
-    observations = np.clip(rollouts.observations.astype(np.float64), -10, 10)
+    observations = np.where(rollouts.valid[..., None], rollouts.observations, 0.0).astype(np.float64).clip(-10, 10)
     size = observations.shape[-1]
     time = (np.arange(steps) / 100.0)[None, :, None, None]
     features = np.empty((tasks, steps, columns, 2 * size + 4))
@@ -94,14 +94,15 @@ def normalized(advantages: Array, valid: Array) -> Array:
     """Advantages with mean 0 and standard deviation 1 over each task's valid steps; 0 for a task without any.
 
     Args:
-        advantages: [M, T, K].
+        advantages: [M, T, K], any number where not ``valid``.
         valid: [M, T, K] bool.
 
     Returns:
         [M, T, K] float32.
     """
     count = np.maximum(valid.sum((1, 2), keepdims=True), 1)
-    mean = (advantages * valid).sum((1, 2), keepdims=True) / count
+    advantages = np.where(valid, advantages, 0.0)
+    mean = advantages.sum((1, 2), keepdims=True) / count
     centred = (advantages - mean) * valid
     std = np.sqrt((centred**2).sum((1, 2), keepdims=True) / count)
     return (centred / (std + 1e-8)).astype(np.float32)

@@ -70,6 +70,15 @@ class Rollouts:
         """Number of valid steps of each column, [M, K] int64; 0 where the column was dropped."""
         return self.valid.sum(axis=1)
 
+    def masked(self) -> Rollouts:
+        """The record with zeros for every number that is not ``valid``, whatever stood there."""
+        arrays = {}
+        for name in ("observations", "actions", "rewards", "log_probs"):
+            array = getattr(self, name)
+            mask = self.valid[..., None] if array.ndim == 4 else self.valid
+            arrays[name] = np.where(mask, array, np.zeros((), array.dtype))
+        return replace(self, **arrays)
+
     def select(self, index: slice) -> Rollouts:
         """The tasks of ``index`` (a slice over M), as views."""
         arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "errors"}

@@ -43,7 +43,8 @@ class SSMBlock(nn.Module):
 
     .. math:: h_t = a ⊙ h_{t-1} + γ ⊙ (B x_t), \qquad y_t = \mathrm{Re}(C h_t) + D ⊙ x_t
 
-    whose output is x + W tanh(y) + b, or with ``gated`` x + y ⊙ sigmoid(W y + b) (the gate of S5, arXiv 2208.04933),
+    whose output is x + W tanh(y) + b, or with ``gated`` x + y ⊙ sigmoid(w ⊙ x + b): what is read from memory is let through
+    by what is seen now. C has mixed the channels already, so that the gate needs no matrix of its own,
     with N/2 complex modes a = exp(-(e^ν + ε) + iθ), so |a| < 1 whatever the parameters are, and γ = sqrt(1 - |a|²), which
     gives every mode the same output variance for white input (Orvieto et al. 2023, arXiv 2303.06349, eq. 7). There is no normalisation
     across hidden units: it would keep a policy from growing without changing its function.
@@ -69,7 +70,10 @@ class SSMBlock(nn.Module):
         self.B = nn.Parameter(_normal((hidden_dim, state_dim), (2 * hidden_dim) ** -0.5, generator))
         self.C = nn.Parameter(_normal((state_dim, hidden_dim), state_dim**-0.5, generator))
         self.D = nn.Parameter(_normal((hidden_dim,), 1.0, generator))
-        self.out = Affine(hidden_dim, hidden_dim, hidden_dim**-0.5, generator)
+        if gated:
+            self.gate = nn.ParameterDict({"weight": torch.ones(hidden_dim), "bias": torch.zeros(hidden_dim)})
+        else:
+            self.out = Affine(hidden_dim, hidden_dim, hidden_dim**-0.5, generator)
 
     def modes(self) -> tuple[Tensor, Tensor]:
         """The modes a, [(M,) N/2] complex with |a| < 1, and their input gain γ, [(M,) N/2] real."""
@@ -85,7 +89,8 @@ class SSMBlock(nn.Module):
         y = linear(torch.view_as_real(h).flatten(-2), self.C)
         y = torch.addcmul(y, along(self.D, x), x)
         if self.gated:
-            return torch.addcmul(x, y, torch.sigmoid(self.out(y)))
+            gate = torch.addcmul(along(self.gate["bias"], x), along(self.gate["weight"], x), x)
+            return torch.addcmul(x, y, torch.sigmoid(gate))
         return x + self.out(torch.tanh(y))
 
     def forward(

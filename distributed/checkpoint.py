@@ -5,9 +5,9 @@ A run folder holds ``checkpoint_000123/`` folders and ``best.json``. A checkpoin
     policy.safetensors, optimizer.safetensors, config.json, progress.json, manifest.json
 
 and the manifest, written last, has the format's version and the SHA-256 of each other file: no manifest, no
-checkpoint. A checkpoint is made in a hidden folder beside its place and renamed. One that is to be replaced is
-first renamed to ``.checkpoint_000123.old``, which stands in for it should the process die before the new one is
-in place.
+checkpoint. A checkpoint is made in a hidden folder beside its place and renamed. One that is to be replaced
+is first renamed to ``.checkpoint_000123.old``, which stands in for it should the process die before the new
+one is in place.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of such a policy by its name, in the order of ``SSMPolicy.named_parameters()``."""
+    """Shape of each parameter of such a policy by name, ordered as ``SSMPolicy.named_parameters()``."""
     width, state, actions = spec.hidden_dim, spec.state_dim, spec.action_size
     shapes: dict[str, tuple[int, ...]] = {}
     shapes |= {"encoder.weight": (spec.input_size, width), "encoder.bias": (width,)}
@@ -84,9 +84,9 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
             block + "B": (width, state),
             block + "C": (state, width),
             block + "D": (width,),
-            block + "out.weight": (width, width),
-            block + "out.bias": (width,),
         }
+        last = block + ("gate" if spec.gated else "out")
+        shapes |= {last + ".weight": (width,) if spec.gated else (width, width), last + ".bias": (width,)}
     shapes |= {"policy.weight": (width, actions), "policy.bias": (actions,)}
     if not spec.discrete:
         shapes["policy.log_std"] = (actions,)
@@ -94,19 +94,20 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint; whatever happens, the one that was there before stays until the new one is complete.
+    """Write a checkpoint; whatever happens, one that was there before stays until the new one is complete.
 
     Args:
-        directory: the final folder, such as ``run/checkpoint_000123``: absent, empty, or a checkpoint, which is then
-            replaced.
+        directory: the final folder, such as ``run/checkpoint_000123``: absent, empty, or a checkpoint, which
+            is then replaced.
         checkpoint: what to write.
 
     Returns:
         ``directory``.
 
     Raises:
-        CheckpointError: where ``load_checkpoint`` would refuse the result (NaN or infinite numbers, arrays that do
-            not fit the spec, values that are not JSON), or the folder holds anything else; nothing on disk changes.
+        CheckpointError: where ``load_checkpoint`` would refuse the result (NaN or infinite numbers, arrays
+            that do not fit the spec, values that are not JSON), or the folder holds anything else; nothing on
+            disk changes.
         OSError: where the disk refuses.
     """
     directory = Path(directory)
@@ -135,8 +136,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         path: the checkpoint's folder, under any name (:func:`resolve_checkpoint` finds one in a run folder).
 
     Raises:
-        CheckpointError: where a file is missing, unreadable, truncated, altered, a link, of an unknown format, or
-            does not fit the policy that ``config.json`` describes.
+        CheckpointError: where a file is missing, unreadable, truncated, altered, a link, of an unknown
+            format, or does not fit the policy that ``config.json`` describes.
     """
     folder = _present(Path(path))
     if not os.path.isdir(folder):
@@ -338,9 +339,8 @@ def _digests(path: Path) -> dict[str, str]:
     manifest = _decode_json(path, _read(path))
     version, digests = manifest.get("format"), manifest.get("sha256")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} is of format {_brief(version)}, while this version of ssm-metarl reads format {FORMAT_VERSION}."
-        )
+        reads = f"this version of ssm-metarl reads format {FORMAT_VERSION}"
+        raise CheckpointError(f"{path} is of format {_brief(version)}, but {reads}.")
     if not isinstance(digests, dict):
         raise CheckpointError(f"{path} is foreign: it has no object 'sha256'.")
     for name in (*_FILES, *digests):
@@ -366,7 +366,7 @@ def _brief(value: Any) -> str:
 
 
 def _complete(run: Path) -> dict[str, Path]:
-    """Complete checkpoints of a run by name, by iteration ascending; a stand-in where the folder is missing."""
+    """Complete checkpoints of a run by name, iteration ascending; a stand-in where the folder is missing."""
     if not os.path.isdir(run):
         return {}
     in_place, standing_in = {}, {}
@@ -406,7 +406,8 @@ def _move_into_place(temporary: Path, directory: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         if not os.path.isfile(directory / MANIFEST):
-            raise CheckpointError(f"{directory} is not replaced: it is neither empty nor a checkpoint.") from None
+            reason = "it is neither empty nor a checkpoint"
+            raise CheckpointError(f"{directory} is not replaced: {reason}.") from None
         if os.path.lexists(old):
             _discard(old)
         os.rename(directory, old)

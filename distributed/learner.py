@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -16,10 +16,6 @@ from ..algorithms.maml import SCHEDULES, Batch, MetaLoss, make_batch, meta_loss,
 from ..algorithms.policy import SSMPolicy
 from ..algorithms.rollouts import Array, Rollouts
 from .config import TrainConfig
-
-Shard = TypeVar("Shard")
-Result = TypeVar("Result")
-
 
 class Learner:
     """Holds the policy and improves it; the trainer calls it between rollouts::
@@ -44,8 +40,14 @@ class Learner:
         self.device = torch.device(config.device)
         self.policy = SSMPolicy(spec, seed).to(self.device)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.outer_lr)
+        self._threads = 1
         if self.device.type == "cpu":
             torch.set_num_threads(1)
+            self._threads = config.learner_threads
+        # functional_call lends its parameters to the module for the time of the call: a module a thread.
+        self._modules: SimpleQueue[SSMPolicy] = SimpleQueue()
+        for _ in range(self._threads):
+            self._modules.put(SSMPolicy(spec).to(self.device))
 
     def weights(self) -> dict[str, Array]:
         """Copies of the meta-parameters for workers."""
@@ -87,15 +89,20 @@ class Learner:
         references: list = [None] * len(shards)
 
         def differentiate(index: int) -> tuple[tuple[Tensor | None, ...], MetaLoss]:
-            loss = meta_loss(
-                self.policy, dict(zip(names, parameters, strict=True)), parts[index], config, references[index]
-            )
+            module = self._modules.get()
+            try:
+                loss = meta_loss(
+                    module, dict(zip(names, parameters, strict=True)), parts[index], config, references[index]
+                )
+            finally:
+                self._modules.put(module)
             total = (loss.losses * whole[shards[index]]).sum() / active
             return torch.autograd.grad(total, parameters, allow_unused=True), loss
 
         norms, ratio_error = [], 0.0
         for epoch in range(config.passes):
-            results = self._map(differentiate, range(len(shards)))
+            with ThreadPoolExecutor(self._threads) as threads:
+                results = list(threads.map(differentiate, range(len(shards))))
             for index, parameter in enumerate(parameters):
                 shares = [gradients[index] for gradients, _ in results]
                 # The value head has no part in a policy gradient.
@@ -120,13 +127,6 @@ class Learner:
             "ratio_error": ratio_error,
             "learning_rate": learning_rate,
         }
-
-    def _map(self, work: Callable[[Shard], Result], shards: Sequence[Shard]) -> list[Result]:
-        """``work`` on every shard, in order, on the learner's threads."""
-        if self.config.learner_threads == 1 or self.device.type != "cpu":
-            return [work(shard) for shard in shards]
-        with ThreadPoolExecutor(self.config.learner_threads) as threads:
-            return list(threads.map(work, shards))
 
     def optimizer_arrays(self) -> dict[str, Array]:
         """Adam's moments and step counts as arrays by ``parameter.moment``, for a checkpoint."""
@@ -160,3 +160,15 @@ class Learner:
             tensor = torch.as_tensor(np.array(value))
             # Adam keeps its step count on the CPU whatever the parameters' device.
             self.optimizer.state[own[name]][moment] = tensor if moment == "step" else tensor.to(self.device)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not have here.
+
+    Raises:
+        ValueError: with one sentence.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..algorithms.rollouts import Array, Rollouts
 from ..tasks import TaskDistribution, make
 from .checkpoint import Checkpoint, checkpoints, load_checkpoint, mark_best, prune, resolve_checkpoint
 from .config import TrainConfig, available_cores
+from .learner import check_device
 from .pool import Pool
 from .trainer import EVALUATION, MetaTrainer
 
@@ -51,16 +53,13 @@ class TrainResult:
     signal: int | None
 
 
-def start_ray(num_workers: int) -> str | None:
-    """Start Ray in this process if workers are wanted and none is started; usage reporting is off, all ports on loopback.
+def start_ray(num_workers: int) -> None:
+    """Start Ray in this process if workers are wanted and none is started, and print its dashboard's address to stderr.
 
-    Returns:
-        The dashboard's address, or None where there is none.
+    Usage reporting is off and all ports are on loopback.
     """
-    if num_workers == 0:
-        return None
-    if ray.is_initialized():
-        return None
+    if num_workers == 0 or ray.is_initialized():
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     context = ray.init(
         num_cpus=max(available_cores(), 1 + num_workers),
@@ -70,7 +69,8 @@ def start_ray(num_workers: int) -> str | None:
         logging_level="ERROR",
         log_to_driver=False,
     )
-    return context.dashboard_url or None
+    if context.dashboard_url:
+        print(f"Ray dashboard: http://{context.dashboard_url}", file=sys.stderr)
 
 
 def train(
@@ -104,6 +104,7 @@ def train(
         raise ValueError(f"There is no checkpoint in {run} to resume from.")
     if not resume and (last or (run / "metrics.jsonl").exists()):
         raise ValueError(f"{run} already holds a run; resume it, or choose another folder.")
+    check_device(config.device)
     start_ray(config.num_workers)
     trainer = MetaTrainer({**config.to_dict(), "task_distribution": distribution})
     metrics: dict[str, Any] = {}
@@ -264,6 +265,4 @@ def evaluate_checkpoint(
             label = f"evaluation, step {step}"
             return pool.collect(weights, tasks, seeds, columns, label=label, deterministic=deterministic)
 
-        return evaluate(policy, config, collect, steps)
-
-
+        return replace(evaluate(policy, config, collect, steps), task=family.name, split=split)

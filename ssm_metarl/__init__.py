@@ -12,7 +12,18 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Public name -> the module of this package that defines it.
-_EXPORTS: dict[str, str] = {}
+_EXPORTS: dict[str, str] = {
+    "MetaTrainer": ".distributed.trainer",
+    "PolicySpec": ".algorithms.inference",
+    "Rollouts": ".algorithms.rollouts",
+    "SSMPolicy": ".algorithms.policy",
+    "TaskDistribution": ".tasks",
+    "TrainConfig": ".distributed.config",
+    "evaluate_checkpoint": ".distributed.run",
+    "load_policy": ".distributed.run",
+    "register": ".tasks",
+    "train": ".distributed.run",
+}
 
 __all__ = ["__version__", *_EXPORTS]
 

@@ -1,0 +1,272 @@
+"""Whether meta-training reaches what the project claims, over several seeds and on held-out tasks.
+
+    python benchmarks/learning.py --target navigation-2d --seeds 0 1 2
+
+Started again after an interruption, it goes on where it stopped: a seed's training from its last checkpoint,
+and a seed that is done is read from its ``result.json`` under ``--out``. To measure a seed anew, delete its
+folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from _report import log, report
+
+from ssm_metarl.algorithms.evaluation import Evaluation, confidence_interval
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
+from ssm_metarl.distributed.config import TrainConfig, available_cores
+from ssm_metarl.distributed.run import evaluate_checkpoint, train
+from ssm_metarl.distributed.trainer import MetaTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A claim about learning, and how it is checked.
+
+    Trained with each seed and the options below; the last checkpoint within ``max_env_steps`` is evaluated on
+    tasks of the split ``test``, equal for all seeds.
+
+    Attributes:
+        claim: in words. task: the family. options: changes to ``TrainConfig.for_task``. goal: least mean
+        return after ``after`` inner steps, over tasks and then seeds. after: inner steps. max_env_steps: of
+        training, support and query together; None: no limit. max_seconds: wall time of training a seed; None:
+        no limit. max_untrained: greatest mean return of the initial policy, without adaptation; None: no
+        limit. min_gain: least lower bound of the 95 % interval, over tasks, of the return after ``after``
+        steps less the
+            return before adaptation; None: no limit.
+        num_tasks: held-out tasks.
+        steps: inner steps evaluated and reported.
+    """
+
+    claim: str
+    task: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    goal: float
+    after: int = 1
+    max_env_steps: int | None = None
+    max_seconds: float | None = None
+    max_untrained: float | None = None
+    min_gain: float | None = None
+    num_tasks: int = 200
+    steps: int = 3
+
+
+TARGETS = {
+    "navigation-2d": Target(
+        claim="The default policy finds the goal after one gradient step.",
+        task="navigation-2d",
+        options={"iterations": 12},
+        goal=-22.0,
+        max_env_steps=1_000_000,
+    ),
+    "navigation-2d-memoryless": Target(
+        claim="Without memory, only the gradient step can tell the policy where the goal is.",
+        task="navigation-2d",
+        options={
+            "num_layers": 0,
+            "inputs": "observation",
+            "iterations": 31,
+            "inner_lr": 0.5,
+            "outer_lr": 5e-3,
+        },
+        goal=-20.0,
+        max_env_steps=2_500_000,
+        min_gain=15.0,
+    ),
+    "cartpole": Target(
+        claim="One gradient step finds out which way a push goes, within five minutes of training.",
+        task="cartpole",
+        options={"iterations": 30},
+        goal=450.0,
+        max_seconds=300.0,
+        max_untrained=60.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a target with several seeds and evaluate it on held-out tasks.
+
+    Attributes:
+        target: what to show.
+        seeds: of training.
+        out: folder of runs and results.
+        num_workers: Ray actors that collect rollouts; 0: in process.
+        learner_threads: threads of the learner.
+    """
+
+    target: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(TARGETS)))]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path = Path("runs/benchmarks")
+    num_workers: int = 0
+    learner_threads: int = field(default_factory=available_cores)
+
+
+def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """Train and evaluate one seed, or read its result where that has been done.
+
+    Returns:
+        JSON values: ``env_steps`` and ``seconds`` of training, ``untrained`` return, ``evaluation`` as from
+        ``Evaluation.summary`` and ``returns`` [tasks, S+1].
+    """
+    done = folder / "result.json"
+    if done.exists():
+        log(f"seed {config.seed}: read from {done}")
+        return json.loads(done.read_text())
+    untrained = evaluate_untrained(target, config, folder / "untrained")
+    log(f"seed {config.seed}: untrained {untrained:.1f}; training in {folder / 'run'}")
+    seconds = train_seed(config, folder / "run")
+    checkpoint, env_steps = last_within(folder / "run", target.max_env_steps)
+    evaluation = evaluate_seed(target, config, checkpoint, target.steps)
+    result = {
+        "seed": config.seed,
+        "env_steps": env_steps,
+        "seconds": seconds,
+        "checkpoint": str(checkpoint),
+        "untrained": untrained,
+        "evaluation": evaluation.summary(),
+        "returns": evaluation.returns.tolist(),
+    }
+    fresh = done.with_suffix(".tmp")
+    fresh.write_text(json.dumps(result))
+    fresh.replace(done)
+    return result
+
+
+def evaluate_untrained(target: Target, config: TrainConfig, checkpoint: Path) -> float:
+    """Mean return of the initial policy without adaptation."""
+    trainer = MetaTrainer({**config.to_dict(), "num_workers": 0})
+    try:
+        trainer.save_checkpoint(str(checkpoint))
+    finally:
+        trainer.stop()
+    return float(np.nanmean(evaluate_seed(target, config, checkpoint, 0).returns))
+
+
+def evaluate_seed(target: Target, config: TrainConfig, checkpoint: Path, steps: int) -> Evaluation:
+    """The same held-out tasks for every seed and target of a family."""
+    return evaluate_checkpoint(
+        checkpoint, split="test", num_tasks=target.num_tasks, steps=steps, num_workers=config.num_workers
+    )
+
+
+def train_seed(config: TrainConfig, run: Path) -> float:
+    """Train to the end, from the last checkpoint where there is one.
+
+    Returns:
+        Wall seconds; for a run that was interrupted, those of its iterations alone.
+
+    Raises:
+        SystemExit: a signal ended the run early; it can be resumed.
+    """
+
+    def progress(metrics: dict[str, Any]) -> None:
+        returns = " → ".join(f"{value:.1f}" for value in metrics["return_by_step"])
+        log(
+            f"seed {config.seed}: iteration {metrics['iteration']}/{config.iterations}, "
+            f"{metrics['env_steps']:,} steps, return {returns}, {metrics['seconds']['total']:.1f} s"
+        )
+
+    resume = bool(checkpoints(run))
+    if not resume:  # interrupted before the first checkpoint
+        (run / "metrics.jsonl").unlink(missing_ok=True)
+    result = train(config, run, resume=resume, on_iteration=progress)
+    if result.signal is not None:
+        log(f"seed {config.seed}: interrupted; the same command goes on from {result.checkpoint}")
+        raise SystemExit(128 + result.signal)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return max(result.seconds, sum(json.loads(line)["seconds"]["total"] for line in lines))
+
+
+def last_within(run: Path, max_env_steps: int | None) -> tuple[Path, int]:
+    """The last checkpoint kept that was trained on ``max_env_steps`` or fewer, and on how many.
+
+    Raises:
+        SystemExit: none of them is.
+    """
+    for path in reversed(checkpoints(run)):
+        env_steps = int(load_checkpoint(path).progress["env_steps"])
+        if max_env_steps is None or env_steps <= max_env_steps:
+            return path, env_steps
+    raise SystemExit(
+        f"All checkpoints kept in {run} took more than {max_env_steps:,} steps: lower `iterations`."
+    )
+
+
+def mean_interval(samples: Array) -> dict[str, Any]:
+    """Mean and 95 % interval of independent samples [n]; bounds are None for a single one."""
+    mean, low, high = (float(bound) for bound in confidence_interval(samples))
+    known = np.isfinite(samples).sum() > 1
+    return {"mean": mean, "ci_low": low if known else None, "ci_high": high if known else None}
+
+
+def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the seeds showed, and whether it meets the target."""
+    returns = np.array([result["returns"] for result in results])  # [seeds, tasks, S+1]
+    gains = returns[..., target.after] - returns[..., 0]
+    per_seed = np.nanmean(returns, 1)  # [seeds, S+1]
+    value = mean_interval(per_seed[:, target.after])
+    # Tasks are the same for all seeds: a task's gain is its mean over seeds.
+    gain = mean_interval(np.nanmean(gains, 0))
+    env_steps = max(result["env_steps"] for result in results)
+    seconds = max(result["seconds"] for result in results)
+    untrained = float(np.mean([result["untrained"] for result in results]))
+    checks = {
+        "return": (value["mean"], ">=", target.goal),
+        "env_steps": (env_steps, "<=", target.max_env_steps),
+        "seconds": (seconds, "<=", target.max_seconds),
+        "untrained": (untrained, "<=", target.max_untrained),
+        "gain_ci_low": (gain["ci_low"], ">=", target.min_gain),
+    }
+    verdicts = {
+        name: (measured >= bound if sign == ">=" else measured <= bound)
+        for name, (measured, sign, bound) in checks.items()
+        if bound is not None
+    }
+    return {
+        "goal": target.goal,
+        "value": value["mean"],
+        "per_seed": per_seed[:, target.after].tolist(),
+        "ci_low": value["ci_low"],
+        "ci_high": value["ci_high"],
+        "env_steps": env_steps,
+        "seconds": seconds,
+        "goal_met": all(verdicts.values()),
+        "checks": verdicts,
+        "untrained": untrained,
+        "return_by_step": [mean_interval(column) for column in per_seed.T],
+        "gain": gain,
+        "seeds": [result["seed"] for result in results],
+        "runs": [
+            {**{key: value for key, value in result.items() if key != "returns"}, "gain": mean_interval(own)}
+            for result, own in zip(results, gains, strict=True)
+        ],
+    }
+
+
+def main(options: Options) -> None:
+    target = TARGETS[options.target]
+    log(f"{options.target}: {target.claim}")
+    results = []
+    for seed in options.seeds:
+        how = {"seed": seed, "num_workers": options.num_workers, "learner_threads": options.learner_threads}
+        config = TrainConfig.for_task(target.task, **{**target.options, **how})
+        protocol = (target.max_env_steps, target.num_tasks, target.steps)
+        key = json.dumps([config.to_dict(), protocol], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+        results.append(run_seed(target, config, options.out / options.target / f"seed-{seed}-{digest}"))
+    report("learning", {"target": options.target, **summarise(target, results), "config": config.to_dict()})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

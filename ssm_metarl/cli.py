@@ -1,0 +1,257 @@
+"""The command line: ``train`` (the default), ``evaluate`` and ``plot``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from .distributed.config import TrainConfig, available_cores
+from .distributed.run import evaluate_checkpoint, train
+from .distributed.trainer import EnvironmentFailure
+from .plots import plot_run
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UncheckedConfig(TrainConfig):
+    """A ``TrainConfig`` that is checked when the command runs, where a mistake becomes one sentence of ours."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Train:
+    """Meta-train a policy, evaluate it on held-out tasks and draw the curves.
+
+    Attributes:
+        config: the run's options.
+        run_dir: folder of the run; by default a new one under runs/.
+        resume: go on from the last checkpoint in --run-dir, with the options it was started with unless given anew.
+        eval_tasks: held-out tasks of the final evaluation.
+        json: print the final summary as one JSON object.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[UncheckedConfig]
+    run_dir: Path | None = None
+    resume: bool = False
+    eval_tasks: int = 40
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a checkpoint on held-out tasks before adaptation and after 1..steps inner steps.
+
+    Attributes:
+        checkpoint: a checkpoint's folder, or a run's for its best checkpoint.
+        task: family of the tasks; by default the one of training.
+        split: train, validation, test, or outside the training range shifted and shifted-test.
+        num_tasks: number of tasks.
+        steps: inner steps.
+        episodes: episodes a task and step; by default as in training.
+        inner_lr: step size of the inner steps; by default as in training.
+        seed: of tasks and rollouts.
+        num_workers: Ray actors that collect rollouts; 0: in process.
+        deterministic: take the most likely actions instead of sampling.
+        json: print one JSON object.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    task: str | None = None
+    split: str = "test"
+    num_tasks: int = 100
+    steps: int = 3
+    episodes: int | None = None
+    inner_lr: float | None = None
+    seed: int = 0
+    num_workers: int = 0
+    deterministic: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the learning curve and the adaptation curve of a run into its folder.
+
+    Attributes:
+        run: the run's folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; exit code 0, 1 after a failure, 2 for bad input, 130 or 143 when interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0].startswith("-") and given[0] not in ("-h", "--help"):
+        given.insert(0, "train")
+    try:
+        options = _parse(given)
+        if isinstance(options, Train):
+            return _train(options)
+        if isinstance(options, Evaluate):
+            return _evaluate(options)
+        return _plot(options)
+    except (ValueError, CheckpointError) as error:
+        _complain(error)
+        return 2
+    except (EnvironmentFailure, FloatingPointError) as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(arguments: Sequence[str]) -> Train | Evaluate | Plot:
+    """Options of one command; those of ``train`` show the chosen task's own defaults, or a resumed run's."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--task", default="navigation-2d")
+    peek.add_argument("--run-dir", "--run_dir", type=Path)
+    peek.add_argument("--resume", action="store_true")
+    known, _ = peek.parse_known_args(arguments)
+    config = TrainConfig(num_workers=available_cores())
+    if arguments[0] == "train":
+        config = _default_config(known.task, known.run_dir, known.resume)
+    default = Train(UncheckedConfig(**asdict(config)))
+    commands = (
+        Annotated[Train, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
+    )
+    return tyro.cli(commands, args=arguments, prog="run_local.py", description=__doc__)  # type: ignore[call-overload, no-any-return]
+
+
+def _default_config(task: str, run_dir: Path | None, resume: bool) -> TrainConfig:
+    if not resume:
+        return TrainConfig.for_task(task, num_workers=available_cores())
+    if run_dir is None:
+        raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
+    found = checkpoints(run_dir) if run_dir.is_dir() else []
+    if not found:
+        raise ValueError(f"There is no checkpoint in {run_dir} to resume from.")
+    return TrainConfig.from_dict(load_checkpoint(found[-1]).config)
+
+
+def _train(options: Train) -> int:
+    config = TrainConfig(**asdict(options.config))
+    run_dir = options.run_dir or Path("runs") / f"{config.task}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if options.eval_tasks < 1:
+        raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
+    console.print(f"Run folder: {run_dir}")
+    with _progress() as progress:
+        bar = progress.add_task(config.task, total=config.iterations, returns="", speed="")
+
+        def show(metrics: dict[str, Any]) -> None:
+            before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
+            steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
+            show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
+            speed = f"{steps / metrics['seconds']['total'] / 1000:.0f}k steps/s" if steps else ""
+            returns = f"return {before:.1f} → {after:.1f}"
+            progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
+            if not console.is_terminal:
+                console.print(f"iteration {metrics['iteration']}/{config.iterations}: {returns} {speed}")
+
+        show.steps = None  # type: ignore[attr-defined]
+        result = train(config, run_dir, resume=options.resume, on_iteration=show)
+    summary: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "checkpoint": str(result.checkpoint),
+        "seconds": result.seconds,
+        "interrupted": result.signal is not None,
+        "metrics": result.metrics,
+    }
+    if result.signal is None:
+        console.print(f"Evaluating on {options.eval_tasks} held-out tasks …")
+        report = evaluate_checkpoint(
+            result.checkpoint, num_tasks=options.eval_tasks, seed=config.seed, num_workers=config.num_workers
+        ).summary()
+        summary["evaluation"] = report
+        (run_dir / "evaluation.json").write_text(json.dumps(summary["evaluation"], indent=1))
+        _show_evaluation(summary["evaluation"])
+    if (run_dir / "metrics.jsonl").stat().st_size:
+        summary["pictures"] = [str(path) for path in plot_run(run_dir, config.task)]
+    console.print(f"Checkpoint: {result.checkpoint}")
+    for path in summary.get("pictures", []):
+        console.print(f"Picture: {path}")
+    if options.json:
+        print(json.dumps(summary))
+    if result.signal is not None:
+        console.print(f"Interrupted; go on with: train --resume --run-dir {run_dir}")
+        return 128 + result.signal
+    return 0
+
+
+def _evaluate(options: Evaluate) -> int:
+    for name in ("num_tasks", "steps", "episodes"):
+        value = getattr(options, name)
+        if value is not None and value < (0 if name == "steps" else 1):
+            raise ValueError(f"{name} must be {0 if name == 'steps' else 1} or more, not {value}.")
+    if not options.checkpoint.exists():
+        raise CheckpointError(f"There is no checkpoint or run at {options.checkpoint}.")
+    report = evaluate_checkpoint(
+        options.checkpoint,
+        task=options.task,
+        split=options.split,
+        num_tasks=options.num_tasks,
+        steps=options.steps,
+        episodes=options.episodes,
+        inner_lr=options.inner_lr,
+        seed=options.seed,
+        num_workers=options.num_workers,
+        deterministic=options.deterministic,
+    ).summary()
+    _show_evaluation(report)
+    if options.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _plot(options: Plot) -> int:
+    found = checkpoints(options.run) if options.run.is_dir() else []
+    title = load_checkpoint(found[-1]).config["task"] if found else options.run.name
+    for path in plot_run(options.run, title):
+        print(path)
+    return 0
+
+
+def _show_evaluation(report: Mapping[str, Any]) -> None:
+    table = Table(title=f"{report['task']}: {report['num_tasks']} tasks of split {report['split']}")
+    for column in ("inner steps", "return", "95 % interval", "episode length"):
+        table.add_column(column, justify="right")
+    rows = zip(report["return"], report["ci_low"], report["ci_high"], report["episode_length"], strict=True)
+    for step, (mean, low, high, length) in enumerate(rows):
+        table.add_row(str(step), f"{mean:.2f}", f"{low:.2f} … {high:.2f}", f"{length:.1f}")
+    console.print(table)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[returns]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _complain(error: Exception) -> None:
+    console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)

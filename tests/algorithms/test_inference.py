@@ -1,0 +1,187 @@
+"""The policy in NumPy against torch, its samples, and the sizes it accepts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.func import functional_call
+
+from ssm_metarl.algorithms.inference import NumpyPolicy, PolicyConfig, PolicySpec, policy_inputs
+
+
+def run(spec: Any, weights: Any, inputs: Any, noise: Any) -> tuple[Any, Any, Any, Any]:
+    """Heads, actions, log-probs over inputs [M, T, K, I], and the last state in torch's form."""
+    policy = NumpyPolicy(spec, weights)
+    state = policy.initial_state(inputs.shape[0], inputs.shape[2])
+    heads, actions, log_probs = [], [], []
+    for t in range(inputs.shape[1]):
+        heads.append(policy.head(inputs[:, t], state)[0])
+        action, log_prob, state = policy.act(inputs[:, t], state, None if noise is None else noise[:, t])
+        actions.append(action)
+        log_probs.append(log_prob)
+    end = [np.stack(pair, -1) for pair in state]
+    return np.stack(heads, 1), np.stack(actions, 1), np.stack(log_probs, 1), end
+
+
+@settings(max_examples=60)
+@given(spec=specs(), seed=seeds, per_task=st.booleans(), deterministic=st.booleans(), steps=st.sampled_from([1, 30]))
+def test_equals_torch(spec: Any, seed: int, per_task: bool, deterministic: bool, steps: int) -> None:
+    """Heads, log-probabilities and states to 1e-5; the most likely action without noise."""
+    tasks, columns = 2, 3
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(tasks, steps, columns, spec.input_size)).astype(np.float32)
+    policy = make_policy(spec, seed)
+    weights = task_weights(spec, tasks, seed) if per_task else policy.numpy_weights()
+    noise: Any = rng.random((tasks, steps, columns), np.float32)
+    if not spec.discrete:
+        noise = rng.normal(size=(tasks, steps, columns, spec.action_size)).astype(np.float32)
+    heads, actions, log_probs, end = run(spec, weights, inputs, None if deterministic else noise)
+    output = functional_call(policy, tensors(weights), (torch.from_numpy(inputs),))
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    said = torch.from_numpy(heads)
+    if spec.discrete:
+        torch.testing.assert_close(said.log_softmax(-1), output.actions.logits.detach(), **close)
+        assert actions.dtype == np.int64
+        assert ((actions >= 0) & (actions < spec.action_size)).all()
+        if deterministic:
+            best = np.take_along_axis(heads, actions[..., None], -1)[..., 0]
+            np.testing.assert_array_equal(best, heads.max(-1))
+    else:
+        normal = output.actions.base_dist
+        torch.testing.assert_close(said, normal.loc.detach(), **close)
+        expected = heads if deterministic else heads + normal.scale.detach().numpy() * noise
+        np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-5)
+    recomputed = output.actions.log_prob(torch.from_numpy(actions)).detach()
+    # A density's logarithm grows with the square of the distance in standard deviations, and its rounding with it.
+    torch.testing.assert_close(torch.from_numpy(log_probs), recomputed, rtol=1e-5, atol=5e-5)
+    for ours, theirs in zip(end, output.state, strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs.detach(), **close)
+    assert log_probs.dtype == np.float32
+
+
+def test_extreme_modes_stay_inside_the_unit_circle() -> None:
+    """float32 has no number between 1 - 6e-8 and 1: the least decay keeps |a| below it here too."""
+    spec = make_spec(state_dim=6, inputs="observation")
+    weights = make_policy(spec).numpy_weights()
+    weights["blocks.0.nu"] = np.array([-1e4, -50.0, 50.0], np.float32)
+    weights["encoder.bias"] *= 0.0
+    state = [(np.ones((1, 1, 3), np.float32), np.zeros((1, 1, 3), np.float32))]
+    _, [(re, im)] = NumpyPolicy(spec, weights).head(np.zeros((1, 1, 3), np.float32), state)
+    modulus = np.hypot(re, im)
+    assert (modulus < 1).all()
+    assert modulus[..., 0] > 0.99999
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_discrete_samples_follow_their_probabilities(size: int) -> None:
+    spec = make_spec(discrete=True, action_size=size, num_layers=0)
+    weights = make_policy(spec, 4, noise=1.0).numpy_weights()
+    columns, rng = 40_000, np.random.default_rng(0)
+    inputs = np.broadcast_to(rng.normal(size=spec.input_size).astype(np.float32), (1, 1, columns, spec.input_size))
+    heads, actions, log_probs, _ = run(spec, weights, inputs, rng.random((1, 1, columns), np.float32))
+    probabilities = np.exp(heads[0, 0, 0].astype(float))
+    probabilities /= probabilities.sum()
+    counts = np.bincount(actions.ravel(), minlength=size)
+    assert stats.chisquare(counts, columns * probabilities).pvalue > 1e-3
+    np.testing.assert_allclose(np.exp(log_probs), probabilities[actions], rtol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.25, 0.9999999])
+def test_an_impossible_action_is_never_sampled(noise: float) -> None:
+    spec = make_spec(discrete=True, action_size=3, num_layers=0)
+    weights = {name: np.zeros_like(value) for name, value in make_policy(spec).numpy_weights().items()}
+    weights["policy.bias"] = np.array([-200.0, 0.0, 1.0], np.float32)
+    _, action, _, _ = run(spec, weights, np.zeros((1, 1, 1, spec.input_size), np.float32), np.full((1, 1, 1), noise, np.float32))
+    assert action.item() in (1, 2)
+
+
+def test_gaussian_samples_have_the_policys_scale() -> None:
+    spec = make_spec(num_layers=0)
+    weights = make_policy(spec).numpy_weights()
+    weights["policy.log_std"] = np.log(np.array([0.2, 3.0], np.float32))
+    rng, columns = np.random.default_rng(0), 20_000
+    inputs = np.zeros((1, 1, columns, spec.input_size), np.float32)
+    heads, actions, _, _ = run(spec, weights, inputs, rng.standard_normal((1, 1, columns, 2), np.float32))
+    np.testing.assert_allclose((actions - heads).std((0, 1, 2)), [0.2, 3.0], rtol=0.03)
+
+
+# --- Inputs ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(spec=specs(inputs="full"), seed=seeds)
+def test_inputs_are_what_happened_before(spec: Any, seed: int) -> None:
+    """Observation, previous action and reward unless reset between, and the start flag."""
+    record = toy_rollouts(spec, make_policy(spec, seed).numpy_weights(), uneven(2, 3, 6, seed), 3, 6, seed)
+    rng = np.random.default_rng(seed)
+    record.resets[:] = rng.random(record.resets.shape) < 0.3
+    record.starts[:] = rng.random(record.starts.shape) < 0.3
+    inputs = policy_inputs(spec, record)
+    for m, t, k in np.ndindex(record.valid.shape):
+        action, reward = np.zeros(spec.action_size, np.float32), 0.0
+        if t and not record.resets[m, t, k]:
+            before = record.actions[m, t - 1, k]
+            action = np.eye(spec.action_size, dtype=np.float32)[before] if spec.discrete else before
+            reward = record.rewards[m, t - 1, k]
+        expected = [*record.observations[m, t, k], *action, reward, record.starts[m, t, k]]
+        np.testing.assert_array_equal(inputs[m, t, k], np.array(expected, np.float32))
+
+
+# --- Sizes ----------------------------------------------------------------------------------------------------
+
+
+@given(spec=specs())
+def test_a_specification_survives_json(spec: PolicySpec) -> None:
+    assert PolicySpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+not_a_count = st.one_of(
+    st.integers(max_value=0), st.floats(), st.booleans(), st.text(max_size=3), st.none(), st.lists(st.integers(), max_size=2)
+)
+not_positive = st.one_of(
+    st.floats(max_value=0), st.sampled_from([float("nan"), float("inf"), 10**400]), st.booleans(), st.text(max_size=3), st.none()
+)
+BAD = {
+    "hidden_dim": not_a_count,
+    "state_dim": st.one_of(not_a_count, st.integers(0, 50).map(lambda n: 2 * n + 1)),
+    "num_layers": st.one_of(not_a_count, st.integers(max_value=-1)).filter(lambda value: value is False or value != 0),
+    "gated": st.sampled_from(["yes", "false", 0, 2, None]),
+    "inputs": st.one_of(st.text(max_size=5), st.none(), st.lists(st.integers(), max_size=1)),
+    "initial_std": not_positive,
+}
+BAD_SIZES = {"observation_size": not_a_count, "action_size": not_a_count, "discrete": st.sampled_from(["no", 1, None])}
+
+
+@pytest.mark.parametrize("option", BAD)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_an_impossible_form_is_refused_by_name(option: str, data: Any) -> None:
+    value = data.draw(BAD[option])
+    with pytest.raises(ValueError, match=rf"^{option} must be [^\n]*\.$"):
+        PolicyConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", BAD_SIZES)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_an_impossible_size_is_refused_by_name(option: str, data: Any) -> None:
+    value = data.draw(BAD_SIZES[option])
+    with pytest.raises(ValueError, match=rf"^{option} must be [^\n]*\.$"):
+        PolicySpec.from_dict(make_spec().to_dict() | {option: value})
+
+
+def test_an_unknown_or_missing_key_is_named() -> None:
+    values = make_spec().to_dict()
+    with pytest.raises(ValueError, match="'hiden_dim': did you mean 'hidden_dim'"):
+        PolicySpec.from_dict(values | {"hiden_dim": 3})
+    del values["discrete"]
+    with pytest.raises(ValueError, match="discrete"):
+        PolicySpec.from_dict(values)

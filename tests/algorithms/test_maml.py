@@ -1,0 +1,484 @@
+"""Adaptation and the meta-objective: against loops, finite differences, and what they are for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from builders import (
+    double,
+    drop,
+    make_policy,
+    make_spec,
+    seeds,
+    specs,
+    spoil,
+    task_weights,
+    tensors,
+    toy_rollouts,
+    uneven,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import kl_divergence
+from torch.func import functional_call
+
+from ssm_metarl.algorithms.evaluation import adapt_weights
+from ssm_metarl.algorithms.maml import (
+    ALGORITHMS,
+    SCHEDULES,
+    Batch,
+    MetaConfig,
+    detached,
+    for_tasks,
+    inner_loss,
+    inner_step,
+    make_batch,
+    meta_loss,
+    outer_loss,
+    task_shards,
+)
+from ssm_metarl.algorithms.policy import SSMPolicy
+
+TASKS, COLUMNS, HORIZON = 3, 4, 5
+
+
+def experience(config: MetaConfig, spec: Any, seed: int = 0) -> tuple[SSMPolicy, list[Batch]]:
+    """A policy, and the batches of every stage, collected with what it had adapted to by then."""
+    policy = make_policy(spec, seed, noise=0.2)
+    weights, stages = policy.numpy_weights(), []
+    for stage in range(config.inner_steps + 1):
+        tasks = uneven(TASKS, COLUMNS, HORIZON, seed)
+        record = toy_rollouts(spec, weights, tasks, COLUMNS, HORIZON, seed + 100 * stage)
+        stages.append(make_batch(spec, record, config))
+        weights = adapt_weights(policy, weights, stages[-1], config)
+    return policy, stages
+
+
+def exact(config: MetaConfig, spec: Any, seed: int = 0) -> tuple[SSMPolicy, dict[str, Any], list[Batch]]:
+    """The same in float64, with the parameters as leaves."""
+    policy, stages = experience(config, spec, seed)
+    return policy.double(), tensors(policy.numpy_weights(), torch.float64), [double(stage) for stage in stages]
+
+
+def gradient(loss: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(value) if grad is None else grad
+        for (name, value), grad in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+def meta_gradient(policy: Any, parameters: Any, stages: Any, config: MetaConfig, reference: Any = None) -> dict[str, Any]:
+    return gradient(meta_loss(policy, parameters, stages, config, reference).losses.sum(), parameters)
+
+
+def norm(gradients: Mapping[str, Any]) -> float:
+    return math.sqrt(sum(float(grad.square().sum()) for grad in gradients.values()))
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: one[name] - other[name] for name in one}
+
+
+def assert_close(one: Mapping[str, Any], other: Mapping[str, Any], **tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def moved(parameters: Mapping[str, Any], by: float = 0.05) -> dict[str, Any]:
+    """Where a few epochs may have brought the meta-parameters."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        name: (value + by * torch.randn(value.shape, dtype=value.dtype, generator=generator)).detach().requires_grad_()
+        for name, value in parameters.items()
+    }
+
+
+# --- Tasks in one call against one at a time ------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(spec=specs(), seed=seeds, algorithm=st.sampled_from(list(ALGORITHMS)), shared=st.booleans())
+def test_adaptation_in_one_call_equals_a_loop_over_tasks(spec: Any, seed: int, algorithm: str, shared: bool) -> None:
+    config = MetaConfig(algorithm=algorithm, inner_lr=0.5)
+    policy, (batch, _) = experience(config, spec, seed)
+    own = tensors(policy.numpy_weights() if shared else task_weights(spec, TASKS, seed))
+    parameters = for_tasks(own, TASKS) if shared else own
+    together, _ = inner_step(policy, parameters, batch, config, differentiable=True)
+    for task in range(TASKS):
+        part = slice(task, task + 1)
+        alone, _ = inner_step(
+            policy, {name: value[part] for name, value in parameters.items()}, batch.tasks(part), config, differentiable=True
+        )
+        assert_close({name: value[part] for name, value in together.items()}, alone, rtol=1e-4, atol=1e-5)
+    detached_step, _ = inner_step(policy, parameters, batch, config, differentiable=False)
+    assert_close(detached_step, {name: value.detach() for name, value in together.items()})
+    assert not any(value.requires_grad for value in detached_step.values())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_the_meta_objective_equals_a_loop_over_tasks(algorithm: str, discrete: bool) -> None:
+    """Losses task by task, and the meta-gradient as the sum of every task's."""
+    config = MetaConfig(algorithm=algorithm, inner_lr=0.5, inner_steps=2, step_weights=(1, 2, 3), entropy_bonus=0.1)
+    policy, parameters, stages = exact(config, make_spec(discrete=discrete))
+    together = meta_loss(policy, parameters, stages, config)
+    alone = [
+        meta_loss(policy, parameters, [stage.tasks(slice(task, task + 1)) for stage in stages], config).losses
+        for task in range(TASKS)
+    ]
+    torch.testing.assert_close(together.losses, torch.cat(alone))
+    assert_close(gradient(together.losses.sum(), parameters), gradient(torch.cat(alone).sum(), parameters))
+
+
+# --- Derivatives ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["promp", "maml"])
+@pytest.mark.parametrize(("steps", "step_weights"), [(1, ()), (1, (1.0, 2.0)), (2, ()), (2, (1.0, 0.5, 2.0))])
+@pytest.mark.parametrize("form", [{}, {"discrete": True, "gated": True}], ids=["gaussian", "categorical-gated"])
+@pytest.mark.parametrize("later", [False, True], ids=["first-epoch", "later-epoch"])
+def test_the_meta_gradient_is_the_derivative(
+    algorithm: str, steps: int, step_weights: Any, form: Any, later: bool
+) -> None:
+    """Central differences of the whole objective along a random direction in every parameter, through one and two steps."""
+    config = MetaConfig(
+        algorithm=algorithm, inner_lr=0.2, inner_steps=steps, step_weights=step_weights, entropy_bonus=0.05, kl_penalty=0.3
+    )
+    policy, parameters, stages = exact(config, make_spec(hidden_dim=4, **form))
+    reference = None
+    if later:
+        reference = meta_loss(policy, parameters, stages, config).before
+        parameters = moved(parameters)
+    gradients = meta_gradient(policy, parameters, stages, config, reference)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in parameters.items():
+        direction = torch.randn(value.shape, dtype=value.dtype, generator=generator)
+        ends = [
+            meta_loss(policy, {**parameters, name: value + shift * direction}, stages, config, reference).losses.sum().item()
+            for shift in (1e-5, -1e-5)
+        ]
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert float((gradients[name] * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+    assert norm(gradients) > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_first_order_holds_the_inner_gradients_fixed(steps: int) -> None:
+    """And so differs from second order, although the loss is the same."""
+    config = MetaConfig(algorithm="fomaml", inner_lr=0.7, inner_steps=steps)
+    policy, parameters, stages = exact(config, make_spec())
+    current = for_tasks(parameters, TASKS)
+    for stage in stages[:-1]:
+        fixed = {name: value.detach().requires_grad_() for name, value in current.items()}
+        losses, _ = inner_loss(policy, fixed, stage, ALGORITHMS["fomaml"])
+        inner = gradient(losses.sum(), fixed)
+        current = {name: value - config.inner_lr * inner[name] for name, value in current.items()}
+    losses, _ = outer_loss(policy, current, stages[-1], config)
+    ours = meta_gradient(policy, parameters, stages, config)
+    assert_close(ours, gradient(losses.sum(), parameters))
+    second = replace(config, algorithm="maml")
+    torch.testing.assert_close(
+        meta_loss(policy, parameters, stages, config).losses, meta_loss(policy, parameters, stages, second).losses
+    )
+    assert norm(difference(ours, meta_gradient(policy, parameters, stages, second))) > 0.01 * norm(ours)
+
+
+def test_orders_agree_when_nothing_adapts() -> None:
+    """The difference of the two orders is of the size of the inner step."""
+    config = MetaConfig(algorithm="fomaml", inner_lr=1e-9)
+    policy, parameters, stages = exact(config, make_spec())
+    first = meta_gradient(policy, parameters, stages, config)
+    assert_close(first, meta_gradient(policy, parameters, stages, replace(config, algorithm="maml")), atol=1e-7, rtol=1e-6)
+
+
+def test_the_inner_ratio_changes_the_curvature_only() -> None:
+    """ProMP's inner gradient is MAML's where the data was collected; the derivative of that gradient is not."""
+    config = MetaConfig(algorithm="maml", inner_lr=0.7)
+    policy, parameters, stages = exact(config, make_spec())
+    current = for_tasks(parameters, TASKS)
+    # float32 log-probabilities of the policy that acted are the ratio's rounding.
+    adapted = [
+        inner_step(policy, current, stages[0], replace(config, algorithm=name), differentiable=True)[0]
+        for name in ("maml", "promp")
+    ]
+    assert_close(*adapted, rtol=1e-4, atol=1e-5)
+    curvature = [gradient(sum(value.sum() for value in each.values()), parameters) for each in adapted]
+    assert norm(difference(*curvature)) > 1e-2
+
+
+# --- The first epoch ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(spec=specs(initial_std=0.5), seed=seeds, steps=st.integers(1, 3), algorithm=st.sampled_from(list(ALGORITHMS)))
+def test_the_ratio_is_1_in_the_first_epoch(spec: Any, seed: int, steps: int, algorithm: str) -> None:
+    """What the objective adapts to is what collected the query; so is the reference of the penalty."""
+    config = MetaConfig(algorithm=algorithm, inner_steps=steps, inner_lr=0.03)
+    policy, stages = experience(config, spec, seed)
+    loss = meta_loss(policy, dict(policy.named_parameters()), stages, config)
+    assert float(loss.log_ratio) < 1e-3
+    assert loss.kl_before.abs().max() < 1e-6
+    assert loss.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_the_penalty_and_its_gradient_are_0_at_the_reference_and_grow_from_it(discrete: bool) -> None:
+    free, tied = MetaConfig(kl_penalty=0.0), MetaConfig(kl_penalty=7.0)
+    policy, parameters, stages = exact(tied, make_spec(discrete=discrete))
+    at = meta_loss(policy, parameters, stages, tied)
+    torch.testing.assert_close(at.losses, meta_loss(policy, parameters, stages, free).losses)
+    assert_close(meta_gradient(policy, parameters, stages, tied), meta_gradient(policy, parameters, stages, free))
+    away = moved(parameters)
+    costs = [meta_loss(policy, away, stages, config, at.before) for config in (tied, free)]
+    now = functional_call(policy, for_tasks(away, TASKS), (stages[0].inputs,)).actions
+    expected = (kl_divergence(at.before, now) * stages[0].share).sum((1, 2))
+    torch.testing.assert_close(costs[0].kl_before, expected.detach())
+    assert (expected > 1e-4).all()
+    torch.testing.assert_close(costs[0].losses - costs[1].losses, 7.0 * expected)
+    pull = norm(difference(*(gradient(cost.losses.sum(), away) for cost in costs)))
+    assert pull > 1e-3
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_beyond_the_clip_there_is_no_gradient(ratio: float, advantage: float) -> None:
+    """For a change that has already gone too far the right way; one that went the wrong way is still undone."""
+    config = MetaConfig(algorithm="promp", clip=0.3)
+    policy, parameters, (batch, _) = exact(config, make_spec())
+    actions = functional_call(policy, for_tasks(parameters, TASKS), (batch.inputs,)).actions
+    batch = batch._replace(
+        log_probs=(actions.log_prob(batch.actions) - math.log(ratio)).detach(),
+        advantages=torch.full_like(batch.advantages, advantage),
+    )
+    losses, _ = outer_loss(policy, for_tasks(parameters, TASKS), batch, config)
+    too_far = (ratio > 1) == (advantage > 0)
+    bound = 1.3 if ratio > 1 else 0.7
+    torch.testing.assert_close(losses, torch.full_like(losses, -advantage * (bound if too_far else ratio)))
+    assert (norm(gradient(losses.sum(), parameters)) == 0) == too_far
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_a_step_makes_an_action_likelier_where_its_advantage_is_positive(algorithm: str, advantage: float) -> None:
+    """For the inner and the outer loss alike."""
+    config = MetaConfig(algorithm=algorithm)
+    policy, parameters, (batch, _) = exact(config, make_spec(discrete=True))
+    only = torch.zeros_like(batch.share)
+    only[:, 0, 0] = 1.0
+    batch = batch._replace(share=only, advantages=advantage * only)
+
+    def log_prob(at: Any) -> Any:
+        return functional_call(policy, for_tasks(at, TASKS), (batch.inputs,)).actions.log_prob(batch.actions)[:, 0, 0].sum()
+
+    for loss in (
+        inner_loss(policy, for_tasks(parameters, TASKS), batch, ALGORITHMS[algorithm])[0],
+        outer_loss(policy, for_tasks(parameters, TASKS), batch, config)[0],
+    ):
+        step = gradient(loss.sum(), parameters)
+        after = {name: value - 1e-3 * step[name] for name, value in parameters.items()}
+        assert (log_prob(after) - log_prob(parameters)) * advantage > 0
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_all_weight_on_step_0_is_the_plain_policy_gradient(algorithm: str, steps: int) -> None:
+    config = MetaConfig(algorithm=algorithm, inner_lr=0.7, inner_steps=steps, step_weights=(1.0, *[0.0] * steps))
+    policy, parameters, stages = exact(config, make_spec())
+    first = stages[0]
+    log_probs = policy(first.inputs).actions.log_prob(first.actions)
+    expected = torch.autograd.grad(
+        -(log_probs * first.advantages * first.share).sum(), list(policy.parameters()), allow_unused=True
+    )
+    ours = meta_gradient(policy, parameters, stages, config)
+    for (name, grad), value in zip(ours.items(), expected, strict=True):
+        # Where the ratio is 1 but for the record's float32.
+        torch.testing.assert_close(grad, torch.zeros_like(grad) if value is None else value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_objective_is_the_weighted_sum_over_steps() -> None:
+    config = MetaConfig(inner_steps=2, step_weights=(1, 2, 5), inner_lr=0.7)
+    policy, parameters, stages = exact(config, make_spec())
+    each = [
+        meta_loss(policy, parameters, stages, replace(config, step_weights=tuple(float(i == s) for i in range(3)))).losses
+        for s in range(3)
+    ]
+    expected = (each[0] + 2 * each[1] + 5 * each[2]) / 8
+    torch.testing.assert_close(meta_loss(policy, parameters, stages, config).losses, expected)
+    assert not torch.allclose(each[0], each[2])
+
+
+def test_the_entropy_bonus_is_what_it_says() -> None:
+    plain, bonus = MetaConfig(), MetaConfig(entropy_bonus=0.5)
+    policy, parameters, stages = exact(plain, make_spec(discrete=True))
+    without, with_bonus = (meta_loss(policy, parameters, stages, config) for config in (plain, bonus))
+    torch.testing.assert_close((without.losses - with_bonus.losses).mean(), 0.5 * without.entropy)
+    assert 0 < float(without.entropy) < math.log(2)
+
+
+# --- What adaptation is for -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(spec=specs(action_size=3), seed=seeds, algorithm=st.sampled_from(list(ALGORITHMS)))
+def test_a_small_inner_step_raises_the_surrogate_by_its_gradients_square(spec: Any, seed: int, algorithm: str) -> None:
+    config = MetaConfig(algorithm=algorithm, inner_lr=1e-6)
+    policy, parameters, (batch, _) = exact(config, spec, seed)
+    before, _ = inner_loss(policy, for_tasks(parameters, TASKS), batch, ALGORITHMS[algorithm])
+    adapted, _ = inner_step(policy, for_tasks(parameters, TASKS), batch, config, differentiable=False)
+    after, _ = inner_loss(policy, adapted, batch, ALGORITHMS[algorithm])
+    for task in range(TASKS):
+        square = norm(gradient(before[task], parameters)) ** 2
+        assert float(before[task] - after[task]) == pytest.approx(1e-6 * square, rel=1e-2, abs=1e-13)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("form", [{"discrete": True}, {"discrete": False, "action_size": 1}], ids=["bandit", "sign"])
+def test_adaptation_moves_each_task_to_what_is_rewarded(algorithm: str, form: Any) -> None:
+    """Two tasks that reward opposite actions part from one policy, a step at a time."""
+    config = MetaConfig(algorithm=algorithm, inner_lr=1.0, discount=0.0)
+    spec = make_spec(**form, inputs="observation", initial_std=1.0)
+    policy = SSMPolicy(spec, 0)
+    weights, tasks = policy.numpy_weights(), [{"best": 0}, {"best": 1}]
+    rewards = []
+    for step in range(4):
+        record = toy_rollouts(spec, weights, tasks, 30, 6, step)
+        rewards.append(record.rewards.mean((1, 2)))
+        weights = adapt_weights(policy, weights, make_batch(spec, record, config), config)
+    for task in range(2):
+        assert rewards[0][task] == pytest.approx(0.5, abs=0.2)
+        assert rewards[1][task] > rewards[0][task] + 0.05
+        assert rewards[3][task] > 0.8
+
+
+# --- What must not matter -------------------------------------------------------------------------------------
+
+
+def outcome(policy: SSMPolicy, stages: Sequence[Batch], config: MetaConfig) -> tuple[Any, dict[str, Any]]:
+    parameters = dict(policy.named_parameters())
+    loss = meta_loss(policy, parameters, stages, config)
+    assert all(torch.as_tensor(part).isfinite().all() for part in (*loss[:1], *loss[2:]))
+    return loss.losses, gradient(loss.losses.sum(), parameters)
+
+
+@settings(max_examples=20)
+@given(seed=seeds, algorithm=st.sampled_from(list(ALGORITHMS)), discrete=st.booleans())
+def test_garbage_that_is_not_valid_changes_nothing(seed: int, algorithm: str, discrete: bool) -> None:
+    """Neither batches, nor losses, nor the meta-gradient."""
+    config = MetaConfig(algorithm=algorithm, entropy_bonus=0.1, step_weights=(1, 1))
+    spec = make_spec(discrete=discrete)
+    policy = make_policy(spec, seed)
+    records = [
+        drop(toy_rollouts(spec, policy.numpy_weights(), uneven(TASKS, 3, 6, seed + i), 3, 6, seed + i), 0, 1) for i in (0, 1)
+    ]
+    clean, spoiled = (
+        [make_batch(spec, record, config) for record in each]
+        for each in (records, [spoil(record, seed) for record in records])
+    )
+    for one, other in zip(clean, spoiled, strict=True):
+        for name in ("actions", "log_probs", "advantages", "share"):
+            torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=0, atol=0)
+    (losses, gradients), (spoiled_losses, spoiled_gradients) = (
+        outcome(policy, stages, config) for stages in (clean, spoiled)
+    )
+    torch.testing.assert_close(spoiled_losses, losses)
+    assert_close(spoiled_gradients, gradients)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_task_without_a_valid_step_stays_where_it_is(algorithm: str) -> None:
+    config = MetaConfig(algorithm=algorithm)
+    spec = make_spec()
+    policy = make_policy(spec)
+    record = toy_rollouts(spec, policy.numpy_weights(), uneven(TASKS, 3, 6), 3, 6)
+    batch = make_batch(spec, drop(record, 1), config)
+    torch.testing.assert_close(batch.share.sum((1, 2)), torch.tensor([1.0, 0.0, 1.0]))
+    weights = policy.numpy_weights()
+    adapted = adapt_weights(policy, weights, batch, config)
+    for name, value in weights.items():
+        torch.testing.assert_close(adapted[name][1], value, rtol=0, atol=0)
+    losses, gradients = outcome(policy, [batch, batch], config)
+    assert losses[1] == 0
+    whole = make_batch(spec, record, config)
+    others = [Batch(*(None if x is None else x[[0, 2]] for x in whole))] * 2
+    expected, expected_gradients = outcome(policy, others, config)
+    torch.testing.assert_close(losses[[0, 2]], expected, rtol=1e-4, atol=1e-6)
+    assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-6)
+
+
+@given(st.integers(1, 30), st.integers(1, 100), st.integers(1, 20), st.integers(1, 10_000))
+def test_shards_hold_every_task_once(tasks: int, steps: int, columns: int, budget: int) -> None:
+    shards = task_shards(Batch(*[torch.zeros(tasks, steps, columns)] * 6), budget)
+    assert [task for shard in shards for task in range(shard.start, shard.stop)] == list(range(tasks))
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_detached_distribution_is_the_same_without_a_graph(discrete: bool) -> None:
+    policy = make_policy(make_spec(discrete=discrete))
+    actions = policy(torch.randn(2, 3, 7)).actions
+    copy = detached(actions)
+    assert kl_divergence(actions, copy).abs().max() < 1e-6
+    assert not copy.entropy().requires_grad
+
+
+# --- Options --------------------------------------------------------------------------------------------------
+
+not_a_number = st.one_of(
+    st.sampled_from([float("nan"), float("inf"), float("-inf"), -(10**400), 10**400]), st.text(max_size=3), st.none(), st.booleans()
+)
+not_positive = st.one_of(not_a_number, st.floats(max_value=0), st.integers(max_value=0))
+negative = st.one_of(not_a_number, st.floats(max_value=0, exclude_max=True), st.integers(max_value=-1))
+no_fraction = st.one_of(negative, st.floats(min_value=1, exclude_min=True), st.integers(min_value=2))
+not_a_count = st.one_of(st.integers(max_value=0), st.floats(), st.text(max_size=3), st.none(), st.booleans())
+not_a_name = st.one_of(
+    st.text(max_size=6), st.none(), st.integers(), st.lists(st.text(max_size=2), max_size=1), st.just("PROMP")
+)
+BAD = {
+    "algorithm": not_a_name,
+    "lr_schedule": not_a_name,
+    **dict.fromkeys(("inner_lr", "outer_lr", "clip", "max_grad_norm"), not_positive),
+    **dict.fromkeys(("kl_penalty", "entropy_bonus"), negative),
+    **dict.fromkeys(("discount", "gae_lambda"), no_fraction),
+    **dict.fromkeys(("inner_steps", "epochs"), not_a_count),
+    "step_weights": st.one_of(
+        st.sampled_from([(0.0, 0.0), (1e308, 1e308), 3, "weights"]),
+        st.lists(st.floats(0.1, 1), min_size=1, max_size=5).filter(lambda weights: len(weights) != 2).map(tuple),
+        st.tuples(st.just(1.0), negative),
+    ),
+}
+
+
+@pytest.mark.parametrize("option", BAD)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_an_impossible_option_is_refused_by_name(option: str, data: Any) -> None:
+    """In one sentence."""
+    value = data.draw(BAD[option])
+    with pytest.raises(ValueError, match=rf"^{option} (must|needs) [^\n]*\.$"):
+        MetaConfig(**{option: value})
+
+
+@given(weights=st.lists(st.floats(0, 100), min_size=2, max_size=4).filter(lambda weights: sum(weights) > 1e-3))
+def test_step_weights_are_normalised(weights: list[float]) -> None:
+    config = MetaConfig(inner_steps=len(weights) - 1, step_weights=tuple(weights))
+    assert sum(config.weights) == pytest.approx(1.0)
+    assert [w * sum(weights) for w in config.weights] == pytest.approx(weights)
+    assert MetaConfig(inner_steps=3).weights == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_only_the_clipped_objective_is_good_for_several_epochs() -> None:
+    assert {name: MetaConfig(algorithm=name, epochs=7).passes for name in ALGORITHMS} == {"promp": 7, "maml": 1, "fomaml": 1}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_start_at_1_and_never_rise(name: str) -> None:
+    factors = [SCHEDULES[name](done / 20) for done in range(21)]
+    assert factors[0] == 1.0
+    assert factors == sorted(factors, reverse=True)
+    assert factors[-1] == pytest.approx(1.0 if name == "constant" else 0.0, abs=1e-12)

@@ -1,0 +1,84 @@
+"""The record: joining, cutting and totals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import ARRAYS, assert_same, make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssm_metarl.algorithms.rollouts import Rollouts
+
+
+def record(tasks: int, discrete: bool, seed: int, horizon: int = 6) -> Rollouts:
+    spec = make_spec(discrete=discrete)
+    return toy_rollouts(spec, make_policy(spec).numpy_weights(), uneven(tasks, 3, horizon, seed), 3, horizon, seed)
+
+
+@settings(max_examples=30)
+@given(seed=seeds, discrete=st.booleans(), cut=st.integers(1, 3))
+def test_parts_of_a_record_join_to_it(seed: int, discrete: bool, cut: int) -> None:
+    whole = record(4, discrete, seed)
+    assert_same(Rollouts.concatenate([whole.select(slice(0, cut)), whole.select(slice(cut, 4))]), whole)
+
+
+@settings(max_examples=30)
+@given(seed=seeds, discrete=st.booleans(), horizons=st.lists(st.integers(1, 6), min_size=1, max_size=4))
+def test_parts_of_other_lengths_are_padded_with_what_is_not_valid(seed: int, discrete: bool, horizons: Any) -> None:
+    parts = [record(2, discrete, seed + i, horizon) for i, horizon in enumerate(horizons)]
+    joined = Rollouts.concatenate(parts)
+    assert joined.num_tasks == 2 * len(parts)
+    assert joined.num_steps == sum(part.num_steps for part in parts)
+    for i, part in enumerate(parts):
+        own, steps = joined.select(slice(2 * i, 2 * i + 2)), part.valid.shape[1]
+        for name in ARRAYS:
+            array = getattr(own, name)
+            if name != "last_observations":
+                assert not array[:, steps:].any(), name
+                array = array[:, :steps]
+            np.testing.assert_array_equal(array, getattr(part, name), err_msg=name)
+        np.testing.assert_array_equal(own.returns(), part.returns())
+
+
+def test_totals_are_of_valid_steps_and_kept_columns() -> None:
+    whole = record(2, False, 0)
+    valid = whole.valid.copy()
+    valid[1, :, 2] = False
+    whole = dataclasses.replace(whole, valid=valid, rewards=np.where(valid, whole.rewards, np.nan))
+    assert whole.kept().tolist() == [[True] * 3, [True, True, False]]
+    assert whole.lengths()[1, 2] == 0
+    assert whole.num_steps == whole.lengths().sum() == valid.sum()
+    assert np.isnan(whole.returns()).tolist() == [[False] * 3, [False, False, True]]
+    expected = sum(float(whole.rewards[0, t, 1]) for t in range(valid.shape[1]) if valid[0, t, 1])
+    assert whole.returns()[0, 1] == pytest.approx(expected)
+
+
+def test_an_empty_record_joins_and_says_what_was_lost() -> None:
+    whole = record(2, True, 0)
+    lost = Rollouts.empty([{"a": 1}], 3, whole, ["it broke"])
+    joined = Rollouts.concatenate([whole, lost])
+    assert joined.tasks[-1] == {"a": 1}
+    assert joined.errors == ("it broke",)
+    assert not joined.kept()[-1].any()
+    assert_same(joined.select(slice(0, 2)), whole)
+    for name in ARRAYS:
+        assert getattr(lost, name).dtype == getattr(whole, name).dtype
+
+
+def test_nothing_cannot_be_joined() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        Rollouts.concatenate([])
+
+
+@settings(max_examples=20)
+@given(seed=seeds, discrete=st.booleans())
+def test_masked_forgets_numbers_that_are_not_valid(seed: int, discrete: bool) -> None:
+    whole = record(2, discrete, seed)
+    masked = spoil(whole, seed).masked()
+    for name in ("observations", "actions", "rewards", "log_probs", "valid"):
+        np.testing.assert_array_equal(getattr(masked, name), getattr(whole, name), err_msg=name)
+        assert getattr(masked, name).dtype == getattr(whole, name).dtype

@@ -1,0 +1,219 @@
+"""One block: sequence against steps, resets, stability, per-task parameters, derivatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from builders import seeds, step_with
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+from ssm_metarl.algorithms.ssm import SSMBlock
+
+EXTREMES = (-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4)
+
+
+def make_block(seed: int, hidden: int = 3, state: int = 4, gated: bool = False, dtype: Any = torch.float32) -> SSMBlock:
+    generator = torch.Generator().manual_seed(seed)
+    block = SSMBlock(hidden, state, gated, generator)
+    with torch.no_grad():
+        block.out.bias += torch.randn(hidden, generator=generator)
+    return block.to(dtype)
+
+
+def draw(seed: int, *shape: int, dtype: Any = torch.float32) -> Any:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def stepwise(block: SSMBlock, sequence: Any, resets: Any, state: Any) -> tuple[Any, Any]:
+    """The sequence through ``step``, with the state zeroed where it is reset."""
+    outputs = []
+    for x, reset in zip(sequence.unbind(-3), resets.unbind(-2), strict=True):
+        y, state = block.step(x, torch.where(reset[..., None, None], 0.0, state))
+        outputs.append(y)
+    return torch.stack(outputs, -3), state
+
+
+def moduli(block: SSMBlock) -> Any:
+    """|a|, seen from outside: what is left after a step of a state of 1 when nothing comes in."""
+    state = torch.zeros(1, len(block.nu), 2)
+    state[..., 0] = 1.0
+    return block.step(torch.zeros(1, len(block.D)), state)[1].norm(dim=-1)
+
+
+blocks = st.builds(make_block, seeds, st.integers(1, 5), st.sampled_from([2, 4, 8]), st.booleans())
+
+
+@settings(max_examples=40)
+@given(
+    block=blocks,
+    seed=seeds,
+    lead=st.sampled_from([(), (2,)]),
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    density=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_sequence_splits_and_steps_agree(block: Any, seed: int, lead: Any, lengths: Any, density: float) -> None:
+    """Whole, cut anywhere and step by step; values and gradients."""
+    steps, columns = sum(lengths), 3
+    sequence = draw(seed, *lead, steps, columns, len(block.D))
+    resets = torch.rand(*lead, steps, columns, generator=torch.Generator().manual_seed(seed + 1)) < density
+    state = draw(seed + 2, *lead, columns, len(block.nu), 2)
+    whole, end = block(sequence, resets, state)
+    stepped, stepped_end = stepwise(block, sequence, resets, state)
+    pieces, carried = [], state
+    for x, reset in zip(sequence.split(lengths, -3), resets.split(lengths, -2), strict=True):
+        y, carried = block(x, reset if reset.any() else None, carried)
+        pieces.append(y)
+    weight = draw(seed + 3, *whole.shape)
+    gradients = [
+        torch.autograd.grad((weight * y).sum() + h.square().sum(), list(block.parameters()), retain_graph=True)
+        for y, h in ((whole, end), (stepped, stepped_end), (torch.cat(pieces, -3), carried))
+    ]
+    for y, h in ((stepped, stepped_end), (torch.cat(pieces, -3), carried)):
+        torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(h, end, rtol=1e-5, atol=1e-5)
+    for other in gradients[1:]:
+        for one, two in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=20)
+@given(block=blocks, seed=seeds, at=st.integers(0, 5))
+def test_a_reset_is_a_new_start(block: Any, seed: int, at: int) -> None:
+    sequence, state = draw(seed, 6, 2, len(block.D)), draw(seed + 1, 2, len(block.nu), 2)
+    resets = torch.zeros(6, 2, dtype=torch.bool)
+    resets[at, 0] = True
+    output, end = block(sequence, resets, state)
+    before, _ = block(sequence, None, state)
+    after, after_end = block(sequence[at:])
+    torch.testing.assert_close(output[:at], before[:at])
+    torch.testing.assert_close(output[at:, 0], after[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(end[0], after_end[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output[:, 1], before[:, 1])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_columns_tasks_and_time_are_apart(gated: bool) -> None:
+    """A number that is not one spoils its own task, column and future, nothing else."""
+    block, sequence = make_block(0, gated=gated), draw(1, 2, 5, 3, 3)
+    resets = torch.zeros(2, 5, 3, dtype=torch.bool)
+    resets[:, 2, 1] = True
+    clean, clean_end = block(sequence, resets)
+    sequence[1, 3, 2] = float("nan")
+    output, end = block(sequence, resets)
+    spoiled = torch.zeros(2, 5, 3, dtype=torch.bool)
+    spoiled[1, 3:, 2] = True
+    assert output.isnan().any(-1).equal(spoiled)
+    assert end.isnan().any(-1).any(-1).equal(spoiled[:, -1])
+    torch.testing.assert_close(output[~spoiled], clean[~spoiled])
+    torch.testing.assert_close(end[~spoiled[:, -1]], clean_end[~spoiled[:, -1]])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_mode_is_stable_at_any_parameter(gated: bool) -> None:
+    block = make_block(0, state=2 * len(EXTREMES), gated=gated)
+    with torch.no_grad():
+        block.nu.copy_(torch.tensor(EXTREMES))
+        block.theta.copy_(torch.tensor(EXTREMES).flip(0))
+    assert (moduli(block) < 1).all()
+    output, end = block(draw(0, 300, 2, 3))
+    assert output.isfinite().all()
+    assert end.isfinite().all()
+    gradients = torch.autograd.grad(output.square().sum(), list(block.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("learning_rate", [0.3, 10.0])
+def test_every_mode_is_stable_after_any_update(sign: float, learning_rate: float) -> None:
+    """Whether an optimiser makes the state as small or as large as it can."""
+    block, sequence = make_block(3, state=8), draw(0, 20, 2, 3)
+    optimizer = torch.optim.Adam([block.nu, block.theta], learning_rate)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (sign * block(sequence)[1].square().sum()).backward()
+        optimizer.step()
+        assert (moduli(block) < 1).all()
+
+
+@settings(max_examples=20)
+@given(block=blocks, seed=seeds, tasks=st.integers(1, 3), with_state=st.booleans())
+def test_parameters_of_each_task_equal_a_loop_over_tasks(block: Any, seed: int, tasks: int, with_state: bool) -> None:
+    """Forward, step and gradients."""
+    parameters = {
+        name: (value + 0.3 * draw(seed + i, tasks, *value.shape)).detach().requires_grad_()
+        for i, (name, value) in enumerate(block.named_parameters())
+    }
+    sequence = draw(seed, tasks, 4, 3, len(block.D))
+    resets = draw(seed + 1, tasks, 4, 3) > 1.0
+    state = draw(seed + 2, tasks, 3, len(block.nu), 2) if with_state else None
+    output, end = functional_call(block, parameters, (sequence, resets, state))
+    stepped = step_with(block, parameters, sequence[:, 0], draw(seed + 3, tasks, 3, len(block.nu), 2))
+    gradients = torch.autograd.grad(output.square().sum(), list(parameters.values()))
+    for task in range(tasks):
+        own = {name: value[task] for name, value in parameters.items()}
+        alone, alone_end = functional_call(
+            block, own, (sequence[task], resets[task], None if state is None else state[task])
+        )
+        torch.testing.assert_close(output[task], alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(end[task], alone_end, rtol=1e-5, atol=1e-5)
+        first = step_with(block, own, sequence[task, 0], draw(seed + 3, tasks, 3, len(block.nu), 2)[task])
+        for ours, theirs in zip(stepped, first, strict=True):
+            torch.testing.assert_close(ours[task], theirs, rtol=1e-5, atol=1e-5)
+        own_gradients = torch.autograd.grad(alone.square().sum(), list(own.values()))
+        for together, single in zip(gradients, own_gradients, strict=True):
+            torch.testing.assert_close(together[task], single, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        for name, value in block.named_parameters():
+            value.copy_(parameters[name][0])
+    same = {name: value.detach()[:1].expand_as(value) for name, value in parameters.items()}
+    torch.testing.assert_close(functional_call(block, same, (sequence,))[0], block(sequence)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tasks", [None, 2])
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "resets-and-state"])
+def test_first_and_second_derivatives(gated: bool, tasks: int | None, full: bool) -> None:
+    """With respect to the sequence, the state and every parameter, shared or of each task."""
+    lead = () if tasks is None else (tasks,)
+    block = make_block(0, 2, 4, gated, torch.float64)
+    names = [name for name, _ in block.named_parameters()]
+    values = [
+        (value.expand(*lead, *value.shape) + 0.1 * draw(i, *lead, *value.shape, dtype=torch.float64))
+        .detach()
+        .requires_grad_()
+        for i, value in enumerate(block.parameters())
+    ]
+    sequence = draw(1, *lead, 3, 2, 2, dtype=torch.float64).requires_grad_()
+    state = draw(2, *lead, 2, 2, 2, dtype=torch.float64).requires_grad_() if full else None
+    resets = torch.tensor([[False, False], [True, False], [False, False]]).expand(*lead, 3, 2) if full else None
+
+    def function(*inputs: Any) -> Any:
+        *parameters, sequence, state = inputs
+        return functional_call(block, dict(zip(names, parameters, strict=True)), (sequence, resets, state))
+
+    assert gradcheck(function, (*values, sequence, state))
+    # By random projections: the whole second derivative is large.
+    assert gradgradcheck(function, (*values, sequence, state), fast_mode=True)
+
+
+def test_modes_start_spread_over_the_time_scales_of_a_trial() -> None:
+    reach = moduli(make_block(0, state=16)).detach().sort().values[0]
+    assert reach[-1] == pytest.approx(0.999, abs=1e-4)
+    assert reach[0] < 0.5
+
+
+@pytest.mark.parametrize("nu", [-6.9, -3.0, 0.0])
+def test_modes_have_one_output_variance_for_white_input(nu: float) -> None:
+    """γ = sqrt(1 - |a|²): the state's variance does not depend on the memory's length."""
+    block = make_block(0, 1, 2)
+    with torch.no_grad():
+        block.nu.fill_(nu)
+        block.B.copy_(torch.tensor([[1.0, 0.0]]))
+    # Each column's state after long has the stationary distribution.
+    _, state = block(draw(0, 4000, 500, 1))
+    assert state.square().sum(-1).mean().item() == pytest.approx(1.0, rel=0.2)

@@ -1,0 +1,346 @@
+"""The pool: the same experience however many workers there are, and whatever happens to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from faulty_tasks import Buggy, FaultyNavigation, Unstartable
+from ssm_metarl.algorithms.collect import seed_for
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.distributed.pool import INLINE_BYTES, Pool
+from ssm_metarl.tasks import Task, TaskDistribution, make
+
+COLUMNS = 3
+NAVIGATION = PolicySpec(observation_size=2, action_size=2, discrete=False, hidden_dim=16, state_dim=8)
+CARTPOLE = PolicySpec(observation_size=4, action_size=2, discrete=True, hidden_dim=16, state_dim=8)
+FAULTY = FaultyNavigation()
+
+Weights = dict[str, Any]
+
+
+def shared_weights(spec: PolicySpec) -> Weights:
+    return SSMPolicy(spec, seed=1).numpy_weights()
+
+
+def per_task_weights(spec: PolicySpec, tasks: int) -> Weights:
+    each = [SSMPolicy(spec, seed=seed).numpy_weights() for seed in range(tasks)]
+    return {name: np.stack([weights[name] for weights in each]) for name in each[0]}
+
+
+def seeds_for(tasks: Sequence[Task], iteration: int = 0) -> list[np.random.SeedSequence]:
+    return [seed_for(7, iteration, number) for number in range(len(tasks))]
+
+
+def draw(distribution: TaskDistribution, n: int) -> list[Task]:
+    return distribution.sample(n, np.random.default_rng(5))
+
+
+def collect(pool: Pool, weights: Weights, tasks: Sequence[Task], **options: Any) -> Rollouts:
+    return pool.collect(weights, tasks, seeds_for(tasks), COLUMNS, **options)
+
+
+def in_process(
+    distribution: TaskDistribution, spec: PolicySpec, weights: Weights, tasks: Sequence[Task]
+) -> Rollouts:
+    return collect(Pool(distribution, spec, num_workers=0), weights, tasks)
+
+
+def assert_equal(one: Rollouts, other: Rollouts, tasks: Sequence[int] | None = None) -> None:
+    """Equal to the bit, also in what decides the last bits of a sum; on some tasks only if so asked."""
+    index = list(range(one.num_tasks)) if tasks is None else list(tasks)
+    for field in fields(Rollouts):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            assert all(array.flags.c_contiguous and array.flags.writeable for array in (a, b)), field.name
+            assert a[index].tobytes() == b[index].tobytes(), field.name
+        elif tasks is None:
+            assert a == b, field.name
+
+
+# --- In process -------------------------------------------------------------------------------------------
+
+
+def test_a_task_whose_environment_raises_is_dropped_alone() -> None:
+    tasks = draw(FAULTY, 4)
+    expected = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
+    tasks[2] |= {"fault": "raise"}
+    rollouts = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
+    assert rollouts.kept().tolist() == [[number != 2] * COLUMNS for number in range(4)]
+    assert_equal(rollouts, expected, [0, 1, 3])
+    assert f"OSError: the simulator of goal {tasks[2]['goal']} fell over" in rollouts.errors[0]
+    assert "faulty_tasks.py" in rollouts.errors[0], "the environment's own traceback"
+
+
+def test_an_episode_with_a_number_that_is_not_finite_is_dropped_alone() -> None:
+    tasks = draw(FAULTY, 3)
+    expected = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
+    tasks[1] |= {"fault": "nan"}
+    rollouts = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
+    kept = np.ones((3, COLUMNS), bool)
+    kept[1, 0] = False
+    assert (rollouts.kept() == kept).all()
+    assert_equal(rollouts, expected, [0, 2])
+    assert (rollouts.rewards[1, :, 1:] == expected.rewards[1, :, 1:]).all()
+    assert len(rollouts.errors) == 1
+    assert str(tasks[1]["goal"]) in rollouts.errors[0]
+
+
+def test_in_process_needs_no_workers() -> None:
+    with Pool(FAULTY, NAVIGATION, num_workers=0) as pool:
+        collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 2))
+        assert pool.processes() == []
+        assert (pool.restarts, pool.dropped, pool.missing, pool.ray_seconds) == (0, [], 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_workers": -1}, "num_workers must be"),
+        ({"num_workers": 0, "sample_timeout_s": 0.0}, "sample_timeout_s must be"),
+        ({"num_workers": 0, "sample_timeout_s": float("nan")}, "sample_timeout_s must be"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Pool(FAULTY, NAVIGATION, **options)
+
+
+def test_no_task_or_another_number_of_seeds_is_refused() -> None:
+    pool = Pool(FAULTY, NAVIGATION, num_workers=0)
+    for tasks, seeds in ([], []), (draw(FAULTY, 2), seeds_for(draw(FAULTY, 3))):
+        with pytest.raises(ValueError, match="as many seeds"):
+            pool.collect(shared_weights(NAVIGATION), tasks, seeds, COLUMNS)
+
+
+# --- Workers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize(("family", "spec"), [("navigation-2d", NAVIGATION), ("cartpole", CARTPOLE)])
+def test_experience_does_not_depend_on_the_number_of_workers(
+    ray_session: None, family: str, spec: PolicySpec, num_workers: int
+) -> None:
+    distribution = make(family)
+    tasks = draw(distribution, 5)  # neither 2 nor 4 divides 5
+    with Pool(distribution, spec, num_workers=num_workers) as pool:
+        for weights in (shared_weights(spec), per_task_weights(spec, len(tasks))):
+            assert_equal(collect(pool, weights, tasks), in_process(distribution, spec, weights, tasks))
+        few = tasks[:1]
+        assert_equal(
+            collect(pool, weights := shared_weights(spec), few), in_process(distribution, spec, weights, few)
+        )
+        assert pool.restarts == 0
+        assert pool.ray_seconds > 0
+
+
+def test_large_shared_weights_are_put_once_and_again_when_they_change(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    puts = []
+    put = ray.put
+    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or put(value))
+    spec = PolicySpec(observation_size=2, action_size=2, discrete=False, hidden_dim=128, state_dim=64)
+    first, second = (SSMPolicy(spec, seed=seed).numpy_weights() for seed in (1, 2))
+    assert sum(array.nbytes for array in first.values()) > INLINE_BYTES
+    tasks = draw(FAULTY, 2)
+    with Pool(FAULTY, spec, num_workers=1) as pool:
+        for weights, expected_puts in (first, 1), (first, 1), (second, 2), (first, 3):
+            assert_equal(collect(pool, weights, tasks), in_process(FAULTY, spec, weights, tasks))
+            assert len(puts) == expected_puts
+
+
+def test_workers_are_named_and_gone_after_close(ray_session: None) -> None:
+    import ray
+
+    for _ in range(2):  # the name is free again at once
+        with Pool(FAULTY, NAVIGATION, num_workers=1, name="run/trial/closing") as pool:
+            (process,) = pool.processes()
+            ray.get_actor("run/trial/closing/rollout-worker-0")
+        with pytest.raises(ValueError, match="rollout-worker-0"):
+            ray.get_actor("run/trial/closing/rollout-worker-0")
+        _wait_until(lambda process=process: not Path(f"/proc/{process}").exists())
+        pool.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 1))
+
+
+def test_workers_stay_inside_their_owners_placement_group(ray_session: None) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    @ray.remote(num_cpus=1)
+    class Owner:
+        def groups(self) -> tuple[Any, Any]:
+            with Pool(FAULTY, NAVIGATION, num_workers=1, name="grouped") as pool:
+                pool.processes()
+                worker = ray.get_actor("grouped/rollout-worker-0")
+                return _placement_group(), ray.get(worker.__ray_call__.remote(_placement_group))
+
+    def _placement_group(actor: Any = None) -> Any:
+        group = ray.util.get_current_placement_group()
+        return group and group.id
+
+    group = placement_group([{"CPU": 1}] * 2)
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    owner = Owner.options(scheduling_strategy=strategy).remote()
+    owners, workers = ray.get(owner.groups.remote())
+    assert owners == workers == group.id
+    ray.kill(owner)
+    remove_placement_group(group)
+
+
+# --- Two workers and tasks that go wrong ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session: None) -> Iterator[Pool]:
+    """Holds two of Ray's four CPUs: hence the tests that need more stand before this line."""
+    with Pool(FAULTY, NAVIGATION, num_workers=2, name="run/trial/0") as pool:
+        yield pool
+
+
+def test_deterministic_actions_reach_the_workers(pool: Pool) -> None:
+    tasks, weights = draw(FAULTY, 3), shared_weights(NAVIGATION)
+    alone = Pool(FAULTY, NAVIGATION, num_workers=0)
+    rollouts = collect(pool, weights, tasks, deterministic=True)
+    assert_equal(rollouts, collect(alone, weights, tasks, deterministic=True))
+    assert not np.array_equal(rollouts.actions, collect(alone, weights, tasks).actions)
+
+
+def test_errors_of_environments_come_back_from_workers(pool: Pool) -> None:
+    tasks, weights = draw(FAULTY, 4), shared_weights(NAVIGATION)
+    tasks[0] |= {"fault": "raise"}
+    tasks[3] |= {"fault": "nan"}
+    rollouts = collect(pool, weights, tasks)
+    expected = in_process(FAULTY, NAVIGATION, weights, tasks)
+    assert_equal(rollouts, expected, range(4))
+    assert [error.splitlines()[-1] for error in rollouts.errors] == [
+        error.splitlines()[-1] for error in expected.errors
+    ]
+
+
+def test_a_worker_killed_in_the_middle_changes_nothing(pool: Pool, tmp_path: Path) -> None:
+    tasks, weights = draw(FAULTY, 6), per_task_weights(NAVIGATION, 6)
+    expected = in_process(FAULTY, NAVIGATION, weights, tasks)
+    tasks[4] |= {"pause": 0.05, "announce": str(tmp_path / "process")}
+    before = pool.restarts
+    killer = threading.Thread(target=_kill_announced, args=(tmp_path / "process",))
+    killer.start()
+    rollouts = collect(pool, weights, tasks)
+    killer.join()
+    assert_equal(rollouts, expected, range(6))
+    assert rollouts.errors == ()
+    assert pool.restarts == before + 1
+    assert pool.dropped == []
+
+
+def test_a_worker_killed_between_calls_is_no_trouble(pool: Pool) -> None:
+    tasks, weights = draw(FAULTY, 4), shared_weights(NAVIGATION)
+    before = pool.restarts
+    os.kill(pool.processes()[1], signal.SIGKILL)
+    assert_equal(collect(pool, weights, tasks), in_process(FAULTY, NAVIGATION, weights, tasks))
+    assert pool.restarts == before + 1
+
+
+@pytest.mark.parametrize("fault", ["kill", "exit"])
+def test_a_task_that_kills_every_worker_is_dropped_after_three_and_named(
+    ray_session: None, fault: str
+) -> None:
+    tasks, weights = draw(FAULTY, 6), shared_weights(NAVIGATION)
+    expected = in_process(FAULTY, NAVIGATION, weights, tasks)
+    tasks[1] |= {"fault": fault}
+    with Pool(FAULTY, NAVIGATION, num_workers=2, name=fault) as pool:
+        rollouts = collect(pool, weights, tasks)
+        assert_equal(rollouts, expected, [0, 2, 3, 4, 5])
+        assert not rollouts.kept()[1].any()
+        assert pool.restarts == 3
+        assert pool.dropped == [tasks[1]]
+        assert len(rollouts.errors) == 1
+        assert str(tasks[1]["goal"]) in rollouts.errors[0]
+        assert rollouts.tasks == tuple(tasks)
+        # Whoever has lost all tasks says so, and goes on with others.
+        with pytest.raises(RuntimeError, match=rf"All 1 tasks were lost. Task 0, .*{fault}.* was dropped"):
+            collect(pool, weights, tasks[1:2])
+        assert_equal(collect(pool, weights, tasks[2:]), in_process(FAULTY, NAVIGATION, weights, tasks[2:]))
+
+
+def test_a_worker_that_takes_too_long_is_replaced_and_its_tasks_are_missing(ray_session: None) -> None:
+    tasks, weights = draw(FAULTY, 4), shared_weights(NAVIGATION)
+    expected = in_process(FAULTY, NAVIGATION, weights, tasks)
+    hanging = [*tasks[:3], tasks[3] | {"fault": "hang"}]
+    with Pool(FAULTY, NAVIGATION, num_workers=2, name="late", sample_timeout_s=5.0) as pool:
+        rollouts = collect(pool, weights, hanging)
+        assert_equal(rollouts, expected, [0, 1])
+        assert not rollouts.kept()[2:].any()
+        assert pool.missing == 2
+        assert pool.restarts == 1
+        assert pool.dropped == []
+        assert len(rollouts.errors) == 2
+        assert "sample_timeout_s = 5" in rollouts.errors[1]
+        assert str(tasks[3]["goal"]) in rollouts.errors[1]
+        assert_equal(collect(pool, weights, tasks), expected)
+        assert pool.missing == 2
+
+
+def test_an_interrupted_call_leaves_the_pool_usable(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    tasks, weights = draw(FAULTY, 4), shared_weights(NAVIGATION)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(pool, per_task_weights(NAVIGATION, 4), tasks)
+    assert_equal(collect(pool, weights, tasks), in_process(FAULTY, NAVIGATION, weights, tasks))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_mistake_outside_of_environments_is_raised_with_its_traceback(
+    ray_session: None, num_workers: int
+) -> None:
+    tasks = draw(FAULTY, 2)
+    with (
+        Pool(Buggy(), NAVIGATION, num_workers=num_workers, name="buggy") as pool,
+        pytest.raises(ZeroDivisionError, match="horizon is undefined"),
+    ):
+        collect(pool, shared_weights(NAVIGATION), tasks)
+
+
+def test_a_worker_that_cannot_start_says_why(ray_session: None) -> None:
+    with (
+        Pool(Unstartable(), NAVIGATION, num_workers=1, name="unstartable") as pool,
+        pytest.raises(Exception, match="the robot's drivers are not installed"),
+    ):
+        collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 2))
+
+
+def _kill_announced(path: Path) -> None:
+    """SIGKILL the process whose id appears in the file."""
+    _wait_until(path.exists)
+    time.sleep(0.2)  # a few steps further
+    os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def _wait_until(condition: Any, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
