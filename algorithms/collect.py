@@ -41,14 +41,15 @@ def collect(
         env: M·K sub-environments, column k of task m at index m·K + k, autoreset in the same step.
         spec: the policy's sizes.
         weights: float32 arrays, shared by all tasks or with a leading task axis [M, ...] (see ``NumpyPolicy``).
-        seeds: one node of the seed tree for each of the M tasks; environment seeds and action noise come from it alone.
+        seeds: one node of the seed tree for each of the M tasks; environment seeds and action noise come from it
+            alone.
         tasks: the M tasks' parameters, kept in the record.
         horizon: most steps of an episode; longer episodes are cut.
         deterministic: take the most likely action instead of sampling.
 
     Returns:
-        One record of the M tasks. An episode in which an observation or a reward was not finite is dropped: its column has
-        no valid step, and ``errors`` says where it happened.
+        One record of the M tasks. An episode in which an observation or a reward was not finite is dropped: its
+        column has no valid step, and ``errors`` says where it happened.
     """
     num_tasks = len(seeds)
     columns = env.num_envs // num_tasks
@@ -65,8 +66,8 @@ def collect(
         if spec.discrete:
             noise_parts.append(generator.random((horizon, columns), dtype=np.float32))
         else:
-            size = (horizon, columns, spec.action_size)
-            noise_parts.append(generator.standard_normal(size, dtype=np.float32))
+            block = (horizon, columns, spec.action_size)
+            noise_parts.append(generator.standard_normal(block, dtype=np.float32))
     noise = None if deterministic else np.stack(noise_parts, 1)
 
     policy = NumpyPolicy(spec, weights)
@@ -79,7 +80,7 @@ def collect(
         one_hot = np.eye(spec.action_size, dtype=np.float32)
 
     observations = np.zeros((horizon, *shape, size), np.float32)
-    actions = np.zeros((horizon, *shape) if spec.discrete else (horizon, *shape, spec.action_size), _action_type(spec))
+    actions: Array = np.zeros((horizon, *_action_shape(spec, shape)), _action_type(spec))
     rewards, log_probs = np.zeros((2, horizon, *shape), np.float32)
     terminated, valid = np.zeros((2, horizon, *shape), bool)
     last = np.zeros((*shape, size), np.float32)
@@ -95,7 +96,8 @@ def collect(
         alive[bad] = False
         return np.where(bad[..., None], np.float32(0), observation), np.where(bad, np.float32(0), reward)
 
-    observation = env.reset(seed=env_seeds)[0].reshape(*shape, size)
+    # a seed a column, as SyncVectorEnv takes them; the base class declares one integer
+    observation = env.reset(seed=env_seeds)[0].reshape(*shape, size)  # type: ignore[arg-type]
     reward = np.zeros(shape, np.float32)
     steps = 0
     if not np.isfinite(observation.sum()):
@@ -105,7 +107,8 @@ def collect(
         inputs[..., :size] = observations[t] = observation
         action, log_probs[t], state = policy.act(inputs, state, None if noise is None else noise[t])
         actions[t] = action
-        next_observation, step_reward, ended, cut, info = env.step(action.reshape(num_tasks * columns, *action.shape[2:]))
+        flat_action = action.reshape(num_tasks * columns, *action.shape[2:])
+        next_observation, step_reward, ended, cut, info = env.step(flat_action)
         observation = next_observation.reshape(*shape, size)
         reward = np.asarray(step_reward, np.float32).reshape(shape)
         valid[t] = alive
@@ -150,7 +153,7 @@ def collect(
         resets=starts.copy(),
         terminated=by_task(terminated),
         valid=np.ascontiguousarray(valid[:longest].swapaxes(0, 1)),
-        last_observations=np.where(valid.any(0)[..., None], last, np.float32(0)),
+        last_observations=np.where(np.logical_or.reduce(valid, 0)[..., None], last, np.float32(0)),
         tasks=tuple(tasks),
         errors=tuple(broken[key] for key in sorted(broken)),
     )
@@ -167,17 +170,19 @@ def collect_tasks(
     *,
     deterministic: bool = False,
 ) -> Rollouts:
-    """Make the tasks' environments and :func:`collect`; a task whose environment raises is dropped, the others are not.
+    """Make the tasks' environments and :func:`collect`; a task whose environment raises is dropped, the others are
+    not.
 
-    Since a task's experience depends on its seed alone, collecting again task by task after an exception returns for the
-    healthy tasks exactly what would have been collected with all of them together.
+    Since a task's experience depends on its seed alone, collecting again task by task after an exception returns for
+    the healthy tasks exactly what would have been collected with all of them together.
 
     Args:
         make_env: ``TaskDistribution.make_vector_env``.
         columns: episodes K a task.
 
     Returns:
-        One record of the M tasks; ``errors`` holds the traceback of each environment that raised, once an episode lost.
+        One record of the M tasks; ``errors`` holds the traceback of each environment that raised, once an episode
+        lost.
     """
 
     def attempt(part: slice) -> Rollouts:
@@ -206,6 +211,10 @@ def _action_type(spec: PolicySpec) -> type:
     return np.int64 if spec.discrete else np.float32
 
 
+def _action_shape(spec: PolicySpec, columns: tuple[int, ...]) -> tuple[int, ...]:
+    return columns if spec.discrete else (*columns, spec.action_size)
+
+
 def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
     """Observations before the autoreset: ``final_obs`` where an episode ended, else the current ones."""
     final = observation.copy()
@@ -220,5 +229,5 @@ def _blank(spec: PolicySpec, task: Any, columns: int) -> Rollouts:
     mask = np.zeros((1, 1, columns), bool)
     number = np.zeros((1, 1, columns), np.float32)
     vectors = np.zeros((1, 1, columns, spec.observation_size), np.float32)
-    actions = np.zeros((1, 1, columns) if spec.discrete else (1, 1, columns, spec.action_size), _action_type(spec))
+    actions: Array = np.zeros((1, *_action_shape(spec, (1, columns))), _action_type(spec))
     return Rollouts(vectors, actions, number, number, mask, mask, mask, mask, vectors[:, 0], (task,))

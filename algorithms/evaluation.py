@@ -44,7 +44,7 @@ class Evaluation:
     split: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: lists ``return``, ``ci_low``, ``ci_high`` (95 %), ``episode_length`` over steps 0..S, and totals."""
+        """JSON values: lists ``return``, ``ci_low``, ``ci_high`` (95 %), ``episode_length`` over 0..S, and totals."""
         mean, low, high = confidence_interval(self.returns)
         return {
             "task": self.task,
@@ -80,8 +80,8 @@ def confidence_interval(samples: Array, level: float = 0.95) -> tuple[Array, Arr
 def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int) -> Evaluation:
     """Returns of every task before adaptation and after each of ``steps`` inner steps.
 
-    Steps beyond those that the policy was meta-trained for are half as large, as in MAML's own evaluation (Finn et al.
-    2017, appendix A.2): advantages are normalised, so that near an optimum a full step would follow noise.
+    Steps beyond those that the policy was meta-trained for are half as large, as in MAML's own evaluation (Finn et
+    al. 2017, appendix A.2): advantages are normalised, so that near an optimum a full step would follow noise.
 
     Args:
         policy: the meta-trained policy.
@@ -132,4 +132,3 @@ def _task_means(values: Array) -> Array:
     """Mean over columns, NaN without any: [M, K] → [M]."""
     count = np.isfinite(values).sum(1)
     return np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
-

@@ -1,8 +1,8 @@
 """The policy as workers run it: sizes, inputs and one time step, in NumPy alone.
 
 A worker never imports torch. Every task is one matrix product of fixed shape, and everything else is elementwise or a
-reduction over a short axis, so a task's numbers do not depend on which other tasks share the call: collecting with 0, 1
-or 8 workers gives bit-equal experience.
+reduction over a short axis, so a task's numbers do not depend on which other tasks share the call: collecting with
+0, 1 or 8 workers gives bit-equal experience.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from .rollouts import Array, Rollouts
 
 MIN_DECAY = 1e-6
-"""Least decay of a mode a step. It keeps |a| below 1 in float32 too, where exp(-exp(nu)) rounds to 1 for very negative nu."""
+"""Least decay of a mode a step. It keeps |a| below 1 in float32 too, where exp(-exp(nu)) rounds to 1 for small nu."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,9 @@ def check_flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be true or false, not {value!r}.")
 
 
-def check_number(name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf) -> None:
+def check_number(
+    name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf
+) -> None:
     """Refuse what is not a finite number above ``above`` and in [``low``, ``high``].
 
     Raises:
@@ -152,8 +154,8 @@ def policy_inputs(spec: PolicySpec, rollouts: Rollouts) -> Array:
     """Inputs that the policy saw at each step of ``rollouts``, rebuilt from the record.
 
     Returns:
-        [M, T, K, I] float32: observation, then (``inputs="full"``) previous action (one-hot if discrete), previous reward
-        and start flag; previous action and reward are zero where ``resets``.
+        [M, T, K, I] float32: observation, then (``inputs="full"``) previous action (one-hot if discrete), previous
+        reward and start flag; previous action and reward are zero where ``resets``.
     """
     if spec.inputs == "observation":
         return rollouts.observations
@@ -181,8 +183,8 @@ class NumpyPolicy:
 
     Args:
         spec: sizes.
-        weights: float32 arrays by the names of ``SSMPolicy``'s parameters, each with a leading task axis [M, ...] or, where
-            all tasks share them, without.
+        weights: float32 arrays by the names of ``SSMPolicy``'s parameters, each with a leading task axis [M, ...]
+            or, where all tasks share them, without.
     """
 
     def __init__(self, spec: PolicySpec, weights: Mapping[str, Array]) -> None:
@@ -198,8 +200,8 @@ class NumpyPolicy:
             decay = np.exp(weights[name + "nu"].astype(np.float64)) + MIN_DECAY
             modulus, phase = np.exp(-decay), weights[name + "theta"]
             gain = np.sqrt(-np.expm1(-2.0 * decay)).astype(np.float32)
-            # Pairs (re, im, re, im, …) become halves (re…, im…), so that the recurrence runs on contiguous real arrays:
-            # real multiplications and additions are rounded alike at every position of an array.
+            # Pairs (re, im, re, im, …) become halves (re…, im…), so that the recurrence runs on contiguous real
+            # arrays: real multiplications and additions are rounded alike at every position of an array.
             into = weights[name + "B"] * np.repeat(gain, 2, -1)[..., None, :]
             out = weights[name + "C"]
             self._blocks.append(
@@ -280,7 +282,8 @@ class NumpyPolicy:
         Args:
             inputs: [M, K, I] float32.
             state: of the step before.
-            noise: standard normal [M, K, A] for continuous actions, uniform in [0, 1) [M, K] for discrete ones, or None.
+            noise: standard normal [M, K, A] for continuous actions, uniform in [0, 1) [M, K] for discrete
+                ones, or None.
 
         Returns:
             actions ([M, K, A] float32 or [M, K] int64), their log-probabilities [M, K] float32, and the new state.
@@ -300,4 +303,3 @@ class NumpyPolicy:
         log_prob = np.float32(-0.5) * (noise * noise).sum(-1)
         log_prob -= self._log_norm
         return head + self._std * noise, log_prob, state
-

@@ -1,8 +1,8 @@
 """Model-agnostic meta-learning for reinforcement learning: inner adaptation and the meta-objective.
 
 The inner step is written once. The meta-objective differentiates through it, evaluation and the collection of query
-rollouts use its value. All tasks of a meta-batch adapt in one call: parameters carry a leading task axis [M, ...], so that
-a sum of per-task losses has every task's own gradient as its gradient.
+rollouts use its value. All tasks of a meta-batch adapt in one call: parameters carry a leading task axis [M, ...],
+so that a sum of per-task losses has every task's own gradient as its gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
 
 from .inference import PolicySpec, check_count, check_number, policy_inputs
@@ -31,11 +31,11 @@ class Algorithm(NamedTuple):
 
     Attributes:
         inner_ratio: the inner objective weighs advantages with the likelihood ratio to the policy that acted (the
-            low-variance curvature surrogate of ProMP, whose Hessian is that of the expected return) instead of with the
-            log-probability (MAML's, whose Hessian lacks the term ∇log π ∇log πᵀ).
+            low-variance curvature surrogate of ProMP, whose Hessian is that of the expected return) instead of with
+            the log-probability (MAML's, whose Hessian lacks the term ∇log π ∇log πᵀ).
         second_order: the meta-gradient passes through the inner gradient.
-        clipped: the outer objective is PPO's clipped ratio with a penalty on the change of the policy before adaptation,
-            good for several epochs on the same data; otherwise a plain policy gradient, good for one.
+        clipped: the outer objective is PPO's clipped ratio with a penalty on the change of the policy before
+            adaptation, good for several epochs on the same data; otherwise a plain policy gradient, good for one.
     """
 
     inner_ratio: bool
@@ -138,8 +138,8 @@ class Batch(NamedTuple):
         actions: [M, T, K, A] float32 or [M, T, K] int64.
         log_probs: [M, T, K] float32, of the policy that acted.
         advantages: [M, T, K] float32, 0 where not valid.
-        share: [M, T, K] float32, each valid step's share of its task's mean; 0 where not valid, sums to 1 a task (to 0
-            for a task without any step).
+        share: [M, T, K] float32, each valid step's share of its task's mean; 0 where not valid, sums to 1 a task (to
+            0 for a task without any step).
     """
 
     inputs: Tensor
@@ -154,9 +154,7 @@ class Batch(NamedTuple):
         return Batch(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
 
-def make_batch(
-    spec: PolicySpec, rollouts: Rollouts, config: MetaConfig, device: torch.device | str = "cpu"
-) -> Batch:
+def make_batch(spec: PolicySpec, rollouts: Rollouts, config: MetaConfig, device: torch.device | str = "cpu") -> Batch:
     """Rollouts with inputs rebuilt and advantages estimated."""
     rollouts = rollouts.masked()
     advantages = policy_gradient_advantages(rollouts, config.discount, config.gae_lambda)
@@ -305,22 +303,21 @@ def meta_loss(
         query = stages[-1]
         log_ratio = (adapted.log_prob(query.actions) - query.log_probs).abs()
         entropy = (adapted.entropy() * query.share).sum() / query.share.sum().clamp(min=1e-8)
-    return MetaLoss(
-        total, detached(before), divergence.detach(), (log_ratio * (query.share > 0)).max(), entropy
-    )
+    return MetaLoss(total, detached(before), divergence.detach(), (log_ratio * (query.share > 0)).max(), entropy)
 
 
 def detached(distribution: Distribution) -> Distribution:
     """The same distribution without a graph."""
-    if isinstance(distribution, torch.distributions.Independent):
-        base = distribution.base_dist
-        normal = torch.distributions.Normal(base.loc.detach(), base.scale.detach(), validate_args=False)  # type: ignore[attr-defined]
-        return torch.distributions.Independent(normal, 1, validate_args=False)
-    return torch.distributions.Categorical(logits=distribution.logits.detach(), validate_args=False)  # type: ignore[attr-defined]
+    if isinstance(distribution, Categorical):
+        return Categorical(logits=distribution.logits.detach(), validate_args=False)
+    assert isinstance(distribution, Independent)
+    base = distribution.base_dist
+    normal = Normal(base.loc.detach(), base.scale.detach(), validate_args=False)
+    return Independent(normal, 1, validate_args=False)
 
 
 def task_shards(batch: Batch, steps: int = 4096) -> list[slice]:
-    """Slices of the tasks of about ``steps`` environment steps each: one slice's activations stay in the processor's cache."""
+    """Slices of the tasks, of about ``steps`` steps each, whose activations stay in the processor's cache."""
     tasks, *per_task = batch.share.shape
     size = max(1, round(steps / math.prod(per_task)))
     return [slice(start, min(start + size, tasks)) for start in range(0, tasks, size)]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from .inference import PolicySpec
 from .rollouts import Array
-from .ssm import Affine, SSMBlock
+from .ssm import Affine, SSMBlock, along
 
 __all__ = ["PolicyOutput", "PolicySpec", "SSMPolicy"]
 
@@ -28,7 +28,8 @@ class PolicyOutput(NamedTuple):
 class SSMPolicy(nn.Module):
     """Recurrent policy: tanh encoder → SSM blocks → Gaussian or categorical head, and a value head.
 
-    Parameters may carry a leading task axis M, so that every task of a meta-batch runs with its own weights in one call::
+    Parameters may carry a leading task axis M, so that every task of a meta-batch runs with its own weights in one
+    call::
 
         output = torch.func.functional_call(policy, adapted, (inputs, resets))
         log_probs = output.actions.log_prob(batch.actions)
@@ -47,14 +48,13 @@ class SSMPolicy(nn.Module):
         blocks = [SSMBlock(width, spec.state_dim, spec.gated, generator) for _ in range(spec.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         # A small last layer starts near the uniform or zero-mean policy.
-        self.policy = Affine(width, spec.action_size, 0.01 * width**-0.5, generator)
+        self.policy = ActionHead(width, spec.action_size, 0.01 * width**-0.5, generator)
         if not spec.discrete:
-            self.policy.log_std = nn.Parameter(torch.full((spec.action_size,), float(np.log(spec.initial_std))))
+            log_std = torch.full((spec.action_size,), math.log(spec.initial_std))
+            self.policy.log_std = nn.Parameter(log_std)
         self.value = Affine(width, 1, 0.01 * width**-0.5, generator)
 
-    def forward(
-        self, inputs: Tensor, resets: Tensor | None = None, state: list[Tensor] | None = None
-    ) -> PolicyOutput:
+    def forward(self, inputs: Tensor, resets: Tensor | None = None, state: list[Tensor] | None = None) -> PolicyOutput:
         """Run over a whole sequence.
 
         Args:
@@ -77,6 +77,7 @@ class SSMPolicy(nn.Module):
         hidden = torch.tanh(self.encoder(inputs))
         after = []
         for block, before in zip(self.blocks, state, strict=True):
+            assert isinstance(block, SSMBlock)
             hidden, last = block.step(hidden, before)
             after.append(last)
         return PolicyOutput(self._distribution(hidden), self.value(hidden).squeeze(-1), after)
@@ -90,15 +91,18 @@ class SSMPolicy(nn.Module):
         head = self.policy(hidden)
         if self.spec.discrete:
             return Categorical(logits=head, validate_args=False)
-        log_std = self.policy.log_std
-        if log_std.dim() > 1:
-            log_std = log_std.reshape(log_std.shape[0], *[1] * (head.dim() - 2), -1)
-        std = torch.exp(log_std).expand_as(head)
+        std = torch.exp(along(self.policy.log_std, head)).expand_as(head)
         return Independent(Normal(head, std, validate_args=False), 1, validate_args=False)
 
     def numpy_weights(self) -> dict[str, Array]:
         """Copies of the parameters as float32 arrays by name: what workers act with and checkpoints keep."""
         return numpy_weights(dict(self.named_parameters()))
+
+
+class ActionHead(Affine):
+    """Mean or logits; for continuous actions with a learned standard deviation that is the same in every state."""
+
+    log_std: Tensor
 
 
 def numpy_weights(parameters: Mapping[str, Tensor]) -> dict[str, Array]:

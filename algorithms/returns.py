@@ -29,8 +29,8 @@ def generalized_advantages(
     Args:
         rewards: [M, T, K], any number where not ``valid``.
         values: [M, T, K], baseline at each step, any number where not valid.
-        last_values: [M, K], value after the last valid step: 0 where the episode truly ended, and where returns stop at a
-            known horizon (the linear baseline's case).
+        last_values: [M, K], value after the last valid step: 0 where the episode truly ended, and where returns stop
+            at a known horizon (the linear baseline's case).
         valid: [M, T, K] bool, a prefix of each column.
         discount: in [0, 1].
         gae_lambda: in [0, 1]; 1 gives return minus baseline.

@@ -59,7 +59,7 @@ class Rollouts:
 
     def kept(self) -> Array:
         """Columns that hold an episode, [M, K] bool; the others were dropped."""
-        return self.valid.any(axis=1)
+        return np.logical_or.reduce(self.valid, axis=1)
 
     def returns(self) -> Array:
         """Undiscounted return of each column, [M, K] float64; NaN where the column was dropped."""
@@ -72,7 +72,7 @@ class Rollouts:
 
     def masked(self) -> Rollouts:
         """The record with zeros for every number that is not ``valid``, whatever stood there."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name in ("observations", "actions", "rewards", "log_probs"):
             array = getattr(self, name)
             mask = self.valid[..., None] if array.ndim == 4 else self.valid

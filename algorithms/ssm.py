@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def along(vector: Tensor, x: Tensor) -> Tensor:
-    """Reshape a per-task vector [M, n] (or a shared one [n]) so that it broadcasts over the middle axes of x [M, *, n]."""
+    """A per-task vector [M, n] (or a shared one [n]) in a shape that broadcasts over the middle axes of x [M, *, n]."""
     if vector.dim() == 1:
         return vector
     return vector.reshape(vector.shape[0], *[1] * (x.dim() - 2), vector.shape[-1])
@@ -43,14 +43,14 @@ class SSMBlock(nn.Module):
 
     .. math:: h_t = a ⊙ h_{t-1} + γ ⊙ (B x_t), \qquad y_t = \mathrm{Re}(C h_t) + D ⊙ x_t
 
-    whose output is x + W tanh(y) + b, or with ``gated`` x + y ⊙ sigmoid(w ⊙ x + b): what is read from memory is let through
-    by what is seen now. C has mixed the channels already, so that the gate needs no matrix of its own,
-    with N/2 complex modes a = exp(-(e^ν + ε) + iθ), so |a| < 1 whatever the parameters are, and γ = sqrt(1 - |a|²), which
-    gives every mode the same output variance for white input (Orvieto et al. 2023, arXiv 2303.06349, eq. 7). There is no normalisation
-    across hidden units: it would keep a policy from growing without changing its function.
+    whose output is x + W tanh(y) + b, or with ``gated`` x + y ⊙ sigmoid(w ⊙ x + b): what is read from memory is let
+    through by what is seen now. C has mixed the channels already, so that the gate needs no matrix of its own,
+    with N/2 complex modes a = exp(-(e^ν + ε) + iθ), so |a| < 1 whatever the parameters are, and γ = sqrt(1 - |a|²),
+    which gives every mode the same output variance for white input (Orvieto et al. 2023, arXiv 2303.06349, eq. 7).
+    There is no normalisation across hidden units: it would keep a policy from growing without changing its function.
 
-    Complex quantities are kept as real pairs (re, im) side by side: B is [H, N], C is [N, H], the state [..., N/2, 2]. Every
-    parameter may carry a leading task axis M (through ``torch.func.functional_call``), with sequences then [M, T, K, H].
+    Complex quantities are kept as real pairs (re, im) side by side: B is [H, N], C is [N, H], the state [..., N/2, 2].
+    Every parameter may carry a leading task axis M (through ``torch.func.functional_call``); then x is [M, T, K, H].
 
     Args:
         hidden_dim: H, width of input and output.
@@ -63,7 +63,7 @@ class SSMBlock(nn.Module):
         super().__init__()
         self.gated = gated
         modes = state_dim // 2
-        # Memory of 1 to 1000 steps, spread evenly on a logarithmic scale: |a| up to .999. Half of the modes turn slowly.
+        # Memory of 1 to 1000 steps, spread evenly on a logarithmic scale: |a| up to .999.
         steps = torch.logspace(0, 3, modes) if modes > 1 else torch.tensor([30.0])
         self.nu = nn.Parameter(-torch.log(steps))
         self.theta = nn.Parameter(torch.rand(modes, generator=generator) * math.pi / 10)

@@ -60,8 +60,7 @@ def figures(trainer: MetaTrainer, iterations: list[dict[str, Any]]) -> dict[str,
     """Times, shares and sizes."""
     total = summary([metrics["seconds"]["total"] for metrics in iterations])
     phases = {
-        phase: statistics.median(metrics["seconds"][key] for metrics in iterations)
-        for phase, key in PHASES.items()
+        phase: statistics.median(metrics["seconds"][key] for metrics in iterations) for phase, key in PHASES.items()
     }
     return {
         "seconds_per_iteration": total["median"],

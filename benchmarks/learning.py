@@ -36,13 +36,16 @@ class Target:
     tasks of the split ``test``, equal for all seeds.
 
     Attributes:
-        claim: in words. task: the family. options: changes to ``TrainConfig.for_task``. goal: least mean
-        return after ``after`` inner steps, over tasks and then seeds. after: inner steps. max_env_steps: of
-        training, support and query together; None: no limit. max_seconds: wall time of training a seed; None:
-        no limit. max_untrained: greatest mean return of the initial policy, without adaptation; None: no
-        limit. min_gain: least lower bound of the 95 % interval, over tasks, of the return after ``after``
-        steps less the
-            return before adaptation; None: no limit.
+        claim: in words.
+        task: the family.
+        options: changes to ``TrainConfig.for_task``.
+        goal: least mean return after ``after`` inner steps, over tasks and then seeds.
+        after: inner steps.
+        max_env_steps: of training, support and query together; None: no limit.
+        max_seconds: wall time of training a seed; None: no limit.
+        max_untrained: greatest mean return of the initial policy, without adaptation; None: no limit.
+        min_gain: least lower bound of the 95 % interval, over tasks, of the gain by adaptation: the return
+            after ``after`` steps less the return before; None: no limit.
         num_tasks: held-out tasks.
         steps: inner steps evaluated and reported.
     """
@@ -198,9 +201,7 @@ def last_within(run: Path, max_env_steps: int | None) -> tuple[Path, int]:
         env_steps = int(load_checkpoint(path).progress["env_steps"])
         if max_env_steps is None or env_steps <= max_env_steps:
             return path, env_steps
-    raise SystemExit(
-        f"All checkpoints kept in {run} took more than {max_env_steps:,} steps: lower `iterations`."
-    )
+    raise SystemExit(f"All checkpoints kept in {run} took more than {max_env_steps:,} steps: lower `iterations`.")
 
 
 def mean_interval(samples: Array) -> dict[str, Any]:
@@ -265,7 +266,8 @@ def main(options: Options) -> None:
         key = json.dumps([config.to_dict(), protocol], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         results.append(run_seed(target, config, options.out / options.target / f"seed-{seed}-{digest}"))
-    report("learning", {"target": options.target, **summarise(target, results), "config": config.to_dict()})
+    shared = {name: value for name, value in config.to_dict().items() if name != "seed"}
+    report("learning", {"target": options.target, **summarise(target, results), "config": shared})
 
 
 if __name__ == "__main__":

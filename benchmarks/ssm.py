@@ -85,9 +85,7 @@ def gradient_norm(layer: nn.Module, steps: int, sequences: int) -> Callable[[], 
     return work
 
 
-def meta_gradient(
-    losses: Losses, shared: Parameters, support: Tensor, query: Tensor, shard: int
-) -> tuple[Tensor, ...]:
+def meta_gradient(losses: Losses, shared: Parameters, support: Tensor, query: Tensor, shard: int) -> tuple[Tensor, ...]:
     """MAML's second-order gradient: of the mean query loss after one inner step, to the initial weights.
 
     Args:

@@ -85,8 +85,10 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
             block + "C": (state, width),
             block + "D": (width,),
         }
-        last = block + ("gate" if spec.gated else "out")
-        shapes |= {last + ".weight": (width,) if spec.gated else (width, width), last + ".bias": (width,)}
+        if spec.gated:  # in the order of a ParameterDict, which is the alphabet's
+            shapes |= {block + "gate.bias": (width,), block + "gate.weight": (width,)}
+        else:
+            shapes |= {block + "out.weight": (width, width), block + "out.bias": (width,)}
     shapes |= {"policy.weight": (width, actions), "policy.bias": (actions,)}
     if not spec.discrete:
         shapes["policy.log_std"] = (actions,)
@@ -148,9 +150,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     contents = {name: _read(folder / name) for name in _FILES}
     for name, content in contents.items():
         if _sha256(content) != digests[name]:
-            raise CheckpointError(
-                f"{folder / name} is truncated or altered: its SHA-256 is not that of {MANIFEST}."
-            )
+            raise CheckpointError(f"{folder / name} is truncated or altered: its SHA-256 is not that of {MANIFEST}.")
     return _decode(folder, contents)
 
 

@@ -37,7 +37,8 @@ class TrainConfig(MetaConfig, PolicyConfig):
         learner_threads: threads that share the learner's tasks (on a CPU).
         device: where the learner computes, such as "cpu" or "cuda".
         checkpoint_every: iterations between checkpoints; there is one at the end, too.
-        sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not reproducible.
+        sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not
+            reproducible.
     """
 
     task: str = "navigation-2d"
@@ -79,7 +80,9 @@ class TrainConfig(MetaConfig, PolicyConfig):
             ValueError: for an unknown key (the nearest valid one is named) or an impossible value.
         """
         check_keys(values, {f.name for f in fields(cls)}, "option")
-        listed = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        listed: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**listed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +97,9 @@ class TrainConfig(MetaConfig, PolicyConfig):
         """
         observation, action = distribution.observation_space, distribution.action_space
         if not isinstance(observation, spaces.Box) or len(observation.shape) != 1:
-            raise ValueError(f"{distribution.name}: observations must be vectors (Box with one axis), not {observation}.")
+            raise ValueError(
+                f"{distribution.name}: observations must be vectors (Box with one axis), not {observation}."
+            )
         discrete = isinstance(action, spaces.Discrete)
         if isinstance(action, spaces.Discrete):
             size = int(action.n)

@@ -17,6 +17,7 @@ from ..algorithms.policy import SSMPolicy
 from ..algorithms.rollouts import Array, Rollouts
 from .config import TrainConfig
 
+
 class Learner:
     """Holds the policy and improves it; the trainer calls it between rollouts::
 
@@ -25,9 +26,9 @@ class Learner:
         query = learner.batch(pool.collect(learner.adapt(weights, support), ...))
         statistics = learner.update([support, query], done=iteration / iterations)
 
-    On a CPU the tasks of a batch are cut into shards that fit the cache, ``learner_threads`` Python threads work on them
-    with one torch thread each (torch releases the interpreter lock), and the shards' gradients are added in their order:
-    the result does not depend on the number of threads.
+    On a CPU the tasks of a batch are cut into shards that fit the cache, ``learner_threads`` Python threads work on
+    them with one torch thread each (torch releases the interpreter lock), and the shards' gradients are added in
+    their order: the result does not depend on the number of threads.
 
     Args:
         spec: the policy's sizes.
@@ -69,9 +70,9 @@ class Learner:
             done: fraction of the run's iterations done, in [0, 1), for the learning-rate schedule.
 
         Returns:
-            ``loss`` (last epoch), ``entropy`` of the adapted policies and ``kl`` of the policy before adaptation from the one
-            that acted (last epoch), ``grad_norm`` before clipping (mean), ``ratio_error``: largest |log ratio| on the first
-            epoch, 0 but for rounding; and ``learning_rate``.
+            ``loss`` (last epoch), ``entropy`` of the adapted policies and ``kl`` of the policy before adaptation
+            from the one that acted (last epoch), ``grad_norm`` before clipping (mean), ``ratio_error``: largest
+            |log ratio| on the first epoch, 0 but for rounding; and ``learning_rate``.
 
         Raises:
             FloatingPointError: the meta-gradient is not finite; parameters are as before that epoch.
@@ -104,9 +105,9 @@ class Learner:
             with ThreadPoolExecutor(self._threads) as threads:
                 results = list(threads.map(differentiate, range(len(shards))))
             for index, parameter in enumerate(parameters):
-                shares = [gradients[index] for gradients, _ in results]
+                shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
                 # The value head has no part in a policy gradient.
-                parameter.grad = None if shares[0] is None else torch.stack(shares).sum(0)
+                parameter.grad = torch.stack(shares).sum(0) if shares else None
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
             if not np.isfinite(norm):
                 raise FloatingPointError(
@@ -120,7 +121,7 @@ class Learner:
                 ratio_error = max(float(loss.log_ratio) for _, loss in results)
         losses = [loss for _, loss in results]
         return {
-            "loss": float(sum((loss.losses.detach() * whole[s]).sum() for loss, s in zip(losses, shards, strict=True))) / active,
+            "loss": float((torch.cat([loss.losses.detach() for loss in losses]) * whole).sum()) / active,
             "entropy": float(np.mean([float(loss.entropy) for loss in losses])),
             "kl": float(torch.cat([loss.kl_before for loss in losses]).mean()),
             "grad_norm": float(np.mean(norms)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -270,7 +270,7 @@ class _Batch:
     played: dict[int, Rollouts] = field(default_factory=dict)  # by the number of the part's first task
     lost: dict[int, str] = field(default_factory=dict)  # by the number of the task
     deaths: Counter[int] = field(default_factory=Counter)  # by the number of the task
-    seconds: Counter[Any] = field(default_factory=Counter)  # own sampling, by worker
+    seconds: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))  # own sampling, by worker
 
     def split(self, workers: int) -> None:
         """Let parts of equal size (to one task) wait, at most one a worker."""
@@ -330,5 +330,5 @@ def _owned(rollouts: Rollouts) -> Rollouts:
     Ray's arrays are read-only, and the order of an array in memory decides the last bits of a sum over it.
     """
     names = [f.name for f in fields(rollouts) if f.name not in ("tasks", "errors")]
-    arrays = {name: np.require(getattr(rollouts, name), requirements="CW") for name in names}
+    arrays = {name: np.require(getattr(rollouts, name), requirements=["C", "W"]) for name in names}
     return replace(rollouts, **arrays)

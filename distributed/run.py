@@ -1,4 +1,4 @@
-"""A training run in a folder: progress, metrics, checkpoints, interruption and resume; and evaluation of its checkpoints."""
+"""A training run in a folder: metrics, checkpoints, interruption and resume; and evaluation of its checkpoints."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class TrainResult:
 
 
 def start_ray(num_workers: int) -> None:
-    """Start Ray in this process if workers are wanted and none is started, and print its dashboard's address to stderr.
+    """Start Ray in this process, on loopback, if workers are wanted and none is started; usage reporting is off.
 
-    Usage reporting is off and all ports are on loopback.
+    The dashboard's address is printed to stderr.
     """
     if num_workers == 0 or ray.is_initialized():
         return
@@ -149,7 +149,7 @@ def _save(trainer: MetaTrainer, run: Path, recent: list[float]) -> Path:
 
 
 def _cut_metrics(path: Path, iteration: int) -> list[float]:
-    """Drop lines after ``iteration``, written by a run that died before its next checkpoint; return what is left after adaptation."""
+    """Drop lines after ``iteration``, of a run that died before its next checkpoint; return adapted returns left."""
     if not path.exists():
         return []
     kept = []
@@ -173,14 +173,16 @@ def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{name}/")
         elif isinstance(value, list):
-            yield from _scalars({str(i): x for i, x in enumerate(value) if isinstance(x, int | float)}, f"{prefix}{name}/")
+            yield from _scalars(
+                {str(i): x for i, x in enumerate(value) if isinstance(x, int | float)}, f"{prefix}{name}/"
+            )
         elif isinstance(value, int | float):
             yield prefix + name, float(value)
 
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT or SIGTERM; the second raises. Only the main thread can be asked to stop."""
+    """A list that gets the number of the first SIGINT or SIGTERM; the second raises. Works in the main thread only."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

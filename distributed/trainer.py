@@ -44,8 +44,8 @@ class MetaTrainer(tune.Trainable):
     Under Tune it is passed as it is, with ``TrainConfig.to_dict()`` as parameter space.
 
     Args:
-        config: options of ``TrainConfig``, and optionally "task_distribution": the family itself, instead of the registered one
-            that "task" names.
+        config: options of ``TrainConfig``, and optionally "task_distribution": the family itself, instead of the
+            registered one that "task" names.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -73,9 +73,9 @@ class MetaTrainer(tune.Trainable):
         """One meta-iteration: collect, adapt, collect with the adapted policies, meta-update.
 
         Returns:
-            ``iteration``, ``env_steps`` (all so far), ``return_by_step`` (mean undiscounted return after 0..S inner steps),
-            ``episode_length_by_step``, ``seconds`` by phase, ``restarts``, ``dropped_tasks``, ``missing_tasks``, ``bad_episodes``
-            and the learner's statistics.
+            ``iteration``, ``env_steps`` (all so far), ``return_by_step`` (mean undiscounted return after 0..S inner
+            steps), ``episode_length_by_step``, ``seconds`` by phase, ``restarts``, ``dropped_tasks``,
+            ``missing_tasks``, ``bad_episodes`` and the learner's statistics.
 
         Raises:
             EnvironmentFailure: more than a tenth of the iteration's episodes were lost to the environment.
@@ -136,8 +136,8 @@ class MetaTrainer(tune.Trainable):
         episodes = sum(rollouts.kept().size for rollouts in collected)
         if len(errors) > BAD_EPISODES_ALLOWED * episodes:
             raise EnvironmentFailure(
-                f"{len(errors)} of {episodes} episodes of iteration {self.meta_iteration + 1} were lost to the environment "
-                f"{self.distribution.name!r}; the first error:\n{errors[0]}"
+                f"{len(errors)} of {episodes} episodes of iteration {self.meta_iteration + 1} were lost to the "
+                f"environment {self.distribution.name!r}; the first error:\n{errors[0]}"
             )
         return len(errors)
 
@@ -173,7 +173,7 @@ class MetaTrainer(tune.Trainable):
         self.env_steps = int(loaded.progress["env_steps"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take new options in the same process (Tune's ``reuse_actors``); parameters start anew until a checkpoint is loaded."""
+        """Take new options in the same process (Tune's ``reuse_actors``); parameters start anew, until a restore."""
         self.cleanup()
         self.setup(new_config)
         return True

@@ -97,7 +97,7 @@ class Plot:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; exit code 0, 1 after a failure, 2 for bad input, 130 or 143 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0].startswith("-") and given[0] not in ("-h", "--help"):
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "train")
     try:
         options = _parse(given)
@@ -132,7 +132,7 @@ def _parse(arguments: Sequence[str]) -> Train | Evaluate | Plot:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
-    return tyro.cli(commands, args=arguments, prog="run_local.py", description=__doc__)  # type: ignore[call-overload, no-any-return]
+    return tyro.cli(commands, args=arguments, prog="run_local.py", description=__doc__)
 
 
 def _default_config(task: str, run_dir: Path | None, resume: bool) -> TrainConfig:

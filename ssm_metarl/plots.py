@@ -56,7 +56,9 @@ def _learning_curve(metrics: list[dict[str, Any]], path: Path, title: str) -> Pa
         label = "before adaptation" if stage == 0 else f"after {stage} inner step{'s' * (stage > 1)}"
         returns = [line["return_by_step"][stage] for line in metrics]
         axes.plot(steps, returns, label=label, color=colour, marker="o", markersize=3)
-    axes.set(xlabel="environment steps (millions)", ylabel="mean return of the meta-batch", title=f"Meta-training on {title}")
+    axes.set(
+        xlabel="environment steps (millions)", ylabel="mean return of the meta-batch", title=f"Meta-training on {title}"
+    )
     axes.legend(frameon=False)
     return _write(figure, path)
 
@@ -65,7 +67,9 @@ def _adaptation_curve(evaluation: Mapping[str, Any], path: Path, title: str) -> 
     figure, axes = _axes()
     steps = range(len(evaluation["return"]))
     axes.plot(steps, evaluation["return"], color=_COLOURS[1], marker="o")
-    axes.fill_between(steps, evaluation["ci_low"], evaluation["ci_high"], color=_COLOURS[1], alpha=0.2, label="95 % interval")
+    axes.fill_between(
+        steps, evaluation["ci_low"], evaluation["ci_high"], color=_COLOURS[1], alpha=0.2, label="95 % interval"
+    )
     axes.set(
         xlabel="inner steps",
         ylabel="mean return",

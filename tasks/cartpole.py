@@ -97,9 +97,7 @@ class Physics:
         )
 
 
-def derivative(
-    state: NDArray[np.float64], force: NDArray[np.float64], physics: Physics
-) -> NDArray[np.float64]:
+def derivative(state: NDArray[np.float64], force: NDArray[np.float64], physics: Physics) -> NDArray[np.float64]:
     """Time derivative of the state.
 
     Args:

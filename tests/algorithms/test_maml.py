@@ -149,7 +149,7 @@ def test_the_meta_gradient_is_the_derivative(
 ) -> None:
     """Central differences of the whole objective along a random direction in every parameter, through one and two steps."""
     config = MetaConfig(
-        algorithm=algorithm, inner_lr=0.2, inner_steps=steps, step_weights=step_weights, entropy_bonus=0.05, kl_penalty=0.3
+        algorithm=algorithm, inner_lr=0.1, inner_steps=steps, step_weights=step_weights, entropy_bonus=0.05, kl_penalty=0.3
     )
     policy, parameters, stages = exact(config, make_spec(hidden_dim=4, **form))
     reference = None
@@ -165,7 +165,7 @@ def test_the_meta_gradient_is_the_derivative(
             for shift in (1e-5, -1e-5)
         ]
         slope = (ends[0] - ends[1]) / 2e-5
-        assert float((gradients[name] * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+        assert float((gradients[name] * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-7), name
     assert norm(gradients) > 1e-3
 
 
@@ -335,7 +335,7 @@ def test_a_small_inner_step_raises_the_surrogate_by_its_gradients_square(spec: A
     after, _ = inner_loss(policy, adapted, batch, ALGORITHMS[algorithm])
     for task in range(TASKS):
         square = norm(gradient(before[task], parameters)) ** 2
-        assert float(before[task] - after[task]) == pytest.approx(1e-6 * square, rel=1e-2, abs=1e-13)
+        assert (before[task] - after[task]).item() == pytest.approx(1e-6 * square, rel=1e-2, abs=1e-13)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

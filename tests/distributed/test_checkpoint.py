@@ -64,9 +64,7 @@ def make_checkpoint(seed: int = 0, spec: PolicySpec | None = None, **changes: An
     """A checkpoint of random numbers, all of which depend on the seed."""
     spec = spec or PolicySpec(3, 2, discrete=False, hidden_dim=4, state_dim=4)
     rng = np.random.default_rng(seed)
-    policy = {
-        name: rng.normal(size=shape).astype(np.float32) for name, shape in expected_shapes(spec).items()
-    }
+    policy = {name: rng.normal(size=shape).astype(np.float32) for name, shape in expected_shapes(spec).items()}
     optimizer = {f"exp_avg.{name}": rng.normal(size=a.shape).astype(np.float32) for name, a in policy.items()}
     optimizer["step"] = np.asarray(seed, np.int64)
     config = {"seed": seed, "task": "navigation-2d", "step_weights": [0.0, 1.0]}
@@ -226,9 +224,7 @@ class TestRefusedWhenSaving:
             (make_checkpoint(1, progress={"best": float("-inf")}), "progress.json"),
         ],
     )
-    def test_what_could_not_be_loaded_is_not_written(
-        self, tmp_path: Path, wrong: Checkpoint, file: str
-    ) -> None:
+    def test_what_could_not_be_loaded_is_not_written(self, tmp_path: Path, wrong: Checkpoint, file: str) -> None:
         place = save_checkpoint(tmp_path / "checkpoint_000001", make_checkpoint(0))
         for directory in (place, tmp_path / "checkpoint_000002"):
             with pytest.raises(CheckpointError, match=file) as error:
@@ -405,9 +401,7 @@ class TestDamage:
             seal(folder, format=version)
             refused(folder, "manifest.json is of format", "reads format 1")
 
-    @pytest.mark.parametrize(
-        "name", ["../secret", "/etc/hostname", "a/../config.json", "./config.json", "x" * 9999]
-    )
+    @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../config.json", "./config.json", "x" * 9999])
     def test_the_manifest_cannot_name_other_files(
         self, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -514,9 +508,7 @@ class TestCrash:
                 mark_best(run, run / place, 0.0)
 
         seen = []
-        for run in self.crashes(
-            tmp_path, lambda run: save_checkpoint(run / place, make_checkpoint(3)), before
-        ):
+        for run in self.crashes(tmp_path, lambda run: save_checkpoint(run / place, make_checkpoint(3)), before):
             found = [load_checkpoint(path) for path in checkpoints(run)]
             seen.append([checkpoint.progress["iteration"] for checkpoint in found])
             for checkpoint in found:
@@ -648,9 +640,7 @@ class TestRun:
     @example(b'{"checkpoint": "checkpoint_000777", "return": 1.0}')
     @example(b"[" * 100_000)
     @settings(max_examples=50)
-    def test_a_damaged_best_json_is_an_error_and_costs_no_checkpoint(
-        self, folder: Path, content: bytes
-    ) -> None:
+    def test_a_damaged_best_json_is_an_error_and_costs_no_checkpoint(self, folder: Path, content: bytes) -> None:
         run = folder.parent
         (run / "best.json").write_bytes(content)
         try:

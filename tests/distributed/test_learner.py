@@ -1,0 +1,274 @@
+"""The learner: independent of threads, exact after loading, unharmed by what is not finite or not valid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import drop, make_spec, toy_rollouts, uneven
+
+from ssm_metarl.algorithms.maml import ALGORITHMS, Batch
+from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.distributed import learner as module
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.learner import Learner
+
+TASKS, COLUMNS, HORIZON = 6, 5, 8
+
+
+def make_learner(seed: int = 0, discrete: bool = False, hidden_dim: int = 6, **options: Any) -> Learner:
+    options = {"learner_threads": 1, "epochs": 3} | options
+    return Learner(make_spec(discrete=discrete, hidden_dim=hidden_dim), TrainConfig(**options), seed)
+
+
+def rollouts(learner: Learner, weights: Any, seed: int, columns: int = COLUMNS) -> Rollouts:
+    tasks = uneven(TASKS, columns, HORIZON, seed)
+    return toy_rollouts(learner.policy.spec, weights, tasks, columns, HORIZON, seed)
+
+
+def experience(learner: Learner, seed: int = 0, columns: int = COLUMNS) -> list[Batch]:
+    """The batches of every stage of an iteration."""
+    weights, stages = learner.weights(), []
+    for stage in range(learner.config.inner_steps + 1):
+        stages.append(learner.batch(rollouts(learner, weights, 10 * seed + stage, columns)))
+        weights = learner.adapt(weights, stages[-1])
+    return stages
+
+
+def snapshot(learner: Learner) -> dict[str, Any]:
+    return {**learner.weights(), **learner.optimizer_arrays()}
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Bit by bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One task a shard."""
+    monkeypatch.setattr(module, "task_shards", lambda batch: [slice(i, i + 1) for i in range(len(batch.share))])
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("discrete", [False, True])
+def test_threads_change_nothing(algorithm: str, discrete: bool) -> None:
+    """Parameters, moments and statistics are equal to the last bit, update after update."""
+    results = []
+    for threads in (1, 2, 3):
+        learner = make_learner(discrete=discrete, algorithm=algorithm, learner_threads=threads, step_weights=(1, 2))
+        statistics = [learner.update(experience(learner, seed)) for seed in range(4)]
+        assert all(isinstance(parameter, torch.nn.Parameter) for parameter in learner.policy.parameters())
+        results.append((statistics, snapshot(learner)))
+    for statistics, parameters in results[1:]:
+        assert statistics == results[0][0]
+        assert_equal(parameters, results[0][1])
+
+
+def test_shards_change_only_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = make_learner()
+    stages = experience(whole)
+    expected = whole.update(stages)
+    monkeypatch.setattr(module, "task_shards", lambda batch: [slice(0, 1), slice(1, 4), slice(4, TASKS)])
+    parts = make_learner()
+    statistics = parts.update(stages)
+    assert_close(snapshot(parts), snapshot(whole))
+    for name in ("loss", "kl", "grad_norm", "learning_rate"):
+        assert statistics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_update_improves_the_objective(algorithm: str) -> None:
+    learner = make_learner(algorithm=algorithm, outer_lr=3e-3)
+    stages = experience(learner)
+    losses = [learner.update(stages)["loss"] for _ in range(3)]
+    assert losses[-1] < losses[0]
+
+
+def test_statistics_say_what_happened() -> None:
+    learner = make_learner(outer_lr=1e-2)
+    statistics = learner.update(experience(learner))
+    assert statistics["ratio_error"] < 1e-3
+    assert statistics["kl"] > 0  # after two steps away from the policy that acted
+    assert statistics["grad_norm"] > 0
+    assert all(np.isfinite(value) and isinstance(value, float) for value in statistics.values())
+
+
+def test_the_gradient_is_scaled_down_to_its_greatest_norm() -> None:
+    """Seen in Adam's first moment after one step: (1 - β₁) times the gradient."""
+    moments = []
+    for limit in (1e-3, 1e9):
+        learner = make_learner(max_grad_norm=limit, epochs=1)
+        norm = learner.update(experience(learner))["grad_norm"]
+        first = [value for name, value in learner.optimizer_arrays().items() if name.endswith("exp_avg")]
+        moments.append(10 * np.sqrt(sum((value**2).sum() for value in first)))
+    assert moments[0] == pytest.approx(1e-3, rel=1e-3)
+    assert moments[1] == pytest.approx(norm, rel=1e-3)
+    assert norm > 1e-3
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("constant", 1.0), ("linear", 0.75), ("cosine", 0.853553)])
+def test_the_learning_rate_follows_its_schedule(schedule: str, expected: float) -> None:
+    learner = make_learner(lr_schedule=schedule, outer_lr=0.004, epochs=1)
+    before = learner.weights()
+    assert learner.update(experience(learner), done=0.25)["learning_rate"] == pytest.approx(0.004 * expected, rel=1e-5)
+    # Adam's first step is as long as the learning rate, where the gradient is not tiny.
+    moved = max(np.abs(value - before[name]).max() for name, value in learner.weights().items())
+    assert moved == pytest.approx(0.004 * expected, rel=1e-2)
+
+
+def test_plain_policy_gradients_take_one_pass() -> None:
+    for algorithm, passes in (("promp", 3), ("maml", 1), ("fomaml", 1)):
+        learner = make_learner(algorithm=algorithm)
+        learner.update(experience(learner))
+        assert learner.optimizer_arrays()["encoder.weight.step"] == passes
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [0, 2])
+def test_a_loaded_learner_continues_to_the_last_bit(updates: int) -> None:
+    first = make_learner(seed=1)
+    for seed in range(updates):
+        first.update(experience(first, seed))
+    second = make_learner(seed=2)
+    second.update(experience(second, 9))
+    second.load(first.weights(), first.optimizer_arrays())
+    assert_equal(snapshot(second), snapshot(first))
+    for seed in range(5, 7):
+        assert first.update(experience(first, seed)) == second.update(experience(second, seed))
+    assert_equal(snapshot(second), snapshot(first))
+
+
+def test_what_is_loaded_and_saved_are_copies() -> None:
+    first, second = make_learner(seed=1), make_learner(seed=2)
+    first.update(experience(first))
+    saved = snapshot(first)
+    weights, moments = first.weights(), first.optimizer_arrays()
+    second.load(weights, moments)
+    second.update(experience(second, 1))
+    assert_equal({**weights, **moments}, saved)
+    assert_equal(snapshot(first), saved)
+
+
+def test_the_configs_learning_rate_wins() -> None:
+    first = make_learner(outer_lr=1e-2)
+    first.update(experience(first))
+    second = make_learner(outer_lr=1e-6)
+    second.load(first.weights(), first.optimizer_arrays())
+    statistics = second.update(experience(second, 1))
+    assert statistics["learning_rate"] == 1e-6
+    moved = max(np.abs(value - first.weights()[name]).max() for name, value in second.weights().items())
+    assert 0 < moved < 1e-4
+
+
+def wider(name: str) -> Any:
+    def change(weights: dict[str, Any], moments: dict[str, Any]) -> None:
+        arrays = weights if name in weights else moments
+        arrays[name] = np.concatenate([arrays[name], arrays[name]])
+
+    return change
+
+
+def other_sizes(weights: dict[str, Any], moments: dict[str, Any]) -> None:
+    other = make_learner(hidden_dim=8)
+    other.update(experience(other))
+    weights.update(other.weights())
+    moments.update(other.optimizer_arrays())
+
+
+def unknown(kind: int, name: str) -> Any:
+    return lambda *arrays: arrays[kind].update({name: np.zeros(3, np.float32)})
+
+
+def missing(kind: int, name: str) -> Any:
+    return lambda *arrays: arrays[kind].pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_sizes, "encoder.weight"),
+        (wider("blocks.0.nu"), "blocks.0.nu"),
+        (unknown(0, "blocks.1.nu"), "blocks.1.nu"),
+        (missing(0, "value.bias"), "value.bias"),
+        (wider("encoder.bias.exp_avg"), "encoder.bias.exp_avg"),
+        (unknown(1, "blocks.1.nu.exp_avg"), "blocks.1.nu.exp_avg"),
+        (unknown(1, "encoder.bias.momentum"), "encoder.bias.momentum"),
+        (missing(1, "encoder.bias.exp_avg_sq"), "encoder.bias"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_changed(change: Any, named: str) -> None:
+    donor, learner = make_learner(seed=1), make_learner(seed=2)
+    for each in (donor, learner):
+        each.update(experience(each))
+    weights, moments = donor.weights(), donor.optimizer_arrays()
+    change(weights, moments)
+    before = snapshot(learner)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{named}[^\n]*$"):
+        learner.load(weights, moments)
+    assert_equal(snapshot(learner), before)
+
+
+# --- What must do no harm -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_gradient_that_is_not_finite_stops_before_the_parameters(stage: int) -> None:
+    learner = make_learner()
+    learner.update(experience(learner))
+    stages = experience(learner, 1)
+    stages[stage].advantages[0, 0, 0] = float("nan")
+    before = snapshot(learner)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        learner.update(stages)
+    assert_equal(snapshot(learner), before)
+    learner.update(experience(learner, 2))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_task_lost_at_one_stage_has_no_influence(stage: int, algorithm: str) -> None:
+    """The update is that of the other tasks alone."""
+    learner, others = make_learner(algorithm=algorithm), make_learner(algorithm=algorithm)
+    weights, batches, rest = learner.weights(), [], []
+    for index in range(2):
+        record = rollouts(learner, weights, index)
+        batch = learner.batch(drop(record, 2) if index == stage else record)
+        weights = learner.adapt(weights, batch)
+        batches.append(batch)
+        keep = [0, 1, 3, 4, 5]
+        rest.append(Batch(*(None if x is None else x[keep] for x in batch)))
+    statistics, expected = learner.update(batches), others.update(rest)
+    assert_close(snapshot(learner), snapshot(others))
+    for name in ("loss", "grad_norm"):
+        assert statistics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+
+
+def test_an_iteration_without_any_whole_task_changes_no_number_to_nan() -> None:
+    learner = make_learner()
+    record = rollouts(learner, learner.weights(), 0)
+    for task in range(TASKS):
+        record = drop(record, task)
+    batch = learner.batch(record)
+    assert all(np.isfinite(value) for value in learner.update([batch, batch]).values())
+    assert all(np.isfinite(value).all() for value in snapshot(learner).values())
+
+
+def test_building_and_updating_use_no_global_chance() -> None:
+    state = torch.get_rng_state()
+    learner = make_learner()
+    learner.update(experience(learner))
+    assert torch.equal(torch.get_rng_state(), state)
