@@ -139,9 +139,7 @@ class Pool:
 
     def processes(self) -> list[int]:
         """Process ids of the workers, as soon as all of them run; none in process."""
-        for worker in self._workers:
-            worker.await_process()
-        return [worker.result() for worker in self._workers]
+        return [worker.process() for worker in self._workers]
 
     def close(self) -> None:
         """End the workers; the pool cannot be used any more. Closing again does nothing."""

@@ -21,6 +21,7 @@ from tensorboardX import SummaryWriter
 
 from ..algorithms.collect import seed_for
 from ..algorithms.evaluation import Evaluation, evaluate
+from ..algorithms.inference import PolicySpec, check_count
 from ..algorithms.policy import SSMPolicy
 from ..algorithms.rollouts import Array, Rollouts
 from ..tasks import TaskDistribution, make
@@ -28,7 +29,7 @@ from .checkpoint import Checkpoint, checkpoints, load_checkpoint, mark_best, pru
 from .config import TrainConfig, available_cores
 from .learner import check_device
 from .pool import Pool
-from .trainer import EVALUATION, MetaTrainer
+from .trainer import EVALUATION, MetaTrainer, check_resources, check_sizes, play
 
 SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
 """Branches of the seed tree for the splits' tasks: validation and test never meet the tasks of training."""
@@ -54,21 +55,25 @@ class TrainResult:
 
 
 def start_ray(num_workers: int) -> None:
-    """Start Ray in this process, on loopback, if workers are wanted and none is started; usage reporting is off.
+    """Have Ray in this process if workers are wanted: join the cluster of ``RAY_ADDRESS``, or start one on loopback.
 
-    The dashboard's address is printed to stderr.
+    Usage reporting is off, and the dashboard's address is printed to stderr.
     """
     if num_workers == 0 or ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    context = ray.init(
-        num_cpus=max(available_cores(), 1 + num_workers),
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        _node_ip_address="127.0.0.1",
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
+    if os.environ.get("RAY_ADDRESS"):
+        context = ray.init(logging_level="ERROR", log_to_driver=False)
+    else:
+        context = ray.init(
+            address="local",
+            num_cpus=max(available_cores(), 1 + num_workers),
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            logging_level="ERROR",
+            log_to_driver=False,
+        )
     if context.dashboard_url:
         print(f"Ray dashboard: http://{context.dashboard_url}", file=sys.stderr)
 
@@ -93,32 +98,29 @@ def train(
         distribution: the family itself, instead of the registered one that ``config.task`` names.
 
     Raises:
-        ValueError: the folder already holds a run, or has none to resume.
+        ValueError: the folder is not empty or cannot be made, or has no run to resume.
         CheckpointError: the checkpoint to resume is damaged or of other sizes.
         EnvironmentFailure: the environment spoils more than a tenth of the episodes.
     """
     begin = time.perf_counter()
     run = Path(run_dir)
-    last = checkpoints(run)[-1:] if run.is_dir() else []
-    if resume and not last:
-        raise ValueError(f"There is no checkpoint in {run} to resume from.")
-    if not resume and (last or (run / "metrics.jsonl").exists()):
-        raise ValueError(f"{run} already holds a run; resume it, or choose another folder.")
     check_device(config.device)
+    spec = config.policy_spec(distribution or make(config.task))
+    last = _prepare(run, resume, spec)
     start_ray(config.num_workers)
     trainer = MetaTrainer({**config.to_dict(), "task_distribution": distribution})
     metrics: dict[str, Any] = {}
     try:
         if last:
-            trainer.load_checkpoint(str(last[0]))
-        run.mkdir(parents=True, exist_ok=True)
-        recent = _cut_metrics(run / "metrics.jsonl", trainer.meta_iteration)[-config.checkpoint_every :]
+            trainer.load_checkpoint(str(last))
+        checkpoint = last or _save(trainer, run, [])
+        saved = trainer.meta_iteration
+        recent = _cut_metrics(run / "metrics.jsonl", saved)[-config.checkpoint_every :]
         with (
             _interrupts() as interrupted,
             (run / "metrics.jsonl").open("a") as log,
             SummaryWriter(str(run), purge_step=trainer.meta_iteration + 1) as board,
         ):
-            checkpoint = last[0] if last else _save(trainer, run, [])
             while trainer.meta_iteration < config.iterations and not interrupted:
                 metrics = trainer.step()
                 log.write(json.dumps(metrics) + "\n")
@@ -128,12 +130,35 @@ def train(
                 recent.append(metrics["return_by_step"][-1])
                 if on_iteration:
                     on_iteration(metrics)
-                due = trainer.meta_iteration % config.checkpoint_every == 0
-                if due or interrupted or trainer.meta_iteration == config.iterations:
-                    checkpoint = _save(trainer, run, recent[-config.checkpoint_every :])
+                if trainer.meta_iteration % config.checkpoint_every == 0:
+                    checkpoint, saved = _save(trainer, run, recent[-config.checkpoint_every :]), trainer.meta_iteration
+            if saved < trainer.meta_iteration:
+                checkpoint = _save(trainer, run, recent[-config.checkpoint_every :])
     finally:
         trainer.stop()
     return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)
+
+
+def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
+    """Make the run's folder, unless it is there; return the checkpoint to go on from, None for a new run.
+
+    Raises:
+        ValueError: nothing to resume, a folder that is not empty otherwise, or one that cannot be made.
+        CheckpointError: the checkpoint is damaged or of other sizes.
+    """
+    if resume:
+        found = checkpoints(run)
+        if not found:
+            raise ValueError(f"There is no checkpoint in {run} to resume from.")
+        check_sizes(found[-1], load_checkpoint(found[-1]).spec, spec)
+        return found[-1]
+    if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise ValueError(f"{run} is not empty; resume the run in it, or choose another folder.")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{run} cannot be made: {error.strerror}.") from None
+    return None
 
 
 def _save(trainer: MetaTrainer, run: Path, recent: list[float]) -> Path:
@@ -244,11 +269,15 @@ def evaluate_checkpoint(
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
-        ValueError: an unknown task or split, or a family whose spaces the policy does not fit.
+        ValueError: an unknown task or split, an impossible number, or a family whose spaces the policy does not fit.
+        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
     """
     policy, checkpoint = load_policy(path)
     config = TrainConfig.from_dict({**checkpoint.config, **({} if inner_lr is None else {"inner_lr": inner_lr})})
     family = distribution or make(task or config.task)
+    for name, value, least in (("num_tasks", num_tasks, 1), ("steps", steps, 0), ("seed", seed, 0)):
+        check_count(name, value, least)
+    check_count("num_workers", num_workers, 0)
     spec = config.policy_spec(family)
     if spec != policy.spec:
         raise ValueError(
@@ -256,15 +285,18 @@ def evaluate_checkpoint(
             f"{'discrete' if policy.spec.discrete else 'continuous'} actions, which {family.name!r} does not have."
         )
     columns = config.episodes if episodes is None else episodes
+    check_count("episodes", columns, 1)
     branch = SPLIT_BRANCHES.get(split, len(SPLIT_BRANCHES))
     rng = np.random.default_rng(seed_for(seed, EVALUATION, branch))
     tasks = family.sample(num_tasks, rng, split)
     start_ray(num_workers)
+    check_resources(num_workers)
+    played = np.ones(num_tasks, bool)
     with Pool(family, policy.spec, num_workers=num_workers, name=f"ssm-metarl/evaluate/{time.time_ns()}") as pool:
 
         def collect(weights: Mapping[str, Array], step: int) -> Rollouts:
             seeds = [seed_for(seed, EVALUATION, branch, step, task) for task in range(num_tasks)]
             label = f"evaluation, step {step}"
-            return pool.collect(weights, tasks, seeds, columns, label=label, deterministic=deterministic)
+            return play(pool, weights, tasks, seeds, columns, played, label=label, deterministic=deterministic)[0]
 
         return replace(evaluate(policy, config, collect, steps), task=family.name, split=split)

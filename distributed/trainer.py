@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from ray import tune
 from ray.tune import PlacementGroupFactory
 
 from ..algorithms.collect import seed_for
-from ..algorithms.rollouts import Rollouts
-from ..tasks import TaskDistribution, make
+from ..algorithms.inference import PolicySpec
+from ..algorithms.rollouts import Array, Rollouts
+from ..tasks import Task, TaskDistribution, make
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .learner import Learner
@@ -24,11 +27,11 @@ from .pool import Pool
 ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION = range(4)
 
 BAD_EPISODES_ALLOWED = 0.1
-"""Share of an iteration's episodes that may be lost to a faulty environment before the run stops."""
+"""Share of a collection's episodes that may be lost to a faulty environment before the run stops."""
 
 
 class EnvironmentFailure(RuntimeError):
-    """Too many episodes of an iteration were lost; the message carries the environment's own traceback."""
+    """Too many episodes were lost to the environment; the message carries its own traceback."""
 
 
 class MetaTrainer(tune.Trainable):
@@ -56,7 +59,7 @@ class MetaTrainer(tune.Trainable):
         self.distribution: TaskDistribution = distribution or make(self.train_config.task)
         self.spec = self.train_config.policy_spec(self.distribution)
         if self._trial_info is None:
-            check_resources(self.train_config)
+            check_resources(self.train_config.num_workers)
         seed = seed_for(self.train_config.seed, INITIAL_WEIGHTS).generate_state(1)[0]
         self.learner = Learner(self.spec, self.train_config, int(seed))
         self.pool = Pool(
@@ -78,7 +81,7 @@ class MetaTrainer(tune.Trainable):
             ``missing_tasks``, ``bad_episodes`` and the learner's statistics.
 
         Raises:
-            EnvironmentFailure: more than a tenth of the iteration's episodes were lost to the environment.
+            EnvironmentFailure: more than a tenth of the support's or the query's episodes were lost to the environment.
         """
         config, learner = self.train_config, self.learner
         begin = time.perf_counter()
@@ -87,14 +90,14 @@ class MetaTrainer(tune.Trainable):
         rng = np.random.default_rng(seed_for(config.seed, TASKS, self.meta_iteration))
         tasks = self.distribution.sample(config.meta_batch, rng, "train")
         weights = learner.weights()
+        played, bad = np.ones(len(tasks), bool), 0
         stages, collected = [], []
         for stage in range(config.inner_steps + 1):
             start = time.perf_counter()
-            seeds = [
-                seed_for(config.seed, ROLLOUTS, self.meta_iteration, stage, task) for task in range(config.meta_batch)
-            ]
+            seeds = [seed_for(config.seed, ROLLOUTS, self.meta_iteration, stage, task) for task in range(len(tasks))]
             label = "support" if stage < config.inner_steps else "query"
-            rollouts = self.pool.collect(weights, tasks, seeds, config.episodes, label=label)
+            rollouts, spoiled = play(self.pool, weights, tasks, seeds, config.episodes, played, label=label)
+            bad += spoiled
             collected.append(rollouts)
             seconds["sample"] += time.perf_counter() - start
             start = time.perf_counter()
@@ -102,7 +105,6 @@ class MetaTrainer(tune.Trainable):
             if stage < config.inner_steps:
                 weights = learner.adapt(weights, stages[-1])
             seconds["adapt"] += time.perf_counter() - start
-        bad = self._bad_episodes(collected)
         start = time.perf_counter()
         statistics = learner.update(stages, done=min(self.meta_iteration / config.iterations, 1.0))
         seconds["update"] = time.perf_counter() - start
@@ -126,21 +128,6 @@ class MetaTrainer(tune.Trainable):
             **statistics,
         }
 
-    def _bad_episodes(self, collected: list[Rollouts]) -> int:
-        """Episodes of the iteration that the environment spoiled.
-
-        Raises:
-            EnvironmentFailure: they are too many.
-        """
-        errors = [error for rollouts in collected for error in rollouts.errors]
-        episodes = sum(rollouts.kept().size for rollouts in collected)
-        if len(errors) > BAD_EPISODES_ALLOWED * episodes:
-            raise EnvironmentFailure(
-                f"{len(errors)} of {episodes} episodes of iteration {self.meta_iteration + 1} were lost to the "
-                f"environment {self.distribution.name!r}; the first error:\n{errors[0]}"
-            )
-        return len(errors)
-
     def save_checkpoint(self, checkpoint_dir: str) -> str:
         """Write a checkpoint folder (see ``checkpoint.py``); Tune calls it, and so does ``train``."""
         checkpoint = Checkpoint(
@@ -161,13 +148,7 @@ class MetaTrainer(tune.Trainable):
         """
         assert isinstance(checkpoint, str | Path), "checkpoints are folders"
         loaded = load_checkpoint(checkpoint)
-        if loaded.spec != self.spec:
-            differences = [
-                f"{name} {value!r} instead of {self.spec.to_dict()[name]!r}"
-                for name, value in loaded.spec.to_dict().items()
-                if value != self.spec.to_dict()[name]
-            ]
-            raise CheckpointError(f"{checkpoint}: its policy has {', '.join(differences)}.")
+        check_sizes(checkpoint, loaded.spec, self.spec)
         self.learner.load(loaded.policy, loaded.optimizer)
         self.meta_iteration = int(loaded.progress["iteration"])
         self.env_steps = int(loaded.progress["env_steps"])
@@ -194,17 +175,82 @@ class MetaTrainer(tune.Trainable):
             super()._setup_logdir()
 
 
-def check_resources(config: TrainConfig) -> None:
+def check_sizes(checkpoint: str | Path, found: PolicySpec, wanted: PolicySpec) -> None:
+    """Refuse a checkpoint whose policy is not of the wanted sizes and form.
+
+    Raises:
+        CheckpointError: one sentence with all differences.
+    """
+    want = wanted.to_dict()
+    differences = [
+        f"{name} {value!r} instead of {want[name]!r}" for name, value in found.to_dict().items() if value != want[name]
+    ]
+    if differences:
+        raise CheckpointError(f"{checkpoint}: its policy has {', '.join(differences)}.")
+
+
+def play(
+    pool: Pool,
+    weights: Mapping[str, Array],
+    tasks: Sequence[Task],
+    seeds: Sequence[np.random.SeedSequence],
+    episodes: int,
+    played: Array,
+    *,
+    label: str,
+    deterministic: bool = False,
+) -> tuple[Rollouts, int]:
+    """Collect one stage of adaptation with what is left of a batch of tasks; the trainer and the evaluator call it.
+
+    Args:
+        pool, weights, tasks, seeds, episodes, label, deterministic: as for ``Pool.collect``; where a task is not
+            played, weights must be the tasks' own.
+        played: [M] bool, the tasks of which every stage so far brought an episode. The others are not played, and
+            have an empty record. Those that this stage lost are taken out in place.
+
+    Returns:
+        The record of all M tasks, and the number of episodes that the environment spoiled.
+
+    Raises:
+        EnvironmentFailure: the environment spoiled too many episodes.
+    """
+    index = np.flatnonzero(played).tolist()
+    everything = len(index) == len(tasks)
+    lost = len(pool.dropped) + pool.missing
+    rollouts = pool.collect(
+        weights if everything else {name: value[index] for name, value in weights.items()},
+        [tasks[i] for i in index],
+        [seeds[i] for i in index],
+        episodes,
+        label=label,
+        deterministic=deterministic,
+    )
+    # A task that the pool lost has a sentence in errors, but not the environment's.
+    bad = len(rollouts.errors) - (len(pool.dropped) + pool.missing - lost)
+    if bad > BAD_EPISODES_ALLOWED * len(index) * episodes:
+        first = max(rollouts.errors, key=lambda error: "Traceback" in error)
+        share = f"{bad} of {len(index) * episodes} episodes ({label})"
+        raise EnvironmentFailure(f"{share} were lost to the environment; the first error:\n{first}")
+    if not everything:
+        parts = [Rollouts.empty([task], episodes, rollouts) for task in tasks]
+        for row, i in enumerate(index):
+            parts[i] = rollouts.select(slice(row, row + 1))
+        rollouts = replace(Rollouts.concatenate(parts), errors=rollouts.errors)
+    played &= rollouts.kept().any(1)
+    return rollouts, bad
+
+
+def check_resources(num_workers: int) -> None:
     """Refuse more workers than a started Ray has processors for; Tune's placement groups do this for trials.
 
     Raises:
         ValueError: one sentence with both figures.
     """
-    if config.num_workers == 0 or not ray.is_initialized():
+    if num_workers == 0 or not ray.is_initialized():
         return
     cpus = ray.cluster_resources().get("CPU", 0.0)
-    if 1 + config.num_workers > cpus:
+    if 1 + num_workers > cpus:
         raise ValueError(
-            f"{config.num_workers} workers and the learner need {1 + config.num_workers} CPUs, "
+            f"{num_workers} workers and the learner need {1 + num_workers} CPUs, "
             f"but this Ray cluster has {cpus:g}; use num_workers={max(int(cpus) - 1, 0)} or fewer."
         )

@@ -138,6 +138,15 @@ class WorkerHandle:
         """Have under way a call that is answered when the worker runs and has finished all earlier calls."""
         self.call = self._start = self.actor.process.remote()
 
+    def process(self) -> int:
+        """Id of the worker's process, once it runs; for a free worker."""
+        while True:
+            self.await_process()
+            try:
+                return self.result()
+            except WorkerDied:
+                continue
+
     def restart(self) -> None:
         """Kill the worker's process, forget its call and let Ray start another."""
         ray.kill(self.actor, no_restart=False)

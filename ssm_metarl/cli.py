@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -109,18 +111,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, CheckpointError) as error:
         _complain(error)
         return 2
-    except (EnvironmentFailure, FloatingPointError) as error:
+    except (EnvironmentFailure, FloatingPointError, OSError) as error:
         _complain(error)
         return 1
     except KeyboardInterrupt:
         return 130
+    except SystemExit as end:
+        if end.code == signal.SIGTERM:  # from the handler that ray.init leaves behind
+            return 128 + signal.SIGTERM
+        raise
 
 
 def _parse(arguments: Sequence[str]) -> Train | Evaluate | Plot:
     """Options of one command; those of ``train`` show the chosen task's own defaults, or a resumed run's."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--task", default="navigation-2d")
-    peek.add_argument("--run-dir", "--run_dir", type=Path)
+    # A missing value is left for tyro to complain about.
+    peek.add_argument("--task", nargs="?", default="navigation-2d", const="navigation-2d")
+    peek.add_argument("--run-dir", "--run_dir", nargs="?", type=Path)
     peek.add_argument("--resume", action="store_true")
     known, _ = peek.parse_known_args(arguments)
     config = TrainConfig(num_workers=available_cores())
@@ -151,11 +158,12 @@ def _train(options: Train) -> int:
     run_dir = options.run_dir or Path("runs") / f"{config.task}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
-    console.print(f"Run folder: {run_dir}")
     with _progress() as progress:
         bar = progress.add_task(config.task, total=config.iterations, returns="", speed="")
 
         def show(metrics: dict[str, Any]) -> None:
+            if show.steps is None:  # type: ignore[attr-defined]
+                _say(f"Run folder: {run_dir}")
             before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
@@ -184,22 +192,18 @@ def _train(options: Train) -> int:
         _show_evaluation(summary["evaluation"])
     if (run_dir / "metrics.jsonl").stat().st_size:
         summary["pictures"] = [str(path) for path in plot_run(run_dir, config.task)]
-    console.print(f"Checkpoint: {result.checkpoint}")
+    _say(f"Checkpoint: {result.checkpoint}")
     for path in summary.get("pictures", []):
-        console.print(f"Picture: {path}")
+        _say(f"Picture: {path}")
     if options.json:
         print(json.dumps(summary))
     if result.signal is not None:
-        console.print(f"Interrupted; go on with: train --resume --run-dir {run_dir}")
+        _say(f"Interrupted; go on with: train --resume --run-dir {shlex.quote(str(run_dir))}")
         return 128 + result.signal
     return 0
 
 
 def _evaluate(options: Evaluate) -> int:
-    for name in ("num_tasks", "steps", "episodes"):
-        value = getattr(options, name)
-        if value is not None and value < (0 if name == "steps" else 1):
-            raise ValueError(f"{name} must be {0 if name == 'steps' else 1} or more, not {value}.")
     if not options.checkpoint.exists():
         raise CheckpointError(f"There is no checkpoint or run at {options.checkpoint}.")
     report = evaluate_checkpoint(
@@ -251,6 +255,11 @@ def _progress() -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+def _say(line: str) -> None:
+    """A line to stderr as it is: paths may be long and hold brackets."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _complain(error: Exception) -> None:

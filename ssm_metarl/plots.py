@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ _COLOURS = ("#7f8c8d", "#0b6fa4", "#c0392b", "#27ae60", "#8e44ad")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``.
+    """The lines of a run's ``metrics.jsonl``; a last one that is not complete (yet) is left out.
 
     Raises:
         ValueError: there is none, or it holds no iteration.
@@ -23,7 +24,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{run} is not the folder of a run: it has no metrics.jsonl.")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     if not lines:
         raise ValueError(f"{path} holds no iteration yet.")
     return lines
@@ -52,7 +58,7 @@ def plot_run(run: Path, title: str) -> list[Path]:
 def _learning_curve(metrics: list[dict[str, Any]], path: Path, title: str) -> Path:
     figure, axes = _axes()
     steps = [line["env_steps"] / 1e6 for line in metrics]
-    for stage, colour in zip(range(len(metrics[0]["return_by_step"])), _COLOURS, strict=False):
+    for stage, colour in zip(range(len(metrics[0]["return_by_step"])), cycle(_COLOURS), strict=False):
         label = "before adaptation" if stage == 0 else f"after {stage} inner step{'s' * (stage > 1)}"
         returns = [line["return_by_step"][stage] for line in metrics]
         axes.plot(steps, returns, label=label, color=colour, marker="o", markersize=3)

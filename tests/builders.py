@@ -88,9 +88,10 @@ def step_with(module: Any, parameters: Mapping[str, torch.Tensor], *arguments: A
 class ToyEnv(VectorEnv):
     """Columns that end when they are told to, break when they are told to and count their steps.
 
-    An observation is a start drawn from the column's seed plus the number of steps since; the reward is 1 where the action is
-    ``best`` (0 if none is), plus a draw. A task's keys, all optional: ``ends`` (length of each column), ``how`` ("terminated" or
-    "truncated"), ``best``, ``nan`` (column, step, "observation" or "reward"), ``raises`` (the step), ``observation_size``.
+    An observation is a start drawn from the column's seed plus the number of steps since; the reward is 1 where the
+    action is ``best`` (0 if none is), plus a draw. A task's keys, all optional: ``ends`` (length of each column),
+    ``how`` ("terminated" or "truncated"), ``best``, ``nan`` (column, step, "observation" or "reward"), ``raises``
+    (the step), ``observation_size``.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -144,7 +145,12 @@ class ToyEnv(VectorEnv):
 
 
 def toy_rollouts(
-    spec: PolicySpec, weights: Mapping[str, Any], tasks: Sequence[dict[str, Any]], columns: int, horizon: int, seed: int = 0
+    spec: PolicySpec,
+    weights: Mapping[str, Any],
+    tasks: Sequence[dict[str, Any]],
+    columns: int,
+    horizon: int,
+    seed: int = 0,
 ) -> Rollouts:
     """Experience of toy tasks."""
     tasks = [{"observation_size": spec.observation_size, **task} for task in tasks]

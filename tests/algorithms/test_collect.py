@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch.func import functional_call
+
 from builders import (
     ARRAYS,
     ToyEnv,
@@ -21,11 +27,6 @@ from builders import (
     toy_rollouts,
     uneven,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy import stats
-from torch.func import functional_call
-
 from ssm_metarl.algorithms.collect import collect_tasks, seed_for
 from ssm_metarl.algorithms.inference import policy_inputs
 from ssm_metarl.algorithms.rollouts import Rollouts
@@ -74,7 +75,7 @@ def test_log_probs_are_those_of_the_policy_that_acted(spec: Any, seed: int, per_
     np.testing.assert_allclose(log_probs[record.valid], record.log_probs[record.valid], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(seed=seeds, horizon=st.integers(1, 9), how=st.sampled_from(["terminated", "truncated"]), discrete=st.booleans())
 def test_episodes_end_where_they_end(seed: int, horizon: int, how: str, discrete: bool) -> None:
     """Lengths, ends, cuts, prefixes, last observations before the autoreset, and zeros behind."""
@@ -136,7 +137,7 @@ def test_native_families_are_cut_at_their_horizon_without_an_end() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("per_task", [False, True])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     seed=seeds,
     cuts=st.sets(st.integers(1, 4)),
@@ -158,7 +159,7 @@ def test_a_tasks_experience_is_the_same_in_any_grouping(
 
     whole = run(slice(0, 5))
     borders = [0, *sorted(cuts), 5]
-    parts = [run(slice(*pair)) for pair in zip(borders[:-1], borders[1:], strict=True)]
+    parts = [run(slice(*pair)) for pair in itertools.pairwise(borders)]
     single = [run(slice(task, task + 1)) for task in range(5)]
     assert_same(Rollouts.concatenate(parts), whole)
     assert_same(Rollouts.concatenate(single), whole)
@@ -237,7 +238,7 @@ def check_dropped(record: Rollouts, healthy: Rollouts, task: int, column: int) -
             assert not array.swapaxes(1, 2)[~others].any(), name
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     seed=seeds,
     task=st.integers(0, 1),

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch.func import functional_call
 
+from builders import make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
 from ssm_metarl.algorithms.inference import NumpyPolicy, PolicyConfig, PolicySpec, policy_inputs
 
 
@@ -31,7 +31,7 @@ def run(spec: Any, weights: Any, inputs: Any, noise: Any) -> tuple[Any, Any, Any
     return np.stack(heads, 1), np.stack(actions, 1), np.stack(log_probs, 1), end
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(spec=specs(), seed=seeds, per_task=st.booleans(), deterministic=st.booleans(), steps=st.sampled_from([1, 30]))
 def test_equals_torch(spec: Any, seed: int, per_task: bool, deterministic: bool, steps: int) -> None:
     """Heads, log-probabilities and states to 1e-5; the most likely action without noise."""
@@ -99,7 +99,9 @@ def test_an_impossible_action_is_never_sampled(noise: float) -> None:
     spec = make_spec(discrete=True, action_size=3, num_layers=0)
     weights = {name: np.zeros_like(value) for name, value in make_policy(spec).numpy_weights().items()}
     weights["policy.bias"] = np.array([-200.0, 0.0, 1.0], np.float32)
-    _, action, _, _ = run(spec, weights, np.zeros((1, 1, 1, spec.input_size), np.float32), np.full((1, 1, 1), noise, np.float32))
+    _, action, _, _ = run(
+        spec, weights, np.zeros((1, 1, 1, spec.input_size), np.float32), np.full((1, 1, 1), noise, np.float32)
+    )
     assert action.item() in (1, 2)
 
 
@@ -144,10 +146,19 @@ def test_a_specification_survives_json(spec: PolicySpec) -> None:
 
 
 not_a_count = st.one_of(
-    st.integers(max_value=0), st.floats(), st.booleans(), st.text(max_size=3), st.none(), st.lists(st.integers(), max_size=2)
+    st.integers(max_value=0),
+    st.floats(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.none(),
+    st.lists(st.integers(), max_size=2),
 )
 not_positive = st.one_of(
-    st.floats(max_value=0), st.sampled_from([float("nan"), float("inf"), 10**400]), st.booleans(), st.text(max_size=3), st.none()
+    st.floats(max_value=0),
+    st.sampled_from([float("nan"), float("inf"), 10**400]),
+    st.booleans(),
+    st.text(max_size=3),
+    st.none(),
 )
 BAD = {
     "hidden_dim": not_a_count,
@@ -161,7 +172,7 @@ BAD_SIZES = {"observation_size": not_a_count, "action_size": not_a_count, "discr
 
 
 @pytest.mark.parametrize("option", BAD)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_an_impossible_form_is_refused_by_name(option: str, data: Any) -> None:
     value = data.draw(BAD[option])
@@ -170,7 +181,7 @@ def test_an_impossible_form_is_refused_by_name(option: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("option", BAD_SIZES)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_an_impossible_size_is_refused_by_name(option: str, data: Any) -> None:
     value = data.draw(BAD_SIZES[option])

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import kl_divergence
+from torch.func import functional_call
+
 from builders import (
     double,
     drop,
@@ -22,11 +27,6 @@ from builders import (
     toy_rollouts,
     uneven,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch.distributions import kl_divergence
-from torch.func import functional_call
-
 from ssm_metarl.algorithms.evaluation import adapt_weights
 from ssm_metarl.algorithms.maml import (
     ALGORITHMS,
@@ -73,7 +73,9 @@ def gradient(loss: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def meta_gradient(policy: Any, parameters: Any, stages: Any, config: MetaConfig, reference: Any = None) -> dict[str, Any]:
+def meta_gradient(
+    policy: Any, parameters: Any, stages: Any, config: MetaConfig, reference: Any = None
+) -> dict[str, Any]:
     return gradient(meta_loss(policy, parameters, stages, config, reference).losses.sum(), parameters)
 
 
@@ -113,9 +115,8 @@ def test_adaptation_in_one_call_equals_a_loop_over_tasks(spec: Any, seed: int, a
     together, _ = inner_step(policy, parameters, batch, config, differentiable=True)
     for task in range(TASKS):
         part = slice(task, task + 1)
-        alone, _ = inner_step(
-            policy, {name: value[part] for name, value in parameters.items()}, batch.tasks(part), config, differentiable=True
-        )
+        own_part = {name: value[part] for name, value in parameters.items()}
+        alone, _ = inner_step(policy, own_part, batch.tasks(part), config, differentiable=True)
         assert_close({name: value[part] for name, value in together.items()}, alone, rtol=1e-4, atol=1e-5)
     detached_step, _ = inner_step(policy, parameters, batch, config, differentiable=False)
     assert_close(detached_step, {name: value.detach() for name, value in together.items()})
@@ -147,9 +148,9 @@ def test_the_meta_objective_equals_a_loop_over_tasks(algorithm: str, discrete: b
 def test_the_meta_gradient_is_the_derivative(
     algorithm: str, steps: int, step_weights: Any, form: Any, later: bool
 ) -> None:
-    """Central differences of the whole objective along a random direction in every parameter, through one and two steps."""
+    """Central differences of the whole objective along a random direction in every parameter."""
     config = MetaConfig(
-        algorithm=algorithm, inner_lr=0.1, inner_steps=steps, step_weights=step_weights, entropy_bonus=0.05, kl_penalty=0.3
+        algorithm=algorithm, inner_steps=steps, step_weights=step_weights, entropy_bonus=0.05, kl_penalty=0.3
     )
     policy, parameters, stages = exact(config, make_spec(hidden_dim=4, **form))
     reference = None
@@ -160,10 +161,10 @@ def test_the_meta_gradient_is_the_derivative(
     generator = torch.Generator().manual_seed(0)
     for name, value in parameters.items():
         direction = torch.randn(value.shape, dtype=value.dtype, generator=generator)
-        ends = [
-            meta_loss(policy, {**parameters, name: value + shift * direction}, stages, config, reference).losses.sum().item()
-            for shift in (1e-5, -1e-5)
-        ]
+        ends = []
+        for shift in (1e-5, -1e-5):
+            shifted = {**parameters, name: value + shift * direction}
+            ends.append(meta_loss(policy, shifted, stages, config, reference).losses.sum().item())
         slope = (ends[0] - ends[1]) / 2e-5
         assert float((gradients[name] * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-7), name
     assert norm(gradients) > 1e-3
@@ -195,7 +196,8 @@ def test_orders_agree_when_nothing_adapts() -> None:
     config = MetaConfig(algorithm="fomaml", inner_lr=1e-9)
     policy, parameters, stages = exact(config, make_spec())
     first = meta_gradient(policy, parameters, stages, config)
-    assert_close(first, meta_gradient(policy, parameters, stages, replace(config, algorithm="maml")), atol=1e-7, rtol=1e-6)
+    second = meta_gradient(policy, parameters, stages, replace(config, algorithm="maml"))
+    assert_close(first, second, atol=1e-7, rtol=1e-6)
 
 
 def test_the_inner_ratio_changes_the_curvature_only() -> None:
@@ -275,7 +277,8 @@ def test_a_step_makes_an_action_likelier_where_its_advantage_is_positive(algorit
     batch = batch._replace(share=only, advantages=advantage * only)
 
     def log_prob(at: Any) -> Any:
-        return functional_call(policy, for_tasks(at, TASKS), (batch.inputs,)).actions.log_prob(batch.actions)[:, 0, 0].sum()
+        actions = functional_call(policy, for_tasks(at, TASKS), (batch.inputs,)).actions
+        return actions.log_prob(batch.actions)[:, 0, 0].sum()
 
     for loss in (
         inner_loss(policy, for_tasks(parameters, TASKS), batch, ALGORITHMS[algorithm])[0],
@@ -299,15 +302,17 @@ def test_all_weight_on_step_0_is_the_plain_policy_gradient(algorithm: str, steps
     ours = meta_gradient(policy, parameters, stages, config)
     for (name, grad), value in zip(ours.items(), expected, strict=True):
         # Where the ratio is 1 but for the record's float32.
-        torch.testing.assert_close(grad, torch.zeros_like(grad) if value is None else value, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            grad, torch.zeros_like(grad) if value is None else value, rtol=1e-4, atol=1e-6, msg=name
+        )
 
 
 def test_the_objective_is_the_weighted_sum_over_steps() -> None:
     config = MetaConfig(inner_steps=2, step_weights=(1, 2, 5), inner_lr=0.7)
     policy, parameters, stages = exact(config, make_spec())
     each = [
-        meta_loss(policy, parameters, stages, replace(config, step_weights=tuple(float(i == s) for i in range(3)))).losses
-        for s in range(3)
+        meta_loss(policy, parameters, stages, replace(config, step_weights=only)).losses
+        for only in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
     ]
     expected = (each[0] + 2 * each[1] + 5 * each[2]) / 8
     torch.testing.assert_close(meta_loss(policy, parameters, stages, config).losses, expected)
@@ -375,7 +380,8 @@ def test_garbage_that_is_not_valid_changes_nothing(seed: int, algorithm: str, di
     spec = make_spec(discrete=discrete)
     policy = make_policy(spec, seed)
     records = [
-        drop(toy_rollouts(spec, policy.numpy_weights(), uneven(TASKS, 3, 6, seed + i), 3, 6, seed + i), 0, 1) for i in (0, 1)
+        drop(toy_rollouts(spec, policy.numpy_weights(), uneven(TASKS, 3, 6, seed + i), 3, 6, seed + i), 0, 1)
+        for i in (0, 1)
     ]
     clean, spoiled = (
         [make_batch(spec, record, config) for record in each]
@@ -430,7 +436,10 @@ def test_a_detached_distribution_is_the_same_without_a_graph(discrete: bool) -> 
 # --- Options --------------------------------------------------------------------------------------------------
 
 not_a_number = st.one_of(
-    st.sampled_from([float("nan"), float("inf"), float("-inf"), -(10**400), 10**400]), st.text(max_size=3), st.none(), st.booleans()
+    st.sampled_from([float("nan"), float("inf"), float("-inf"), -(10**400), 10**400]),
+    st.text(max_size=3),
+    st.none(),
+    st.booleans(),
 )
 not_positive = st.one_of(not_a_number, st.floats(max_value=0), st.integers(max_value=0))
 negative = st.one_of(not_a_number, st.floats(max_value=0, exclude_max=True), st.integers(max_value=-1))
@@ -455,7 +464,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("option", BAD)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_an_impossible_option_is_refused_by_name(option: str, data: Any) -> None:
     """In one sentence."""
@@ -473,7 +482,8 @@ def test_step_weights_are_normalised(weights: list[float]) -> None:
 
 
 def test_only_the_clipped_objective_is_good_for_several_epochs() -> None:
-    assert {name: MetaConfig(algorithm=name, epochs=7).passes for name in ALGORITHMS} == {"promp": 7, "maml": 1, "fomaml": 1}
+    passes = {name: MetaConfig(algorithm=name, epochs=7).passes for name in ALGORITHMS}
+    assert passes == {"promp": 7, "maml": 1, "fomaml": 1}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import make_policy, make_spec, seeds, specs, step_with, task_weights, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
+from builders import make_policy, make_spec, seeds, specs, step_with, task_weights, tensors
 from ssm_metarl.algorithms.policy import SSMPolicy
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from builders import drop, make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from builders import drop, make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
 from ssm_metarl.algorithms.returns import (
     discounted_returns,
     generalized_advantages,

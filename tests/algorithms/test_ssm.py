@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from builders import seeds, step_with
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
+from builders import seeds, step_with
 from ssm_metarl.algorithms.ssm import SSMBlock
 
 EXTREMES = (-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import drop, make_spec, toy_rollouts, uneven
 
+from builders import drop, make_spec, toy_rollouts, uneven
 from ssm_metarl.algorithms.maml import ALGORITHMS, Batch
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.distributed import learner as module

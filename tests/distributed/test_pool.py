@@ -19,7 +19,7 @@ from ssm_metarl.algorithms.collect import seed_for
 from ssm_metarl.algorithms.inference import PolicySpec
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
-from ssm_metarl.distributed.pool import INLINE_BYTES, Pool
+from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.tasks import Task, TaskDistribution, make
 
 COLUMNS = 3
@@ -142,24 +142,6 @@ def test_experience_does_not_depend_on_the_number_of_workers(
         assert pool.ray_seconds > 0
 
 
-def test_large_shared_weights_are_put_once_and_again_when_they_change(
-    ray_session: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ray
-
-    puts = []
-    put = ray.put
-    monkeypatch.setattr(ray, "put", lambda value: puts.append(value) or put(value))
-    spec = PolicySpec(observation_size=2, action_size=2, discrete=False, hidden_dim=128, state_dim=64)
-    first, second = (SSMPolicy(spec, seed=seed).numpy_weights() for seed in (1, 2))
-    assert sum(array.nbytes for array in first.values()) > INLINE_BYTES
-    tasks = draw(FAULTY, 2)
-    with Pool(FAULTY, spec, num_workers=1) as pool:
-        for weights, expected_puts in (first, 1), (first, 1), (second, 2), (first, 3):
-            assert_equal(collect(pool, weights, tasks), in_process(FAULTY, spec, weights, tasks))
-            assert len(puts) == expected_puts
-
-
 def test_workers_are_named_and_gone_after_close(ray_session: None) -> None:
     import ray
 
@@ -180,7 +162,6 @@ def test_workers_stay_inside_their_owners_placement_group(ray_session: None) -> 
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    @ray.remote(num_cpus=1)
     class Owner:
         def groups(self) -> tuple[Any, Any]:
             with Pool(FAULTY, NAVIGATION, num_workers=1, name="grouped") as pool:
@@ -194,7 +175,7 @@ def test_workers_stay_inside_their_owners_placement_group(ray_session: None) -> 
 
     group = placement_group([{"CPU": 1}] * 2)
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
-    owner = Owner.options(scheduling_strategy=strategy).remote()
+    owner = ray.remote(Owner).options(num_cpus=1, scheduling_strategy=strategy).remote()
     owners, workers = ray.get(owner.groups.remote())
     assert owners == workers == group.id
     ray.kill(owner)
@@ -217,6 +198,26 @@ def test_deterministic_actions_reach_the_workers(pool: Pool) -> None:
     rollouts = collect(pool, weights, tasks, deterministic=True)
     assert_equal(rollouts, collect(alone, weights, tasks, deterministic=True))
     assert not np.array_equal(rollouts.actions, collect(alone, weights, tasks).actions)
+
+
+def test_large_shared_weights_are_put_once_and_again_when_they_change(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    puts = []
+
+    def put(value: Any, ray_put: Any = ray.put) -> Any:
+        puts.append(value)
+        return ray_put(value)
+
+    monkeypatch.setattr(ray, "put", put)
+    monkeypatch.setattr("ssm_metarl.distributed.pool.INLINE_BYTES", 0)
+    first, second = (SSMPolicy(NAVIGATION, seed=seed).numpy_weights() for seed in (1, 2))
+    tasks = draw(FAULTY, 2)
+    for weights, expected_puts in (first, 1), (first, 1), (second, 2), (first, 3):
+        assert_equal(collect(pool, weights, tasks), in_process(FAULTY, NAVIGATION, weights, tasks))
+        assert len(puts) == expected_puts
 
 
 def test_errors_of_environments_come_back_from_workers(pool: Pool) -> None:
@@ -246,12 +247,22 @@ def test_a_worker_killed_in_the_middle_changes_nothing(pool: Pool, tmp_path: Pat
     assert pool.dropped == []
 
 
-def test_a_worker_killed_between_calls_is_no_trouble(pool: Pool) -> None:
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_worker_killed_between_calls_is_no_trouble(pool: Pool, for_good: bool) -> None:
+    import ray
+
     tasks, weights = draw(FAULTY, 4), shared_weights(NAVIGATION)
-    before = pool.restarts
-    os.kill(pool.processes()[1], signal.SIGKILL)
+    before, processes = pool.restarts, pool.processes()
+    if for_good:  # Ray will not restart this one
+        ray.kill(ray.get_actor("run/trial/0/rollout-worker-1"))
+    else:
+        os.kill(processes[1], signal.SIGKILL)
+    _wait_until(lambda: not Path(f"/proc/{processes[1]}").exists())
     assert_equal(collect(pool, weights, tasks), in_process(FAULTY, NAVIGATION, weights, tasks))
     assert pool.restarts == before + 1
+    after = pool.processes()
+    assert after[0] == processes[0]
+    assert after[1] != processes[1]
 
 
 def test_a_task_that_kills_every_worker_is_dropped_after_three_and_named(pool: Pool) -> None:
@@ -272,7 +283,6 @@ def test_a_task_that_kills_every_worker_is_dropped_after_three_and_named(pool: P
 def test_who_has_lost_all_tasks_says_so_and_goes_on_with_others(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssm_metarl.distributed.pool.MAX_DEATHS", 1)
     tasks, weights = draw(FAULTY, 3), shared_weights(NAVIGATION)
-    # Ray does not restart a worker that leaves by itself: the pool makes another.
     with pytest.raises(RuntimeError, match=r"All 1 tasks were lost. Task 0, .*'exit'.* was dropped"):
         collect(pool, weights, [tasks[0] | {"fault": "exit"}])
     assert len(set(pool.processes())) == 2
