@@ -140,7 +140,8 @@ def collect(
     def by_task(array: Array) -> Array:
         array = np.moveaxis(array[:longest], 0, 1)
         mask = valid[:longest].swapaxes(0, 1)
-        return np.where(mask[..., None] if array.ndim == 4 else mask, array, np.zeros((), array.dtype))
+        kept = np.where(mask[..., None] if array.ndim == 4 else mask, array, np.zeros((), array.dtype))
+        return np.ascontiguousarray(kept)  # the order in memory decides the last bits of a later sum
 
     starts = np.zeros((*shape[:1], longest, columns), bool)
     starts[:, 0] = True

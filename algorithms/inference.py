@@ -21,6 +21,9 @@ from .rollouts import Array, Rollouts
 MIN_DECAY = 1e-6
 """Least decay of a mode a step. It keeps |a| below 1 in float32 too, where exp(-exp(nu)) rounds to 1 for small nu."""
 
+MAX_NU = 10.0
+"""Largest ν that has an effect: beyond, a mode forgets all in one step, and exp(ν) would overflow in gradients."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
@@ -197,7 +200,7 @@ class NumpyPolicy:
         last = "gate" if spec.gated else "out"
         for i in range(spec.num_layers):
             name = f"blocks.{i}."
-            decay = np.exp(weights[name + "nu"].astype(np.float64)) + MIN_DECAY
+            decay = np.exp(np.minimum(weights[name + "nu"].astype(np.float64), MAX_NU)) + MIN_DECAY
             modulus, phase = np.exp(-decay), weights[name + "theta"]
             gain = np.sqrt(-np.expm1(-2.0 * decay)).astype(np.float32)
             # Pairs (re, im, re, im, …) become halves (re…, im…), so that the recurrence runs on contiguous real

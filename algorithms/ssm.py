@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .inference import MIN_DECAY
+from .inference import MAX_NU, MIN_DECAY
 from .scan import scan
 
 
@@ -77,7 +77,7 @@ class SSMBlock(nn.Module):
 
     def modes(self) -> tuple[Tensor, Tensor]:
         """The modes a, [(M,) N/2] complex with |a| < 1, and their input gain γ, [(M,) N/2] real."""
-        decay = torch.exp(self.nu) + MIN_DECAY
+        decay = torch.exp(self.nu.clamp(max=MAX_NU)) + MIN_DECAY
         return torch.polar(torch.exp(-decay), self.theta), torch.sqrt(-torch.expm1(-2 * decay))
 
     def _driven(self, x: Tensor, gain: Tensor) -> Tensor:

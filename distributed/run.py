@@ -119,7 +119,7 @@ def train(
         with (
             _interrupts() as interrupted,
             (run / "metrics.jsonl").open("a") as log,
-            SummaryWriter(str(run), purge_step=trainer.meta_iteration + 1) as board,
+            SummaryWriter(str(run), purge_step=saved + 1, filename_suffix=f".{saved}") as board,
         ):
             while trainer.meta_iteration < config.iterations and not interrupted:
                 metrics = trainer.step()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,11 @@ def plot_run(run: Path, title: str) -> list[Path]:
 def _learning_curve(metrics: list[dict[str, Any]], path: Path, title: str) -> Path:
     figure, axes = _axes()
     steps = [line["env_steps"] / 1e6 for line in metrics]
-    for stage, colour in zip(range(len(metrics[0]["return_by_step"])), cycle(_COLOURS), strict=False):
+    styles = product(("-", "--", ":"), _COLOURS)
+    for stage, (style, colour) in zip(range(len(metrics[0]["return_by_step"])), cycle(styles), strict=False):
         label = "before adaptation" if stage == 0 else f"after {stage} inner step{'s' * (stage > 1)}"
         returns = [line["return_by_step"][stage] for line in metrics]
-        axes.plot(steps, returns, label=label, color=colour, marker="o", markersize=3)
+        axes.plot(steps, returns, label=label, color=colour, linestyle=style, marker="o", markersize=3)
     axes.set(
         xlabel="environment steps (millions)", ylabel="mean return of the meta-batch", title=f"Meta-training on {title}"
     )

@@ -162,7 +162,7 @@ def _unknown(noun: str, key: object, valid: Iterable[str]) -> str:
     """The rest of a sentence that begins with "There is": which name is wrong and which are right."""
     valid = sorted(valid)
     nearest = difflib.get_close_matches(str(key).lower(), valid, n=1, cutoff=0.5)
-    hint = f", did you mean {nearest[0]!r}?" if nearest else ";"
+    hint = f", did you mean {nearest[0]!r}?" if nearest else ""
     return f"no {noun} {key!r}{hint} (valid: {', '.join(valid)})."
 
 

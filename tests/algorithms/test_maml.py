@@ -317,6 +317,10 @@ def test_the_objective_is_the_weighted_sum_over_steps() -> None:
     expected = (each[0] + 2 * each[1] + 5 * each[2]) / 8
     torch.testing.assert_close(meta_loss(policy, parameters, stages, config).losses, expected)
     assert not torch.allclose(each[0], each[2])
+    # The weight of step s is on the policy after s steps: what follows does not count.
+    for steps in (1, 2):
+        shorter = replace(config, inner_steps=steps, step_weights=())
+        torch.testing.assert_close(each[steps], meta_loss(policy, parameters, stages[: steps + 1], shorter).losses)
 
 
 def test_the_entropy_bonus_is_what_it_says() -> None:

@@ -9,7 +9,7 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -183,7 +183,8 @@ def test_a_finished_run_is_not_changed_by_resuming_it_and_can_be_made_longer(tmp
 def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
     tmp_path: Path, without_ray: None, number: signal.Signals
 ) -> None:
-    run, handlers = tmp_path / "run", signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run = tmp_path / "run"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
     def interrupt(metrics: Metrics) -> None:
         if metrics["iteration"] == 3:
@@ -297,11 +298,11 @@ class Spoiled(FaultyNavigation):
 class Recorded(Navigation2D):
     """Remembers the tasks that it drew, by split and in order."""
 
-    drawn: list[tuple[str, str]]
+    drawn: ClassVar[list[tuple[str, str]]] = []
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         tasks = super().sample(n, rng, split)
-        self.drawn += [(split, json.dumps(task)) for task in tasks]
+        Recorded.drawn += [(split, json.dumps(task)) for task in tasks]
         return tasks
 
 
@@ -340,15 +341,17 @@ def test_evaluation_does_not_depend_on_the_threads_that_torch_has(trained: Path,
         reports = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            reports.append(evaluated(trained, num_tasks=20, episodes=20))
+            reports.append(evaluated(trained, num_tasks=20, episodes=20, steps=1))
     finally:
         torch.set_num_threads(before)
     assert np.array_equal(reports[0].returns, reports[1].returns)
 
 
-def test_no_split_shares_a_task_with_another_or_with_training(tmp_path: Path, without_ray: None) -> None:
+def test_no_split_shares_a_task_with_another_or_with_training(
+    tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Recorded, "drawn", [])  # the class's: the trainer has a copy of the family
     family = Recorded()
-    family.drawn = Recorded.drawn = []  # the trainer has a copy of the family, and of what is not of its class
     run = train(config(iterations=2), tmp_path, distribution=family).run_dir
     for split in ("train", "validation", "test"):
         evaluated(run, split=split, steps=0, distribution=family)

@@ -1,0 +1,110 @@
+"""Pictures of a run: every curve that there is, from whatever a run has written so far."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from ssm_metarl import plots
+from ssm_metarl.plots import plot_run, read_metrics
+
+
+def write_metrics(run: Path, iterations: int, stages: int) -> list[dict[str, Any]]:
+    """A run's metrics, with other returns after each inner step and iteration."""
+    lines = [
+        {"iteration": i, "env_steps": 1000 * i, "return_by_step": [10.0 * i + step for step in range(stages)]}
+        for i in range(1, iterations + 1)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def write_evaluation(run: Path) -> dict[str, Any]:
+    evaluation = {"return": [1.0, 2.0, 4.0], "ci_low": [0.5, 1.5, 3.0], "ci_high": [1.5, 2.5, 5.0]}
+    evaluation |= {"num_tasks": 40, "split": "test"}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return evaluation
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Figures drawn, by file name."""
+    drawn: dict[str, Figure] = {}
+    write = plots._write
+
+    def keep(figure: Figure, path: Path) -> Path:
+        drawn[path.name] = figure
+        return write(figure, path)
+
+    monkeypatch.setattr(plots, "_write", keep)
+    return drawn
+
+
+@pytest.mark.parametrize(("iterations", "stages"), [(1, 2), (3, 2), (4, 8)])
+def test_the_learning_curve_has_a_line_for_every_inner_step(
+    tmp_path: Path, figures: dict[str, Figure], iterations: int, stages: int
+) -> None:
+    lines = write_metrics(tmp_path, iterations, stages)
+    assert plot_run(tmp_path, "a task") == [tmp_path / "learning_curve.png"]
+    (axes,) = figures["learning_curve.png"].axes
+    assert "a task" in axes.get_title()
+    curves = axes.get_lines()
+    assert len(curves) == stages
+    for step, curve in enumerate(curves):
+        assert curve.get_xdata().tolist() == [line["env_steps"] / 1e6 for line in lines]
+        assert curve.get_ydata().tolist() == [line["return_by_step"][step] for line in lines]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[:2] == ["before adaptation", "after 1 inner step"]
+    assert labels[2:] == [f"after {step} inner steps" for step in range(2, stages)]
+    assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves}) == stages, "they can be told apart"
+
+
+def test_an_evaluated_run_has_an_adaptation_curve_with_its_interval(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    write_metrics(tmp_path, 2, 2)
+    evaluation = write_evaluation(tmp_path)
+    files = plot_run(tmp_path, "a task")
+    assert files == [tmp_path / "learning_curve.png", tmp_path / "adaptation_curve.png"]
+    (axes,) = figures["adaptation_curve.png"].axes
+    assert axes.get_lines()[0].get_ydata().tolist() == evaluation["return"]
+    corners = axes.collections[0].get_paths()[0].vertices
+    for step, (low, high) in enumerate(zip(evaluation["ci_low"], evaluation["ci_high"], strict=True)):
+        at = corners[corners[:, 0] == step, 1]
+        assert (at.min(), at.max()) == (low, high)
+    assert "40 held-out tasks of a task (test)" in axes.get_title()
+    for file in files:
+        image = matplotlib.image.imread(file)
+        assert min(image.shape[:2]) > 300
+        assert np.ptp(image) > 0.5, "not blank"
+
+
+def test_pictures_are_drawn_anew(tmp_path: Path) -> None:
+    write_metrics(tmp_path, 2, 2)
+    (picture,) = plot_run(tmp_path, "a task")
+    before = picture.read_bytes()
+    write_metrics(tmp_path, 9, 2)
+    plot_run(tmp_path, "a task")
+    assert picture.read_bytes() != before
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    lines = write_metrics(tmp_path, 3, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "return_by')
+    assert read_metrics(tmp_path) == lines
+    assert plot_run(tmp_path, "a task")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"iteration": 1, "retu'])
+def test_without_an_iteration_there_is_nothing_to_draw(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    reason = "has no metrics.jsonl" if content is None else "holds no iteration yet"
+    with pytest.raises(ValueError, match=rf"^{tmp_path}.* {reason}\.$"):
+        plot_run(tmp_path, "a task")
+    assert not list(tmp_path.glob("*.png"))
