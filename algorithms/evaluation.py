@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from .maml import Batch, MetaConfig, for_tasks, inner_step, make_batch, task_shards
 from .policy import SSMPolicy, numpy_weights
 from .rollouts import Array, Rollouts
+
+Weights = dict[str, Array]
 
 
 class Collect(Protocol):
@@ -106,12 +108,18 @@ def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int
 
 
 def adapt_weights(
-    policy: SSMPolicy, current: Mapping[str, Tensor] | Mapping[str, Array], batch: Batch, config: MetaConfig
-) -> dict[str, Array]:
+    policy: SSMPolicy,
+    current: Mapping[str, Tensor] | Mapping[str, Array],
+    batch: Batch,
+    config: MetaConfig,
+    run: Callable[[Callable[[SSMPolicy, slice], Weights], Sequence[slice]], list[Weights]] | None = None,
+) -> Weights:
     """One inner step of every task of ``batch``, for acting with afterwards.
 
     Args:
         current: shared meta-parameters, or the tasks' own weights [M, ...] from the step before.
+        run: applies a function to each shard of the tasks, such as on several threads, each with a module of its own;
+            None: one after the other with ``policy``.
 
     Returns:
         Weights by name, [M, ...] float32 each.
@@ -120,11 +128,13 @@ def adapt_weights(
     tensors = {name: torch.as_tensor(value, device=device) for name, value in current.items()}
     if tensors["encoder.weight"].dim() == 2:
         tensors = for_tasks(tensors, batch.share.shape[0])
-    parts = []
-    for part in task_shards(batch):
+
+    def adapt(module: SSMPolicy, part: slice) -> Weights:
         own = {name: value[part] for name, value in tensors.items()}
-        adapted, _ = inner_step(policy, own, batch.tasks(part), config, differentiable=False)
-        parts.append(numpy_weights(adapted))
+        return numpy_weights(inner_step(module, own, batch.tasks(part), config, differentiable=False)[0])
+
+    shards = task_shards(batch)
+    parts = run(adapt, shards) if run else [adapt(policy, part) for part in shards]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

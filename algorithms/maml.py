@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -316,11 +317,16 @@ def detached(distribution: Distribution) -> Distribution:
     return Independent(normal, 1, validate_args=False)
 
 
-def task_shards(batch: Batch, steps: int = 4096) -> list[slice]:
-    """Slices of the tasks, of about ``steps`` steps each, whose activations stay in the processor's cache."""
+def task_shards(batch: Batch, steps: int = 20_000) -> list[slice]:
+    """Slices of the tasks, equal to one task and even in number, of at most about ``steps`` environment steps each.
+
+    Fewer and larger ones pay less for each operation's start, smaller ones need less memory. Two are the least, so that
+    two cores can share the work.
+    """
     tasks, *per_task = batch.share.shape
-    size = max(1, round(steps / math.prod(per_task)))
-    return [slice(start, min(start + size, tasks)) for start in range(0, tasks, size)]
+    count = min(tasks, 2 * math.ceil(tasks * math.prod(per_task) / (2 * steps)))
+    borders = [tasks * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in pairwise(borders)]
 
 
 def _one_of(name: str, value: str, valid: Mapping[str, object]) -> None:

@@ -35,7 +35,7 @@ from ssm_metarl.algorithms.ssm import SSMBlock
 WIDTH = 64  # of all layers; the block's state has as many real variables
 SHAPES = {"": (100, 400), "long_": (1000, 20)}  # steps, sequences
 TASKS, STEPS, EPISODES = 20, 100, 20
-SHARD = 2  # tasks: what maml.task_shards makes of batches of this size
+SHARD = 10  # tasks: what maml.task_shards makes of batches of this size
 INNER_LR = 0.1
 
 Seconds = dict[str, dict[str, float]]

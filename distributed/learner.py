@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from ..algorithms.policy import SSMPolicy
 from ..algorithms.rollouts import Array, Rollouts
 from .config import TrainConfig
 
+Shard = TypeVar("Shard")
+Result = TypeVar("Result")
+
 
 class Learner:
     """Holds the policy and improves it; the trainer calls it between rollouts::
@@ -26,7 +30,7 @@ class Learner:
         query = learner.batch(pool.collect(learner.adapt(weights, support), ...))
         statistics = learner.update([support, query], done=iteration / iterations)
 
-    On a CPU the tasks of a batch are cut into shards that fit the cache, ``learner_threads`` Python threads work on
+    On a CPU the tasks of a batch are cut into shards, ``learner_threads`` Python threads work on
     them with one torch thread each (torch releases the interpreter lock), and the shards' gradients are added in
     their order: the result does not depend on the number of threads.
 
@@ -60,7 +64,7 @@ class Learner:
 
     def adapt(self, weights: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
         """The tasks' weights [M, ...] after one inner step from ``weights`` (shared, or [M, ...])."""
-        return adapt_weights(self.policy, weights, batch, self.config)
+        return adapt_weights(self.policy, weights, batch, self.config, self._run)
 
     def update(self, stages: Sequence[Batch], done: float = 0.0) -> dict[str, float]:
         """One meta-update: ``epochs`` Adam steps on the meta-objective over one iteration's rollouts.
@@ -89,21 +93,15 @@ class Learner:
         parts = [[stage.tasks(shard) for stage in stages] for shard in shards]
         references: list = [None] * len(shards)
 
-        def differentiate(index: int) -> tuple[tuple[Tensor | None, ...], MetaLoss]:
-            module = self._modules.get()
-            try:
-                loss = meta_loss(
-                    module, dict(zip(names, parameters, strict=True)), parts[index], config, references[index]
-                )
-            finally:
-                self._modules.put(module)
+        def differentiate(module: SSMPolicy, index: int) -> tuple[tuple[Tensor | None, ...], MetaLoss]:
+            shared = dict(zip(names, parameters, strict=True))
+            loss = meta_loss(module, shared, parts[index], config, references[index])
             total = (loss.losses * whole[shards[index]]).sum() / active
             return torch.autograd.grad(total, parameters, allow_unused=True), loss
 
         norms, ratio_error = [], 0.0
         for epoch in range(config.passes):
-            with ThreadPoolExecutor(self._threads) as threads:
-                results = list(threads.map(differentiate, range(len(shards))))
+            results = self._run(differentiate, range(len(shards)))
             for index, parameter in enumerate(parameters):
                 shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
                 # The value head has no part in a policy gradient.
@@ -129,6 +127,19 @@ class Learner:
             "learning_rate": learning_rate,
         }
 
+    def _run(self, work: Callable[[SSMPolicy, Shard], Result], shards: Sequence[Shard]) -> list[Result]:
+        """``work`` on every shard, in order, on the learner's threads, with a module that no other thread uses."""
+
+        def lent(shard: Shard) -> Result:
+            module = self._modules.get()
+            try:
+                return work(module, shard)
+            finally:
+                self._modules.put(module)
+
+        with ThreadPoolExecutor(self._threads) as threads:
+            return list(threads.map(lent, shards))
+
     def optimizer_arrays(self) -> dict[str, Array]:
         """Adam's moments and step counts as arrays by ``parameter.moment``, for a checkpoint."""
         arrays = {}
@@ -150,6 +161,14 @@ class Learner:
         own = dict(self.policy.named_parameters())
         misfit = {name for name in own.keys() | weights.keys() if name not in own or name not in weights}
         misfit |= {name for name in own.keys() & weights.keys() if tuple(own[name].shape) != weights[name].shape}
+        # Adam keeps all three of its numbers for a parameter, or, without a gradient so far, none.
+        for name in {key.rpartition(".")[0] for key in optimizer}:
+            shape = tuple(own[name].shape) if name in own else None
+            for moment, size in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape)):
+                key = f"{name}.{moment}"
+                if shape is None or key not in optimizer or optimizer[key].shape != size:
+                    misfit.add(key)
+        misfit |= {key for key in optimizer if key.rpartition(".")[2] not in ("step", "exp_avg", "exp_avg_sq")}
         if misfit:
             raise ValueError(f"The checkpoint's policy has other sizes: {', '.join(sorted(misfit))} do not fit.")
         with torch.no_grad():

@@ -90,8 +90,8 @@ class ToyEnv(VectorEnv):
 
     An observation is a start drawn from the column's seed plus the number of steps since; the reward is 1 where the
     action is ``best`` (0 if none is), plus a draw. A task's keys, all optional: ``ends`` (length of each column),
-    ``how`` ("terminated" or "truncated"), ``best``, ``nan`` (column, step, "observation" or "reward"), ``raises``
-    (the step), ``observation_size``.
+    ``how`` ("terminated" or "truncated"), ``best``, ``nan`` (column, the step from which on, "observation" or
+    "reward"), ``raises`` (the step), ``observation_size``.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -138,8 +138,8 @@ class ToyEnv(VectorEnv):
     def spoil(self, values: Any, where: str) -> Any:
         values = np.array(values, np.float64)
         for index, task in enumerate(self.rows):
-            column, step, what = task.get("nan", (None, None, None))
-            if (column, step, what) == (index % self.columns, self.steps, where):
+            column, step, what = task.get("nan", (None, 0, None))
+            if (column, what) == (index % self.columns, where) and self.steps >= step:
                 values[index] = np.nan
         return values
 

@@ -28,7 +28,7 @@ from ssm_metarl import (
 )
 from ssm_metarl.tasks import Task, base, make
 
-SMALL: dict[str, Any] = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "epochs": 2}
+SMALL: dict[str, Any] = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "epochs": 1}
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

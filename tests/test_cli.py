@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from ssm_metarl.tasks import Task, base
 RUN_LOCAL = Path(__file__).resolve().parents[1] / "run_local.py"
 PNG = b"\x89PNG\r\n"
 
-SMALL = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "epochs": 2}
+SMALL = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "epochs": 1}
 OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 IN_PROCESS = [*OPTIONS, "--num-workers", "0", "--eval-tasks", "3"]
 
@@ -188,6 +190,22 @@ def test_workers_change_nothing(
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [(KeyboardInterrupt(), 130), (SystemExit(int(signal.SIGTERM)), 143)],  # the latter by the handler that Ray installs
+)
+def test_an_interrupted_evaluation_has_the_exit_code_of_its_signal(
+    command: Command, trained: Path, monkeypatch: pytest.MonkeyPatch, end: BaseException, code: int
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise end
+
+    monkeypatch.setattr("ssm_metarl.cli.evaluate_checkpoint", interrupted)
+    outcome = command("evaluate", trained, "--json")
+    assert (outcome.code, outcome.out) == (code, "")
+    assert "Traceback" not in outcome.err
+
+
 # --- evaluate and plot ------------------------------------------------------------------------------------
 
 
@@ -216,17 +234,6 @@ def test_evaluating_a_checkpoint_again_gives_what_training_ended_with(command: C
     ended = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     outcome = command("evaluate", tmp_path / "run" / "checkpoint_000002", "--num-tasks", "3", "--seed", "7", "--json")
     assert {**only_object(outcome.out), "seconds": 0} == {**ended, "seconds": 0}
-
-
-def test_evaluate_takes_workers(
-    command: Command, trained: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    monkeypatch.setattr(run_module, "start_ray", asked.append)
-    arguments = ("evaluate", trained, "--num-tasks", "3", "--steps", "1", "--json")
-    alone, shared = (only_object(command(*arguments, "--num-workers", n).out) for n in "02")
-    assert asked == [0, 2]
-    assert {**alone, "seconds": 0} == {**shared, "seconds": 0}
 
 
 def test_plot_names_the_pictures_that_it_drew(command: Command, trained: Path) -> None:
@@ -353,6 +360,16 @@ def test_help_shows_the_options(command: Command, tmp_path: Path, arguments: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(
+    command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "start_ray", lambda num_workers: None)
+    outcome = command("--num-workers", "7", "--run-dir", tmp_path / "run")
+    assert (outcome.code, outcome.out) == (2, "")
+    sentence = "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer."
+    assert outcome.err.splitlines() == [f"error: {sentence}"]
+
+
 # --- As processes -----------------------------------------------------------------------------------------
 
 ENDLESS = [*OPTIONS, "--iterations", "100000", "--checkpoint-every", "50"]
@@ -389,6 +406,10 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on(
     assert process.returncode == 128 + number, err
     lines += err.splitlines()
     assert not any("Traceback" in line for line in lines), lines
+    deadline = time.monotonic() + 30
+    while left := processes_of_session(process.pid):
+        assert time.monotonic() < deadline, f"Ray left {left} behind"
+        time.sleep(0.1)
     (iteration,) = (path.name for path in checkpoints(run) if path.name != "checkpoint_000000")
     count = len(steady(run))
     assert 3 <= count < 50
@@ -406,6 +427,18 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on(
     assert steady(run) == steady(train(unbroken, tmp_path / "unbroken").run_dir)
 
 
+def processes_of_session(session: int) -> list[str]:
+    """Names of its living processes."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+            state, _parent, _group, own_session = fields.split()[:4]
+            if int(own_session) == session and state not in "ZX":
+                found.append(name)
+    return found
+
+
 def until(stream: Any, beginning: str) -> list[str]:
     """Lines up to the one that begins so."""
     lines = []
@@ -414,19 +447,3 @@ def until(stream: Any, beginning: str) -> list[str]:
         if line.startswith(beginning):
             return lines
     raise AssertionError(f"ended before {beginning!r}: {lines}")
-
-
-def test_a_cluster_is_joined_and_more_workers_than_it_has_cpus_are_refused(ray_session: None, tmp_path: Path) -> None:
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    process = start("--num-workers", "7", "--run-dir", tmp_path / "run", RAY_ADDRESS=address)
-    try:
-        out, err = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    assert (process.returncode, out) == (2, "")
-    assert (
-        "error: 7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer." in err
-    )
-    assert "Traceback" not in err

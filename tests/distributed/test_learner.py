@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from builders import drop, make_spec, toy_rollouts, uneven
+from ssm_metarl.algorithms import evaluation
 from ssm_metarl.algorithms.maml import ALGORITHMS, Batch
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.distributed import learner as module
@@ -56,8 +57,9 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One task a shard."""
-    monkeypatch.setattr(module, "task_shards", lambda batch: [slice(i, i + 1) for i in range(len(batch.share))])
+    """One task a shard, in the update and in adaptation."""
+    for user in (module, evaluation):
+        monkeypatch.setattr(user, "task_shards", lambda batch: [slice(i, i + 1) for i in range(len(batch.share))])
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -68,7 +70,7 @@ def test_threads_change_nothing(algorithm: str, discrete: bool) -> None:
     results = []
     for threads in (1, 2, 3):
         learner = make_learner(discrete=discrete, algorithm=algorithm, learner_threads=threads, step_weights=(1, 2))
-        statistics = [learner.update(experience(learner, seed)) for seed in range(4)]
+        statistics = [learner.update(experience(learner, seed)) for seed in range(2)]
         assert all(isinstance(parameter, torch.nn.Parameter) for parameter in learner.policy.parameters())
         results.append((statistics, snapshot(learner)))
     for statistics, parameters in results[1:]:

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,14 +22,14 @@ from ssm_metarl.algorithms.evaluation import Evaluation
 from ssm_metarl.distributed import run as run_module
 from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import evaluate_checkpoint, load_policy, train
+from ssm_metarl.distributed.run import evaluate_checkpoint, load_policy, start_ray, train
 from ssm_metarl.distributed.trainer import EnvironmentFailure
 from ssm_metarl.tasks import Task
 from ssm_metarl.tasks.navigation import Navigation2D
 
 Metrics = dict[str, Any]
 
-SMALL = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "learner_threads": 1, "epochs": 2}
+SMALL = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "learner_threads": 1, "epochs": 1}
 
 
 def config(task: str = "navigation-2d", **changes: Any) -> TrainConfig:
@@ -163,8 +164,16 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(
         assert mine.keys() == theirs.keys()
         for name in mine:
             np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
-    # TensorBoard drops what was written beyond the checkpoint, and gets every iteration.
     assert {step for _, step in scalars(run)} == set(range(1, 8))
+
+
+def test_metrics_and_events_beyond_the_checkpoint_are_taken_back(tmp_path: Path, without_ray: None) -> None:
+    with pytest.raises(Crash):
+        train(config(iterations=9, checkpoint_every=2), tmp_path, on_iteration=crash_at(3))
+    assert {step for _, step in scalars(tmp_path)} == {1, 2, 3}
+    train(config(iterations=2), tmp_path, resume=True)
+    assert [line["iteration"] for line in logged(tmp_path)] == [1, 2]
+    assert {step for _, step in scalars(tmp_path)} == {1, 2}
 
 
 def test_a_finished_run_is_not_changed_by_resuming_it_and_can_be_made_longer(tmp_path: Path, without_ray: None) -> None:
@@ -216,6 +225,48 @@ def test_a_run_in_another_thread_works(tmp_path: Path, without_ray: None) -> Non
     thread.start()
     thread.join()
     assert results[0].checkpoint.name == "checkpoint_000001"
+
+
+# --- Ray ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The options of every ``ray.init``, which starts nothing here."""
+    starts: list[dict[str, Any]] = []
+
+    def init(**how: Any) -> SimpleNamespace:
+        starts.append(how)
+        return SimpleNamespace(dashboard_url="127.0.0.1:8265")
+
+    monkeypatch.setattr(run_module.ray, "init", init)
+    monkeypatch.setattr(run_module.ray, "is_initialized", lambda: bool(starts))
+    monkeypatch.setattr(run_module, "available_cores", lambda: 2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return starts
+
+
+@pytest.mark.parametrize(("num_workers", "cpus"), [(1, 2), (2, 3), (5, 6)])
+def test_a_ray_of_our_own_is_local_and_has_a_cpu_for_the_learner_and_each_worker(
+    ray_starts: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], num_workers: int, cpus: int
+) -> None:
+    start_ray(0)
+    assert ray_starts == []
+    start_ray(num_workers)
+    start_ray(num_workers)
+    (how,) = ray_starts
+    assert (how["address"], how["num_cpus"], how["dashboard_host"]) == ("local", cpus, "127.0.0.1")
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert capsys.readouterr() == ("", "Ray dashboard: http://127.0.0.1:8265\n")
+
+
+def test_a_cluster_that_the_environment_names_is_joined(
+    ray_starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    start_ray(4)
+    (how,) = ray_starts
+    assert {"address", "num_cpus"}.isdisjoint(how), "ray.init takes the address, and refuses a number of CPUs"
 
 
 # --- What is refused, before anything is written or started -----------------------------------------------
