@@ -242,7 +242,7 @@ class NumpyPolicy:
         weight, bias = self._encoder
         hidden = np.matmul(inputs, weight)
         hidden += bias
-        np.tanh(hidden, out=hidden)
+        _tanh(hidden)
         half = self.spec.state_dim // 2
         new_state = []
         for (re, im), (into, a_re, a_im, out, skip, last_weight, last_bias) in zip(state, self._blocks, strict=True):
@@ -261,14 +261,10 @@ class NumpyPolicy:
             if self.spec.gated:
                 gate = last_weight * hidden
                 gate += last_bias
-                # sigmoid through tanh: one vectorised kernel, rounded alike at every position of an array
-                gate *= np.float32(0.5)
-                np.tanh(gate, out=gate)
-                gate += np.float32(1.0)
-                gate *= np.float32(0.5)
+                _sigmoid(gate)
                 y *= gate
             else:
-                np.tanh(y, out=y)
+                _tanh(y)
                 y = np.matmul(y, last_weight)
                 y += last_bias
             hidden = hidden + y
@@ -306,3 +302,24 @@ class NumpyPolicy:
         log_prob = np.float32(-0.5) * (noise * noise).sum(-1)
         log_prob -= self._log_norm
         return head + self._std * noise, log_prob, state
+
+
+def _sigmoid(x: Array) -> None:
+    """1 / (1 + exp(-x)) in place, rounded alike at every position of an array."""
+    np.negative(x, out=x)
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, as it should
+        np.exp(x, out=x)
+    x += _ONE
+    np.reciprocal(x, out=x)
+
+
+def _tanh(x: Array) -> None:
+    """2 sigmoid(2x) - 1 in place, within 2e-7 of tanh: NumPy's own takes about 1.5 times as long."""
+    x *= _TWO
+    _sigmoid(x)
+    x *= _TWO
+    x -= _ONE
+
+
+# As arrays: NumPy would convert a Python number at every step.
+_ONE, _TWO = np.array(1, np.float32), np.array(2, np.float32)

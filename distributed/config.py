@@ -42,7 +42,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
     """
 
     task: str = "navigation-2d"
-    iterations: int = 40
+    iterations: int = 30
     meta_batch: int = 20
     episodes: int = 20
     seed: int = 0
