@@ -80,8 +80,8 @@ TARGETS = {
             "iterations": 31,
             "inner_lr": 0.5,
             "outer_lr": 3e-3,
-            # Without a share for the policy before adaptation, two of three seeds let it drift away from the start,
-            # where a step learns no more than to come back.
+            # Without a share for the policy before adaptation, seeds let it drift away from the start, where a step
+            # learns no more than to come back.
             "step_weights": [0.2, 0.8],
         },
         goal=-20.0,
