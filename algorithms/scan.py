@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,15 +86,34 @@ class _Scan(torch.autograd.Function):
                 mask = None if keep is None else keep[..., 1:, :, None]
             if mask is not None:
                 later = later * mask
-            grad_a = (earlier.conj() * later).sum((-3, -2))
+            if torch.is_grad_enabled():
+                grad_a = (earlier.conj() * later).sum((-3, -2))
+            else:
+                grad_a = torch.zeros_like(h[..., 0, 0, :])
+                for part in row_parts(later, -3):
+                    grad_a += (earlier[part].conj() * later[part]).sum((-3, -2))
         return grad_a, grad_b, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        def batched(x: Tensor, dim: int | None) -> Tensor:
-            return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        a, b, keep = batched(info.batch_size, in_dims, args[:3])
+        return _Scan.apply(a, b, keep, args[3]), 0
 
-        a, b, keep, backwards = args
-        a, b = batched(a, in_dims[0]), batched(b, in_dims[1])
-        keep = None if keep is None else batched(keep, in_dims[2])
-        return _Scan.apply(a, b, keep, backwards), 0
+
+def batched(size: int, dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Any]:
+    """For a ``vmap`` rule: the arguments with the mapped axis in front, those that have none (dim None) expanded."""
+
+    def front(x: Tensor | None, dim: int | None) -> Tensor | None:
+        if x is None:
+            return None
+        return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+    return [front(x, dim) for x, dim in zip(tensors, dims, strict=False)]
+
+
+def row_parts(x: Tensor, dim: int) -> list[tuple[Any, ...]]:
+    """Indices that cut x [..., H] along ``dim`` (negative) into pieces of about 2048 rows: what a cache holds."""
+    rows_each = math.prod(x.shape[:-1]) // max(1, x.shape[dim])
+    size = max(1, 2048 // max(1, rows_each))
+    after = (slice(None),) * (-dim - 1)
+    return [(..., slice(start, start + size), *after) for start in range(0, x.shape[dim], size)]

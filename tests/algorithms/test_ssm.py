@@ -218,3 +218,47 @@ def test_modes_have_one_output_variance_for_white_input(nu: float) -> None:
     # Each column's state after long has the stationary distribution.
     _, state = block(draw(0, 4000, 500, 1))
     assert state.square().sum(-1).mean().item() == pytest.approx(1.0, rel=0.2)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_long_sequences_equal_those_with_a_graph(gated: bool, lead: Any) -> None:
+    """Without a graph the gradients are made piece by piece, with one all at once."""
+    block = make_block(0, gated=gated, dtype=torch.float64)
+    values = {name: value.expand(*lead, *value.shape).clone() for name, value in block.named_parameters()}
+    sequence = draw(1, *lead, 50, 130, 3, dtype=torch.float64).requires_grad_()
+    resets = draw(2, *lead, 50, 130) > 1
+    above = draw(3, *sequence.shape, dtype=torch.float64)
+    output = functional_call(block, values, (sequence, resets))[0]
+    wanted = [sequence, *(value for value in values.values())]
+    for value in values.values():
+        assert value.requires_grad
+    in_pieces = torch.autograd.grad(output, wanted, above, retain_graph=True)
+    at_once = torch.autograd.grad(output, wanted, above, create_graph=True)
+    for piece, whole in zip(in_pieces, at_once, strict=True):
+        torch.testing.assert_close(piece, whole)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_vmap_over_any_argument(gated: bool) -> None:
+    """Values and gradients of vmap, with one parameter or the input alone batched, are those of a loop."""
+    block = make_block(0, gated=gated, dtype=torch.float64)
+    shared = {name: value.detach() for name, value in block.named_parameters()}
+    sequence = draw(1, 7, 4, 3, dtype=torch.float64)
+
+    def gradients(values: Any, x: Any) -> Any:
+        loss = lambda values, x: functional_call(block, values, (x,))[0].square().mean()  # noqa: E731
+        return torch.func.grad_and_value(loss, (0, 1))(values, x)
+
+    for batched in (*shared, None):
+        values = {n: v + draw(2, 3, *v.shape, dtype=v.dtype) / 10 if n == batched else v for n, v in shared.items()}
+        x = draw(4, 3, *sequence.shape, dtype=torch.float64) if batched is None else sequence
+        dims = ({n: 0 if n == batched else None for n in values}, 0 if batched is None else None)
+        together = torch.func.vmap(gradients, dims)(values, x)
+        for i in range(3):
+            own = {n: v[i] if n == batched else v for n, v in values.items()}
+            (grads, by_x), value = gradients(own, x[i] if batched is None else x)
+            (all_grads, all_by_x), all_values = together
+            torch.testing.assert_close(all_values[i], value)
+            torch.testing.assert_close(all_by_x[i], by_x)
+            torch.testing.assert_close({n: v[i] for n, v in all_grads.items()}, grads)
