@@ -51,27 +51,11 @@ def collect(
         One record of the M tasks. An episode in which an observation or a reward was not finite is dropped: its
         column has no valid step, and ``errors`` says where it happened.
     """
-    num_tasks = len(seeds)
-    columns = env.num_envs // num_tasks
-    shape = (num_tasks, columns)
-    env_seeds: list[int] = []
-    noise_parts = []
-    for seed in seeds:
-        # Children by key, not by spawn(), which counts how often it was called.
-        env_node, noise_node = (
-            np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, child)) for child in (0, 1)
-        )
-        env_seeds += env_node.generate_state(columns).tolist()
-        generator = np.random.default_rng(noise_node)
-        if spec.discrete:
-            noise_parts.append(generator.random((horizon, columns), dtype=np.float32))
-        else:
-            block = (horizon, columns, spec.action_size)
-            noise_parts.append(generator.standard_normal(block, dtype=np.float32))
-    noise = None if deterministic else np.stack(noise_parts, 1)
-
+    shape = (len(seeds), env.num_envs // len(seeds))
+    env_seeds, noise = _draw(seeds, spec, horizon, shape[1])
     policy = NumpyPolicy(spec, weights)
     state = policy.initial_state(*shape)
+    record = _Record(spec, tasks, shape, horizon)
     size = spec.observation_size
     inputs = np.zeros((*shape, spec.input_size), np.float32)
     full = spec.inputs == "full"
@@ -79,85 +63,29 @@ def collect(
         inputs[..., -1] = 1.0  # start flag
         one_hot = np.eye(spec.action_size, dtype=np.float32)
 
-    observations = np.zeros((horizon, *shape, size), np.float32)
-    actions: Array = np.zeros((horizon, *_action_shape(spec, shape)), _action_type(spec))
-    rewards, log_probs = np.zeros((2, horizon, *shape), np.float32)
-    terminated, valid = np.zeros((2, horizon, *shape), bool)
-    last = np.zeros((*shape, size), np.float32)
-    alive = np.ones(shape, bool)
-    broken: dict[tuple[int, int], str] = {}
-
-    def screen(observation: Array, reward: Array, step: int) -> tuple[Array, Array]:
-        """Take columns with a number that is not finite out of the rollout."""
-        bad = ~(np.isfinite(observation).all(-1) & np.isfinite(reward))
-        for task, column in zip(*np.nonzero(bad & alive), strict=True):
-            key = (int(task), int(column))
-            broken[key] = f"task {tasks[task]!r}: observation or reward not finite at step {step}."
-        alive[bad] = False
-        return np.where(bad[..., None], np.float32(0), observation), np.where(bad, np.float32(0), reward)
-
     # a seed a column, as SyncVectorEnv takes them; the base class declares one integer
     observation = env.reset(seed=env_seeds)[0].reshape(*shape, size)  # type: ignore[arg-type]
-    reward = np.zeros(shape, np.float32)
+    observation, reward = record.screen(observation, np.zeros(shape, np.float32), 0)
     steps = 0
-    if not np.isfinite(observation.sum()):
-        observation, reward = screen(observation, reward, 0)
-    while steps < horizon and alive.any():
-        t = steps
-        inputs[..., :size] = observations[t] = observation
-        action, log_probs[t], state = policy.act(inputs, state, None if noise is None else noise[t])
-        actions[t] = action
-        flat_action = action.reshape(num_tasks * columns, *action.shape[2:])
-        next_observation, step_reward, ended, cut, info = env.step(flat_action)
-        observation = next_observation.reshape(*shape, size)
+    while steps < horizon and record.alive.any():
+        inputs[..., :size] = observation
+        action, log_prob, state = policy.act(inputs, state, None if deterministic else noise[steps])
+        record.before(steps, observation, action, log_prob)
+        observation, step_reward, ended, cut, info = env.step(action.reshape(env.num_envs, *action.shape[2:]))
+        observation = observation.reshape(*shape, size)
         reward = np.asarray(step_reward, np.float32).reshape(shape)
-        valid[t] = alive
         ended, done = ended.reshape(shape), (ended | cut).reshape(shape)
-        final = observation
-        if done.any():
-            final = _final_observations(observation, info)
-        if not (np.isfinite(final.sum()) and np.isfinite(reward.sum())):
-            final, reward = screen(final, reward, t + 1)
+        final = _final_observations(observation, info) if done.any() else observation
+        screened, reward = record.screen(final, reward, steps + 1)
+        if screened is not final:
             observation = np.where(np.isfinite(observation), observation, np.float32(0))
-        rewards[t] = reward
-        terminated[t] = ended & alive
-        finishing = alive & done
-        if t + 1 == horizon:
-            finishing = alive
-        if finishing.any():
-            last[finishing] = final[finishing]
-        alive = alive & ~done
+        record.after(steps, screened, reward, ended, done)
         steps += 1
         if full:
             inputs[..., size:-2] = one_hot[action] if spec.discrete else action
             inputs[..., -2] = reward
             inputs[..., -1] = 0.0
-
-    for key in broken:
-        valid[:, key[0], key[1]] = False
-    longest = max(1, int(valid.any((1, 2)).sum()))
-
-    def by_task(array: Array) -> Array:
-        array = np.moveaxis(array[:longest], 0, 1)
-        mask = valid[:longest].swapaxes(0, 1)
-        kept = np.where(mask[..., None] if array.ndim == 4 else mask, array, np.zeros((), array.dtype))
-        return np.ascontiguousarray(kept)  # the order in memory decides the last bits of a later sum
-
-    starts = np.zeros((*shape[:1], longest, columns), bool)
-    starts[:, 0] = True
-    return Rollouts(
-        observations=by_task(observations),
-        actions=by_task(actions),
-        rewards=by_task(rewards),
-        log_probs=by_task(log_probs),
-        starts=starts,
-        resets=starts.copy(),
-        terminated=by_task(terminated),
-        valid=np.ascontiguousarray(valid[:longest].swapaxes(0, 1)),
-        last_observations=np.where(np.logical_or.reduce(valid, 0)[..., None], last, np.float32(0)),
-        tasks=tuple(tasks),
-        errors=tuple(broken[key] for key in sorted(broken)),
-    )
+    return record.rollouts()
 
 
 def collect_tasks(
@@ -206,6 +134,96 @@ def collect_tasks(
                 blank = _blank(spec, tasks[i], columns)
                 parts.append(Rollouts.empty([tasks[i]], columns, blank, [traceback.format_exc()] * columns))
         return Rollouts.concatenate(parts)
+
+
+def _draw(
+    seeds: Sequence[np.random.SeedSequence], spec: PolicySpec, horizon: int, columns: int
+) -> tuple[list[int], Array]:
+    """Every draw of a rollout, task by task: a seed for each environment, and the action noise [T, M, K(, A)]."""
+    env_seeds: list[int] = []
+    noise = []
+    for seed in seeds:
+        # Children by key, not by spawn(), which counts how often it was called.
+        env_node, noise_node = (
+            np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, child)) for child in (0, 1)
+        )
+        env_seeds += env_node.generate_state(columns).tolist()
+        generator = np.random.default_rng(noise_node)
+        if spec.discrete:
+            noise.append(generator.random((horizon, columns), dtype=np.float32))
+        else:
+            noise.append(generator.standard_normal((horizon, columns, spec.action_size), dtype=np.float32))
+    return env_seeds, np.stack(noise, 1)
+
+
+class _Record:
+    """What ``collect`` has seen so far: arrays [T, M, K, ...] that it fills, and the columns still ``alive``."""
+
+    def __init__(self, spec: PolicySpec, tasks: Sequence[Any], shape: tuple[int, int], horizon: int) -> None:
+        self._tasks = tasks
+        self._observations = np.zeros((horizon, *shape, spec.observation_size), np.float32)
+        self._actions: Array = np.zeros((horizon, *_action_shape(spec, shape)), _action_type(spec))
+        self._rewards, self._log_probs = np.zeros((2, horizon, *shape), np.float32)
+        self._terminated, self._valid = np.zeros((2, horizon, *shape), bool)
+        self._last = np.zeros((*shape, spec.observation_size), np.float32)
+        self._broken: dict[tuple[int, int], str] = {}
+        self.alive = np.ones(shape, bool)
+
+    def screen(self, observation: Array, reward: Array, step: int) -> tuple[Array, Array]:
+        """Take columns with a number that is not finite out of the rollout; return the arrays with 0 there."""
+        if np.isfinite(observation.sum()) and np.isfinite(reward.sum()):
+            return observation, reward
+        bad = ~(np.isfinite(observation).all(-1) & np.isfinite(reward))
+        for task, column in zip(*np.nonzero(bad & self.alive), strict=True):
+            key = (int(task), int(column))
+            self._broken[key] = f"task {self._tasks[task]!r}: observation or reward not finite at step {step}."
+        self.alive = self.alive & ~bad
+        return np.where(bad[..., None], np.float32(0), observation), np.where(bad, np.float32(0), reward)
+
+    def before(self, t: int, observation: Array, action: Array, log_prob: Array) -> None:
+        """Record the policy's side of step t."""
+        self._observations[t] = observation
+        self._actions[t] = action
+        self._log_probs[t] = log_prob
+        self._valid[t] = self.alive
+
+    def after(self, t: int, final: Array, reward: Array, ended: Array, done: Array) -> None:
+        """Record the environment's side of step t: what it observed before any autoreset, reward and ends."""
+        self._rewards[t] = reward
+        self._terminated[t] = ended & self.alive
+        finishing = self.alive if t + 1 == len(self._valid) else self.alive & done
+        if finishing.any():
+            self._last[finishing] = final[finishing]
+        self.alive = self.alive & ~done
+
+    def rollouts(self) -> Rollouts:
+        """The record by task, without the steps that no column took."""
+        valid = self._valid
+        for task, column in self._broken:
+            valid[:, task, column] = False
+        longest = max(1, int(valid.any((1, 2)).sum()))
+        mask = np.ascontiguousarray(valid[:longest].swapaxes(0, 1))
+
+        def by_task(array: Array) -> Array:
+            array = np.moveaxis(array[:longest], 0, 1)
+            kept = np.where(mask[..., None] if array.ndim == 4 else mask, array, np.zeros((), array.dtype))
+            return np.ascontiguousarray(kept)  # the order in memory decides the last bits of a later sum
+
+        starts = np.zeros(mask.shape, bool)
+        starts[:, 0] = True
+        return Rollouts(
+            observations=by_task(self._observations),
+            actions=by_task(self._actions),
+            rewards=by_task(self._rewards),
+            log_probs=by_task(self._log_probs),
+            starts=starts,
+            resets=starts.copy(),
+            terminated=by_task(self._terminated),
+            valid=mask,
+            last_observations=np.where(valid.any(0)[..., None], self._last, np.float32(0)),
+            tasks=tuple(self._tasks),
+            errors=tuple(self._broken[key] for key in sorted(self._broken)),
+        )
 
 
 def _action_type(spec: PolicySpec) -> type:

@@ -2,7 +2,8 @@
 
 One call of the pool is a meta-batch as in training, the family's default policy at its initial weights. In
 the headline all tasks act with the same weights, as for support rollouts; under ``own_weights`` each has its
-own, as for query rollouts.
+own, as for query rollouts; under ``large_batch`` there are four times as many tasks with the same weights, so
+that what a call costs whatever its size weighs less.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def rates(samplings: Mapping[int, Sampling], repetitions: int) -> dict[int, dict
 def main(options: Options) -> None:
     family = make(options.task)
     spec = TrainConfig.for_task(options.task).policy_spec(family)
-    tasks = family.sample(options.meta_batch, np.random.default_rng(seed_for(0)))
+    tasks = family.sample(4 * options.meta_batch, np.random.default_rng(seed_for(0)))
+    batch = tasks[: options.meta_batch]
     shared = SSMPolicy(spec).numpy_weights()
     own = {name: np.stack([value] * options.meta_batch) for name, value in shared.items()}
     log("starting Ray …")
@@ -95,12 +97,13 @@ def main(options: Options) -> None:
         pools = {n: Pool(family, spec, num_workers=n, name=f"sampling/{n}") for n in WORKERS}
         for pool in pools.values():
             stack.enter_context(pool)
-        for kind, weights in (("shared", shared), ("own", own)):
-            log(f"{options.meta_batch} tasks of {options.episodes} episodes, {kind} weights …")
-            samplings = {n: Sampling(pool, weights, tasks, options.episodes) for n, pool in pools.items()}
+        for kind, weights, played in (("shared", shared, batch), ("own", own, batch), ("large", shared, tasks)):
+            log(f"{len(played)} tasks of {options.episodes} episodes, {kind} …")
+            samplings = {n: Sampling(pool, weights, played, options.episodes) for n, pool in pools.items()}
             results[kind] = rates(samplings, options.repetitions)
     facts = {"task": options.task, "meta_batch": options.meta_batch, "episodes": options.episodes}
-    report("sampling", {**figures(results["shared"]), "own_weights": figures(results["own"]), **facts})
+    others = {"own_weights": figures(results["own"]), "large_batch": figures(results["large"])}
+    report("sampling", {**figures(results["shared"]), **others, **facts})
 
 
 def figures(rate: Mapping[int, Mapping[str, float]]) -> dict[str, object]:
