@@ -96,7 +96,7 @@ class Navigation2D(TaskDistribution):
     # random: actions of mean 0 and standard deviation 0.5 along each axis, an untrained Gaussian policy's.
     # oracle: knows the goal and moves each axis to it by at most 0.1 a step, which no player can better.
     reference = ReferenceReturns(random=-88.20, random_sd=36.34, oracle=-0.507)
-    recommended: Mapping[str, Any] = {}
+    recommended: Mapping[str, Any] = {"step_weights": [0.2, 0.8]}
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n goals of a split; see ``TaskDistribution.sample``."""
