@@ -180,6 +180,21 @@ class Learner:
             tensor = torch.as_tensor(np.array(value))
             # Adam keeps its step count on the CPU whatever the parameters' device.
             self.optimizer.state[own[name]][moment] = tensor if moment == "step" else tensor.to(self.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.outer_lr
+
+    def check_rates(self, inner_lr: float, outer_lr: float) -> None:
+        """Refuse to go on with other learning rates than these; called after a restore, where others lose them.
+
+        Raises:
+            RuntimeError: the optimiser's or the inner step's learning rate is another one.
+        """
+        outer = [group["lr"] for group in self.optimizer.param_groups]
+        if outer != [outer_lr] or self.config.inner_lr != inner_lr:
+            raise RuntimeError(
+                f"The learner has outer_lr {outer} and inner_lr {self.config.inner_lr} "
+                f"instead of {outer_lr} and {inner_lr}."
+            )
 
 
 def check_device(name: str) -> None:

@@ -54,12 +54,16 @@ class TrainResult:
     signal: int | None
 
 
-def start_ray(num_workers: int) -> None:
-    """Have Ray in this process if workers are wanted: join the cluster of ``RAY_ADDRESS``, or start one on loopback.
+def start_ray(num_workers: int, processes: int = 0) -> None:
+    """Have Ray in this process if it is wanted: join the cluster of ``RAY_ADDRESS``, or start one on loopback.
 
     Usage reporting is off, and the dashboard's address is printed to stderr.
+
+    Args:
+        num_workers: workers of a trainer in this process; with 0 and no ``processes`` Ray is not started.
+        processes: Tune trials at once, each of them ``1 + num_workers`` processes' worth of CPUs already counted.
     """
-    if num_workers == 0 or ray.is_initialized():
+    if (num_workers == 0 and processes == 0) or ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
@@ -67,7 +71,7 @@ def start_ray(num_workers: int) -> None:
     else:
         context = ray.init(
             address="local",
-            num_cpus=max(available_cores(), 1 + num_workers),
+            num_cpus=max(available_cores(), 1 + num_workers, processes),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",
@@ -117,7 +121,7 @@ def train(
         saved = trainer.meta_iteration
         recent = _cut_metrics(run / "metrics.jsonl", saved)[-config.checkpoint_every :]
         with (
-            _interrupts() as interrupted,
+            interrupts() as interrupted,
             (run / "metrics.jsonl").open("a") as log,
             SummaryWriter(str(run), purge_step=saved + 1, filename_suffix=f".{saved}") as board,
         ):
@@ -152,13 +156,22 @@ def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
             raise ValueError(f"There is no checkpoint in {run} to resume from.")
         check_sizes(found[-1], load_checkpoint(found[-1]).spec, spec)
         return found[-1]
+    prepare_run(run)
+    return None
+
+
+def prepare_run(run: Path) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        ValueError: it is not empty, or cannot be made.
+    """
     if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
         raise ValueError(f"{run} is not empty; resume the run in it, or choose another folder.")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{run} cannot be made: {error.strerror}.") from None
-    return None
 
 
 def _save(trainer: MetaTrainer, run: Path, recent: list[float]) -> Path:
@@ -206,7 +219,7 @@ def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 @contextmanager
-def _interrupts() -> Iterator[list[int]]:
+def interrupts() -> Iterator[list[int]]:
     """A list that gets the number of the first SIGINT or SIGTERM; the second raises. Works in the main thread only."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -286,17 +299,51 @@ def evaluate_checkpoint(
         )
     columns = config.episodes if episodes is None else episodes
     check_count("episodes", columns, 1)
+    family.sample(0, np.random.default_rng(), split)  # refuses an unknown split, before Ray starts
+    start_ray(num_workers)
+    check_resources(num_workers)
+    with Pool(family, policy.spec, num_workers=num_workers, name=f"ssm-metarl/evaluate/{time.time_ns()}") as pool:
+        return evaluate_policy(
+            policy,
+            config,
+            family,
+            pool,
+            split=split,
+            num_tasks=num_tasks,
+            steps=steps,
+            episodes=columns,
+            seed=seed,
+            deterministic=deterministic,
+        )
+
+
+def evaluate_policy(
+    policy: SSMPolicy,
+    config: TrainConfig,
+    family: TaskDistribution,
+    pool: Pool,
+    *,
+    split: str,
+    num_tasks: int,
+    steps: int,
+    episodes: int,
+    seed: int,
+    deterministic: bool = False,
+) -> Evaluation:
+    """:func:`evaluate_checkpoint` for a policy in memory and a pool of its sizes; see there.
+
+    Raises:
+        ValueError: an unknown split.
+        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
+    """
     branch = SPLIT_BRANCHES.get(split, len(SPLIT_BRANCHES))
     rng = np.random.default_rng(seed_for(seed, EVALUATION, branch))
     tasks = family.sample(num_tasks, rng, split)
-    start_ray(num_workers)
-    check_resources(num_workers)
     played = np.ones(num_tasks, bool)
-    with Pool(family, policy.spec, num_workers=num_workers, name=f"ssm-metarl/evaluate/{time.time_ns()}") as pool:
 
-        def collect(weights: Mapping[str, Array], step: int) -> Rollouts:
-            seeds = [seed_for(seed, EVALUATION, branch, step, task) for task in range(num_tasks)]
-            label = f"evaluation, step {step}"
-            return play(pool, weights, tasks, seeds, columns, played, label=label, deterministic=deterministic)[0]
+    def collect(weights: Mapping[str, Array], step: int) -> Rollouts:
+        seeds = [seed_for(seed, EVALUATION, branch, step, task) for task in range(num_tasks)]
+        label = f"evaluation, step {step}"
+        return play(pool, weights, tasks, seeds, episodes, played, label=label, deterministic=deterministic)[0]
 
-        return replace(evaluate(policy, config, collect, steps), task=family.name, split=split)
+    return replace(evaluate(policy, config, collect, steps), task=family.name, split=split)

@@ -149,9 +149,13 @@ class MetaTrainer(tune.Trainable):
         assert isinstance(checkpoint, str | Path), "checkpoints are folders"
         loaded = load_checkpoint(checkpoint)
         check_sizes(checkpoint, loaded.spec, self.spec)
-        self.learner.load(loaded.policy, loaded.optimizer)
-        self.meta_iteration = int(loaded.progress["iteration"])
-        self.env_steps = int(loaded.progress["env_steps"])
+        self._continue_from(loaded)
+
+    def _continue_from(self, checkpoint: Checkpoint) -> None:
+        """Take parameters, moments and counters of a checkpoint of this trainer's sizes."""
+        self.learner.load(checkpoint.policy, checkpoint.optimizer)
+        self.meta_iteration = int(checkpoint.progress["iteration"])
+        self.env_steps = int(checkpoint.progress["env_steps"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take new options in the same process (Tune's ``reuse_actors``); parameters start anew, until a restore."""

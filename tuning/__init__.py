@@ -1,0 +1,1 @@
+"""Recursive self-improvement: a population of meta-training runs that mutate, compare and roll back."""

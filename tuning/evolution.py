@@ -1,0 +1,617 @@
+"""The population and its decisions, without Ray: who continues, who is forked and mutated, who is rolled back.
+
+A generation is the same number of environment steps for every trial. At its end (the border) children on probation are
+judged against their parents, which went on unmutated; then the bottom trials become mutated copies of better ones.
+``RecursiveSelfImprovement`` carries the decisions out in Ray Tune; ``EvolvingTrainer`` trains and assesses.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..algorithms.collect import seed_for
+from ..algorithms.inference import check_count, check_flag
+from .metrics import Assessment, compare, composite, composite_interval, metrics
+from .mutation import SIZES, Proposal, propose
+from .safety import SafetyConfig, below_floor, collapsed, keeps
+from .store import RunStore
+
+# Branches of the evolution's seed tree, beside those of the trainer.
+CHILD_SEED, PROPOSAL, PARENT, BOOTSTRAP = range(100, 104)
+
+RATES = ("inner_lr", "outer_lr", "inner_steps")
+"""Options beside the sizes that evolve and are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolveConfig(SafetyConfig):
+    """How a population evolves.
+
+    Attributes:
+        population: trials P.
+        generations: after the assessment of the initial policies; 0: until stopped.
+        generation_steps: environment steps of training of every trial in a generation.
+        survivors: trials that go on unmutated at a border; the others are forked from them. 0: the better half.
+        mutate: False makes the others plain copies: what selection and training do alone.
+        validation_tasks: fixed tasks on which every trial is assessed, of each of two splits.
+        validation_episodes: episodes a task and adaptation step of an assessment.
+        validation_steps: adaptation steps S of every assessment, whatever a trial's own ``inner_steps``.
+        keep_generations: a generation's best checkpoint is kept for as many generations, for manual rollbacks.
+    """
+
+    population: int = 4
+    generations: int = 6
+    generation_steps: int = 300_000
+    survivors: int = 0
+    mutate: bool = True
+    validation_tasks: int = 20
+    validation_episodes: int = 10
+    validation_steps: int = 1
+    keep_generations: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("population", self.population, 2)
+        for name in ("generation_steps", "validation_tasks", "validation_episodes", "validation_steps"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("generations", "survivors", "keep_generations"):
+            check_count(name, getattr(self, name), 0)
+        check_flag("mutate", self.mutate)
+        if self.survivors >= self.population:
+            raise ValueError(f"survivors must be below population ({self.population}), not {self.survivors}.")
+
+
+@dataclass(kw_only=True)
+class Record:
+    """A checkpoint of the run's archive, and what it did on the validation tasks.
+
+    Attributes:
+        config: ``TrainConfig`` as JSON values.
+        assessment: ``Assessment.to_dict()``.
+        metrics, composite, interval: computed from it; the interval has level .95.
+    """
+
+    name: str
+    generation: int
+    trial: int
+    config: dict[str, Any]
+    lineage_steps: int
+    assessment: dict[str, Any]
+    metrics: dict[str, float]
+    composite: float
+    interval: tuple[float, float]
+
+
+@dataclass(kw_only=True)
+class Slot:
+    """A trial: its place in the population, whatever policy it holds.
+
+    Attributes:
+        status: "initial", "continued", "on probation", "copied", "kept", "rolled back", "restored" or "dead".
+        config: what it trains with.
+        checkpoint: name of the record that its policy had at the last border; None before the first.
+        start: name of the checkpoint that it goes on from in this generation; None: initial weights.
+        parent: name of the checkpoint that it was last forked from.
+        partner: the trial that continues its parent unmutated, while on probation.
+        proposal: its mutation, while on probation.
+        fallback: the parent's config, while on probation.
+        budget: environment steps of training left in this generation when it was last started.
+        spent: environment steps since then, validation included.
+        ended: it has reached the end of this generation.
+    """
+
+    id: int
+    config: dict[str, Any]
+    status: str = "initial"
+    checkpoint: str | None = None
+    start: str | None = None
+    parent: str | None = None
+    partner: int | None = None
+    proposal: dict[str, Any] | None = None
+    fallback: dict[str, Any] | None = None
+    budget: int = 0
+    spent: int = 0
+    restarts: int = 0
+    lineage_steps: int = 0
+    lifetime_steps: int = 0
+    ended: bool = False
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a trial says after a meta-iteration, or at its generation's end.
+
+    Attributes:
+        spent: environment steps since it was (re)started, validation included.
+        lineage_steps: environment steps of training on the path to its parameters.
+        trained: environment steps of training since it was (re)started.
+        assessment: ``Assessment.to_dict()``, at a check or at the end; None otherwise.
+        ended: the generation's budget is used up; ``checkpoint`` is written.
+        checkpoint: name of its checkpoint in the run's archive.
+        failure: why it cannot go on, such as a meta-gradient that is not finite; None if it can.
+        seconds: "training" and "assessment" (with checkpoints and resizing) since the last report.
+    """
+
+    spent: int
+    lineage_steps: int
+    trained: int = 0
+    assessment: dict[str, Any] | None = None
+    ended: bool = False
+    checkpoint: str | None = None
+    failure: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Evolution:
+    """The population's state machine. Everything it decides is on disk before anyone acts on it::
+
+        evolution = Evolution(config, base, store)
+        ...                                     # a trial trains with evolution.assignment(trial)
+        evolution.report(trial, report)         # "continue", "wait" or "restart"
+        if evolution.ready():
+            evolution.advance()                 # the border: every trial has a new assignment
+
+    Equal seeds and equal reports give equal decisions.
+
+    Args:
+        config: the rules.
+        base: ``TrainConfig`` of the first generation as JSON values.
+        store: where state, events and checkpoints are.
+        start: name of a checkpoint in the archive folder that all trials start from; None: own initial weights.
+    """
+
+    def __init__(
+        self, config: EvolveConfig, base: Mapping[str, Any], store: RunStore, start: str | None = None
+    ) -> None:
+        self.config, self.store = config, store
+        self.seed = int(base["seed"])
+        self.generation = 0
+        self.archive: dict[str, Record] = {}
+        self.best: str | None = None
+        self.floor: float | None = None
+        self.failures = 0
+        self.rejected: list[str] = []
+        self.finished: str | None = None
+        self.seconds = {"training": 0.0, "assessment": 0.0, "border": 0.0}
+        self._events: list[dict[str, Any]] = []
+        self._logged = 0
+        self.slots = [
+            Slot(id=i, config={**base, "seed": self._draw_seed(0, i)}, start=start, parent=start)
+            for i in range(config.population)
+        ]
+
+    @classmethod
+    def resume(cls, store: RunStore, **changes: Any) -> Evolution:
+        """The run in ``store`` as its last decision left it; a generation that was not finished begins again.
+
+        Args:
+            changes: options of ``EvolveConfig`` to change, such as more ``generations``.
+
+        Raises:
+            ValueError: there is no run, or its state is damaged.
+        """
+        state = store.load()
+        names = {f.name for f in fields(EvolveConfig)}
+        config = EvolveConfig(**{**{k: v for k, v in state["config"].items() if k in names}, **changes})
+        self = cls.__new__(cls)
+        self.config, self.store, self.seed = config, store, state["seed"]
+        self.generation, self.best, self.floor = state["generation"], state["best"], state["floor"]
+        self.failures, self.rejected = state["failures"], state["rejected"]
+        self.archive = {name: Record(**{**r, "interval": tuple(r["interval"])}) for name, r in state["archive"].items()}
+        known = {f.name for f in fields(Slot)}
+        self.slots = [Slot(**{k: v for k, v in slot.items() if k in known}) for slot in state["trials"]]
+        self.seconds = state["seconds"]
+        self._events, self._logged = [], state["events_before"] + len(state["events"])
+        at_border = state["finished"] is not None and all(slot.ended for slot in self.living)
+        self.finished = None
+        for slot in self.slots:
+            slot.ended, slot.spent = False, 0
+            if slot.status == "dead":  # with the process of a run that is over
+                slot.status = "continued"
+        sole = self._apply_requests()
+        if at_border and config.generations and self.generation >= config.generations:
+            self.finished = f"{config.generations} generations"
+            for slot in self.slots:
+                slot.ended = True
+        elif at_border or sole:
+            self.generation += at_border
+            self._begin_generation(sole)
+        self.commit()
+        return self
+
+    # --- What the scheduler asks ----------------------------------------------------------------------------
+
+    def assignment(self, trial: int) -> dict[str, Any]:
+        """What a trial's trainer must know of the evolution, JSON values."""
+        slot, config = self.slots[trial], self.config
+        start = self.archive.get(slot.start or "")
+        history = [] if start is None else [[start.lineage_steps, start.assessment["history"][-1]]]
+        return {
+            "trial": trial,
+            "generation": self.generation,
+            "budget": slot.budget,
+            "probation": slot.status == "on probation",
+            "checkpoints": str(self.store.checkpoints),
+            "seed": self.seed,
+            "history": history,
+            **{name: getattr(config, name) for name in _VALIDATION},
+        }
+
+    def start_path(self, trial: int) -> Path | None:
+        """The checkpoint folder that a trial goes on from; None for initial weights."""
+        start = self.slots[trial].start
+        return None if start is None else self.store.checkpoints / start
+
+    @property
+    def living(self) -> list[Slot]:
+        """Trials that have not died for good."""
+        return [slot for slot in self.slots if slot.status != "dead"]
+
+    def report(self, trial: int, report: Report) -> str:
+        """Take a trial's report.
+
+        Returns:
+            "continue" training; "wait" for the others at the border; "restart" from a new assignment.
+        """
+        slot = self.slots[trial]
+        slot.lifetime_steps += report.spent - slot.spent
+        slot.spent, slot.lineage_steps = report.spent, report.lineage_steps
+        for name, seconds in report.seconds.items():
+            self.seconds[name] += seconds
+        record = self._record(slot, report) if report.assessment is not None else None
+        answer = "continue"
+        if report.failure is not None:
+            answer = self._fail(slot, report, report.failure)
+        elif record is not None and self.floor is not None and below_floor(record.composite, self.floor, self.config):
+            reason = f"composite {record.composite:.4f} is more than {self.config.floor_margin:g} under the first's"
+            answer = self._fail(slot, report, reason, record)
+        elif report.ended:
+            assert record is not None
+            self.archive[record.name] = record
+            slot.checkpoint, slot.ended, answer = record.name, True, "wait"
+        self.commit()
+        return answer
+
+    def crashed(self, trial: int, reason: str) -> None:
+        """A trial's process died and is started again from its assignment."""
+        slot = self.slots[trial]
+        slot.spent, slot.ended = 0, False
+        slot.restarts += 1
+        self._count_failure(slot, reason)
+        self.commit()
+
+    def died(self, trial: int, reason: str) -> None:
+        """A trial died too often and does not come back; the others go on without it."""
+        slot = self.slots[trial]
+        slot.status, slot.ended, slot.partner = "dead", False, None
+        self._count_failure(slot, f"it does not come back: {reason}", decision="given up")
+        if not self.living:
+            self.finished = self.finished or "every trial died"
+        self.commit()
+
+    def ready(self) -> bool:
+        """Whether all living trials are at the border."""
+        return not self.finished and bool(self.living) and all(slot.ended for slot in self.living)
+
+    def advance(self) -> None:
+        """The border: judge, remember the best, go back if need be, fork and mutate; then begin the next generation."""
+        begin = time.perf_counter()
+        if self.floor is None:
+            self.floor = self._record_of(self.living[0]).composite
+        for slot in self.living:
+            if slot.status == "on probation":
+                self._judge(slot)
+                self.failures = 0
+            else:
+                slot.status = "continued"
+                self._log(slot, "training", decision="continued", reason="", record=self._record_of(slot))
+        sole = self._remember_best()
+        sole = self._apply_requests() or sole
+        for slot in self.living:
+            slot.proposal = slot.fallback = slot.partner = None
+        if self.config.generations and self.generation >= self.config.generations:
+            self.finished = self.finished or f"{self.config.generations} generations"
+        if not self.finished:
+            self.generation += 1
+            self._begin_generation(sole)
+        self._keep_archive()
+        self.seconds["border"] += time.perf_counter() - begin
+        self.commit()
+        self.store.prune(self.archive)
+
+    # --- Decisions ------------------------------------------------------------------------------------------
+
+    def _judge(self, child: Slot) -> None:
+        """Keep a child, or give its place to its parent as it is now."""
+        assert child.proposal is not None
+        assert child.partner is not None
+        proposal, partner = Proposal(**child.proposal), self.slots[child.partner]
+        record = self._record_of(child)
+        if partner.status == "dead":
+            keep, reason = False, "the trial that continued its parent died"
+        else:
+            rng = np.random.default_rng(seed_for(self.seed, BOOTSTRAP, self.generation, child.id))
+            theirs = Assessment.from_dict(self._record_of(partner).assessment)
+            level = self.config.keep_level
+            keep, reason = keeps(compare(Assessment.from_dict(record.assessment), theirs, rng, level), self.config)
+        self._log(
+            child,
+            "probation",
+            before=proposal.before,
+            after=proposal.after,
+            decision="kept" if keep else "rolled back",
+            reason=reason,
+            record=record,
+        )
+        if keep:
+            child.status = "kept"
+            return
+        self.rejected.append(proposal.key)
+        if partner.status == "dead":
+            back = self.archive[proposal.parent]
+        else:
+            back = self._record_of(partner)
+        self._take(child, back, "rolled back")
+
+    def _fail(self, slot: Slot, report: Report, reason: str, record: Record | None = None) -> str:
+        """A trial cannot go on as it is: back to where this generation began, at once."""
+        rolled_back = slot.status == "on probation"
+        self._count_failure(slot, reason, record, "rolled back" if rolled_back else "restarted")
+        if rolled_back:
+            assert slot.proposal is not None
+            assert slot.fallback is not None
+            self.rejected.append(Proposal(**slot.proposal).key)
+            slot.config, slot.status = slot.fallback, "rolled back"
+            slot.partner = slot.proposal = slot.fallback = None
+        slot.restarts += 1
+        # With the same tasks it would end the same way.
+        slot.config = {**slot.config, "seed": self._draw_seed(self.generation, slot.id, slot.restarts)}
+        slot.budget = max(slot.budget - report.trained, 0)
+        slot.spent, slot.ended = 0, False
+        start = self.archive.get(slot.start or "")
+        slot.lineage_steps = start.lineage_steps if start else 0
+        return "restart"
+
+    def _count_failure(
+        self, slot: Slot, reason: str, record: Record | None = None, decision: str = "restarted"
+    ) -> None:
+        self.failures += 1
+        proposal = slot.proposal or {"before": {}, "after": {}}
+        self._log(
+            slot,
+            "failure",
+            before=proposal["before"],
+            after=proposal["after"],
+            decision=decision,
+            reason=reason,
+            record=record,
+        )
+        if self.failures >= self.config.max_failures:
+            self.finished = f"emergency stop: {self.failures} failures in a row, the last: {reason}"
+            self._log(slot, "stop", decision="stopped", reason=self.finished)
+
+    def _remember_best(self) -> Slot | None:
+        """Update the best ever; return the trial that got it back if the whole population fell below it."""
+        ranked = sorted(self.living, key=lambda slot: (self._record_of(slot).composite, -slot.id))
+        top = self._record_of(ranked[-1])
+        best = self.archive[self.best] if self.best else None
+        if best is None or top.composite > best.composite:
+            self.best = top.name
+        elif collapsed(top.composite, best.composite, self.config):
+            reason = f"the whole population is more than {self.config.collapse_margin:g} below the best ever"
+            worst = ranked[0]
+            self._count_failure(worst, reason, best, "restored")
+            self._take(worst, best, "restored")
+            return worst
+        return None
+
+    def _apply_requests(self) -> Slot | None:
+        """Carry out manual rollbacks; return the trial that got the last one's checkpoint."""
+        chosen = None
+        for path, name in self.store.requests():
+            record, living = self.archive.get(name), self.living
+            if record is not None and living:
+                ranked = sorted(living, key=lambda slot: self._composite(slot))
+                chosen = chosen or ranked[0]
+                self._log(chosen, "request", decision="restored", reason="asked for by a person", record=record)
+                self._take(chosen, record, "restored")
+                self.best = name
+            self.commit()
+            path.unlink(missing_ok=True)
+        return chosen
+
+    def _begin_generation(self, sole: Slot | None) -> None:
+        """Let the survivors go on and make the other trials children of theirs."""
+        for slot in self.living:
+            slot.budget, slot.spent, slot.ended, slot.restarts = self.config.generation_steps, 0, False, 0
+            slot.start = self._name(slot)
+            slot.lineage_steps = self._record_of(slot).lineage_steps
+        survivors = [sole] if sole else self._survivors()
+        for child in [slot for slot in self.living if slot not in survivors]:
+            rng = np.random.default_rng(seed_for(self.seed, PARENT, self.generation, child.id))
+            self._fork(child, survivors[int(rng.integers(len(survivors)))])
+
+    def _survivors(self) -> list[Slot]:
+        """The trials that go on unmutated: the better ones, copies of another's policy last."""
+        seen: set[str] = set()
+        copies = set()
+        for slot in sorted(self.living, key=lambda slot: slot.status == "rolled back"):
+            if self._name(slot) in seen:
+                copies.add(slot.id)
+            seen.add(self._name(slot))
+        ranked = sorted(self.living, key=lambda slot: (slot.id in copies, -self._composite(slot), slot.id))
+        count = self.config.survivors or (len(self.living) + 1) // 2
+        return ranked[: max(1, min(count, len(self.living)))]
+
+    def _fork(self, child: Slot, parent: Slot) -> None:
+        """Make ``child`` a copy of ``parent``, mutated, on probation beside it."""
+        record = self._record_of(parent)
+        self._take(child, record, "copied")
+        child.parent = child.start = record.name
+        fallback = dict(child.config)
+        child.config = {**fallback, "seed": self._draw_seed(self.generation, child.id)}
+        rng = np.random.default_rng(seed_for(self.seed, PROPOSAL, self.generation, child.id))
+        under_way = [Proposal(**slot.proposal).key for slot in self.living if slot.proposal and slot is not child]
+        proposal = None
+        if self.config.mutate:
+            proposal = propose(record.name, fallback, rng, {*self.rejected, *under_way})
+        if proposal is None:
+            reason = "no mutation" if not self.config.mutate else "every mutation of this parent was rejected"
+            self._log(child, "mutation", decision="copied", reason=reason, record=record)
+            return
+        child.config.update(proposal.after)
+        child.config["step_weights"] = _fit_weights(child.config["step_weights"], child.config["inner_steps"])
+        child.status, child.partner = "on probation", parent.id
+        child.proposal, child.fallback = asdict(proposal), fallback
+        self._log(
+            child,
+            "mutation",
+            before=proposal.before,
+            after=proposal.after,
+            decision="on probation",
+            reason=f"beside trial {parent.id}",
+            record=record,
+        )
+
+    def _take(self, slot: Slot, record: Record, status: str) -> None:
+        """Give a trial the policy and the config of a record."""
+        slot.config, slot.checkpoint, slot.status = dict(record.config), record.name, status
+        slot.lineage_steps, slot.partner, slot.proposal, slot.fallback = record.lineage_steps, None, None, None
+
+    # --- Bookkeeping ----------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Write the state and the events since the last time."""
+        self.store.commit(self.state(), self._events)
+        self._logged += len(self._events)
+        self._events = []
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run, a terminal or a page needs, JSON values."""
+        return {
+            "time": time.time(),
+            "generation": self.generation,
+            "best": self.best,
+            "floor": self.floor,
+            "failures": self.failures,
+            "finished": self.finished,
+            "seed": self.seed,
+            "config": asdict(self.config),
+            "rejected": self.rejected,
+            "seconds": self.seconds,
+            "events_before": self._logged,
+            "trials": [self._view(slot) for slot in self.slots],
+            "archive": {name: asdict(record) for name, record in self.archive.items()},
+        }
+
+    def _view(self, slot: Slot) -> dict[str, Any]:
+        """A trial as others read it: sizes, learning rates and figures beside the slot's own fields."""
+        record = self.archive.get(slot.checkpoint or "")
+        return {
+            **asdict(slot),
+            "sizes": {name: slot.config[name] for name in SIZES},
+            "learning_rates": {name: slot.config[name] for name in RATES},
+            "metrics": record.metrics if record else {},
+            "composite": record.composite if record else None,
+        }
+
+    def _record(self, slot: Slot, report: Report) -> Record:
+        assert report.assessment is not None
+        assessment = Assessment.from_dict(report.assessment)
+        values = metrics(assessment)
+        rng = np.random.default_rng(seed_for(self.seed, BOOTSTRAP, self.generation, slot.id, 1))
+        return Record(
+            name=report.checkpoint or "",
+            generation=self.generation,
+            trial=slot.id,
+            config=dict(slot.config),
+            lineage_steps=report.lineage_steps,
+            assessment=report.assessment,
+            metrics=values,
+            composite=composite(values),
+            interval=composite_interval(assessment, rng),
+        )
+
+    def _log(
+        self,
+        slot: Slot,
+        kind: str,
+        *,
+        decision: str,
+        reason: str,
+        before: Mapping[str, Any] | None = None,
+        after: Mapping[str, Any] | None = None,
+        record: Record | None = None,
+    ) -> None:
+        self._events.append(
+            {
+                "time": time.time(),
+                "generation": self.generation,
+                "trial": slot.id,
+                "parent": slot.parent,
+                "kind": kind,
+                "before": dict(before or {}),
+                "after": dict(after or {}),
+                "metrics": record.metrics if record else {},
+                "composite": record.composite if record else None,
+                "interval": list(record.interval) if record else None,
+                "decision": decision,
+                "reason": reason,
+                "checkpoint": record.name if record else slot.checkpoint,
+                "lineage_steps": slot.lineage_steps,
+                "lifetime_steps": slot.lifetime_steps,
+            }
+        )
+
+    def _keep_archive(self) -> None:
+        """Forget the records that nothing refers to: at most 2P + 1 + ``keep_generations`` stay, on disk too."""
+        needed = {slot.start for slot in self.slots} | {slot.checkpoint for slot in self.slots} | {self.best}
+        champions: dict[int, Record] = {}
+        for record in self.archive.values():
+            other = champions.get(record.generation)
+            if other is None or record.composite > other.composite:
+                champions[record.generation] = record
+        last = sorted(champions)[-self.config.keep_generations :] if self.config.keep_generations else []
+        needed |= {champions[generation].name for generation in last}
+        self.archive = {name: record for name, record in self.archive.items() if name in needed}
+
+    def _name(self, slot: Slot) -> str:
+        assert slot.checkpoint is not None
+        return slot.checkpoint
+
+    def _record_of(self, slot: Slot) -> Record:
+        return self.archive[self._name(slot)]
+
+    def _composite(self, slot: Slot) -> float:
+        record = self.archive.get(slot.checkpoint or "")
+        return record.composite if record else -math.inf
+
+    def _draw_seed(self, *path: int) -> int:
+        """A task seed of a trial's own."""
+        return int(seed_for(self.seed, CHILD_SEED, *path).generate_state(1)[0])
+
+
+_VALIDATION = ("validation_tasks", "validation_episodes", "validation_steps")
+
+
+def checkpoint_bound(config: EvolveConfig) -> int:
+    """Most checkpoints that a run keeps at a border, the exported best included.
+
+    Two a trial (where it is and where it was forked from), the best ever, one a kept generation, and what the run
+    folder holds as ordinary checkpoints.
+    """
+    return 2 * config.population + 1 + config.keep_generations + 4
+
+
+def _fit_weights(weights: Sequence[float], inner_steps: int) -> list[float]:
+    """Step weights for another number of inner steps: the first and the last keep theirs, steps between get none."""
+    if not weights or len(weights) == inner_steps + 1:
+        return list(weights)
+    return [weights[0], *[0.0] * (inner_steps - 1), sum(weights[1:])]

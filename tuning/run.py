@@ -1,0 +1,184 @@
+"""A self-improving run in a folder: start, resume, interruption, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.experiment import Trial
+from ray.tune.stopper import Stopper
+
+from ..distributed.checkpoint import load_checkpoint, mark_best, prune, resolve_checkpoint, save_checkpoint
+from ..distributed.config import TrainConfig, available_cores
+from ..distributed.learner import check_device
+from ..distributed.run import interrupts, prepare_run, start_ray
+from ..tasks import TaskDistribution, make
+from .evolution import Evolution, EvolveConfig
+from .scheduler import RecursiveSelfImprovement
+from .store import RunStore, read_state
+from .trainer import EvolvingTrainer
+
+START = "start"
+"""Name in the archive of the checkpoint that a run was started from."""
+
+MAX_FAILURES = 3
+"""Times that a trial's process is started again."""
+
+
+@dataclass(frozen=True)
+class EvolveResult:
+    """What a self-improving run left behind.
+
+    Attributes:
+        run_dir: its folder.
+        checkpoint: the best policy as an ordinary checkpoint; None before the first generation ended.
+        state: as in ``rsi/state.json``.
+        seconds: wall time of this call.
+        signal: number of the signal that ended the run early, or None.
+    """
+
+    run_dir: Path
+    checkpoint: Path | None
+    state: dict[str, Any]
+    seconds: float
+    signal: int | None
+
+
+class _Stop(Stopper):
+    """Ends the experiment when the evolution is over or a signal came; Tune asks at every turn of its loop."""
+
+    def __init__(self, evolution: Evolution, interrupted: list[int]) -> None:
+        self._evolution, self._interrupted = evolution, interrupted
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self._evolution.finished or self._interrupted)
+
+
+def evolve(
+    config: TrainConfig,
+    evolution_config: EvolveConfig,
+    run_dir: str | Path,
+    *,
+    start: str | Path | None = None,
+    resume: bool = False,
+    distribution: TaskDistribution | None = None,
+    trainable: type[tune.Trainable] = EvolvingTrainer,
+) -> EvolveResult:
+    """Evolve a population in a folder; see ``EvolveConfig`` for the rules.
+
+    SIGINT and SIGTERM end the run: every generation that ended is on disk.
+
+    Args:
+        config: of the first generation's trials. Each trial takes ``1 + num_workers`` CPUs.
+        evolution_config: rules; on resume those that differ from the run's replace them.
+        run_dir: folder of the run, new or empty unless ``resume``.
+        start: a checkpoint, or a run for its best one, that all trials start from; None: initial weights.
+        resume: go on from the last decision on disk.
+        distribution: the family itself, instead of the registered one that ``config.task`` names.
+        trainable: the trial's class.
+
+    Raises:
+        ValueError: the folder is not empty or cannot be made, or has no run to resume; ``start`` acts on other spaces.
+        CheckpointError: ``start`` is damaged.
+    """
+    begin = time.perf_counter()
+    run = Path(run_dir).resolve()
+    check_device(config.device)
+    family = distribution or make(config.task)
+    store = RunStore(run)
+    if resume:
+        evolution = Evolution.resume(store, **_changes(run, evolution_config))
+    else:
+        checkpoint = None if start is None else load_checkpoint(resolve_checkpoint(start))
+        if checkpoint and checkpoint.spec != config.policy_spec(family):
+            raise ValueError(
+                f"The policy of {start} does not have the sizes asked for, or the spaces of {family.name!r}."
+            )
+        prepare_run(run)
+        store.create()
+        if checkpoint:
+            save_checkpoint(store.checkpoints / START, checkpoint)
+        evolution = Evolution(evolution_config, config.to_dict(), store, START if checkpoint else None)
+        evolution.commit()
+    start_ray(config.num_workers, processes=min(config_cpus(evolution), available_cores()))
+    with interrupts() as interrupted:
+        _fit(evolution, run, {"task_distribution": distribution} if distribution else {}, trainable, interrupted)
+    evolution.seconds["wall"] = evolution.seconds.get("wall", 0.0) + time.perf_counter() - begin
+    evolution.commit()
+    seconds = time.perf_counter() - begin
+    return EvolveResult(run, export_best(run), evolution.state(), seconds, interrupted[0] if interrupted else None)
+
+
+def config_cpus(evolution: Evolution) -> int:
+    """CPUs that the whole population would use at once."""
+    return sum(1 + int(slot.config["num_workers"]) for slot in evolution.slots)
+
+
+def _changes(run: Path, config: EvolveConfig) -> dict[str, Any]:
+    """Options that may change on resume: how long it goes on."""
+    return {"generations": config.generations} if config.generations != read_state(run)["config"]["generations"] else {}
+
+
+def _fit(
+    evolution: Evolution,
+    run: Path,
+    constants: Mapping[str, Any],
+    trainable: type[tune.Trainable],
+    interrupted: list[int],
+) -> None:
+    """Run Tune until the evolution is over."""
+    if evolution.finished:
+        return
+    # Tune's own table, logs and handler of Ctrl-C stand back for ours.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    tuning = run / "rsi" / "tune"
+    shutil.rmtree(tuning, ignore_errors=True)  # of the process before: nothing in it is read again
+    workers = evolution.slots[0].config["num_workers"]
+    Tuner(
+        trainable,
+        param_space={"slot": tune.grid_search([slot.id for slot in evolution.slots]), "num_workers": workers},
+        tune_config=TuneConfig(
+            scheduler=RecursiveSelfImprovement(evolution, constants),
+            reuse_actors=True,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=RunConfig(
+            name="tune",
+            storage_path=str(tuning.parent),
+            stop=_Stop(evolution, interrupted),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{trial.config['slot']}"
+
+
+def export_best(run: Path) -> Path | None:
+    """Copy the best policy of the archive into the run folder as an ordinary checkpoint, and mark it as the best."""
+    state = read_state(run)
+    if state["best"] is None:
+        return None
+    record = state["archive"][state["best"]]
+    checkpoint = load_checkpoint(RunStore(run).checkpoints / record["name"])
+    path = run / f"checkpoint_{record['generation']:06d}"
+    save_checkpoint(path, checkpoint)
+    mark_best(run, path, record["composite"])
+    prune(run)
+    return path
