@@ -29,8 +29,8 @@ Arrays = dict[str, Array]
 SIZES = ("state_dim", "hidden_dim", "num_layers")
 """What a resize may change."""
 
-AXES: dict[str, tuple[str | None, ...]] = {
-    "encoder.weight": (None, "unit"),
+AXES: dict[str, tuple[str, ...]] = {
+    "encoder.weight": ("input", "unit"),
     "encoder.bias": ("unit",),
     "nu": ("mode",),
     "theta": ("mode",),
@@ -41,14 +41,15 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "gate.bias": ("unit",),
     "out.weight": ("unit", "unit"),
     "out.bias": ("unit",),
-    "policy.weight": ("unit", None),
-    "policy.bias": (None,),
-    "policy.log_std": (None,),
-    "value.weight": ("unit", None),
-    "value.bias": (None,),
+    "policy.weight": ("unit", "action"),
+    "policy.bias": ("action",),
+    "policy.log_std": ("action",),
+    "value.weight": ("unit", "value"),
+    "value.bias": ("value",),
 }
-"""What lies along each axis of a parameter (its name without ``blocks.i.``): units of the width, real state variables,
-complex modes (two state variables each), or what no resize changes. Moments have the axes of their parameter."""
+"""What lies along each axis of a parameter (its name without ``blocks.i.``). Resizing changes units (of the residual
+stream, and of the same number in a block), real state variables, and complex modes, two state variables each. Moments
+have the axes of their parameter."""
 
 READERS = ("B", "C", "out.weight", "policy.weight", "value.weight")
 """Parameters whose row j is how unit (for C: state variable) j is read: zero where j is new. Whatever else a unit or
@@ -326,8 +327,8 @@ def _stand_in(arrays: Arrays, name: str, activity: Array, kept: Array) -> Arrays
 def _absorb(arrays: Arrays, name: str, kept: Array, present: Array, rows: Array, lost: Array) -> Arrays:
     """A reader, and its bias if it has one, that gets ``lost`` through its ``kept`` rows as far as they can tell it.
 
-    Dropping alone would make little of meta-trained weights: a navigation policy without a quarter of its units gave
-    returns after adaptation of −77 instead of −19, and with this of −19.
+    Dropping alone would leave little of what meta-training found: without a quarter of its 64 units, a navigation
+    policy's output changed by 56 % and its return after adaptation fell from −19 to −90; with this, 4 % and −19.
 
     Args:
         arrays: parameters; not changed.

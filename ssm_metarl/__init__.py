@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module of this package that defines it.
 _EXPORTS: dict[str, str] = {
+    "EvolveConfig": ".tuning.evolution",
     "MetaTrainer": ".distributed.trainer",
     "PolicySpec": ".algorithms.inference",
     "Rollouts": ".algorithms.rollouts",
@@ -20,6 +21,7 @@ _EXPORTS: dict[str, str] = {
     "TaskDistribution": ".tasks",
     "TrainConfig": ".distributed.config",
     "evaluate_checkpoint": ".distributed.run",
+    "evolve": ".tuning.run",
     "load_policy": ".distributed.run",
     "register": ".tasks",
     "train": ".distributed.run",

@@ -1,4 +1,4 @@
-"""The command line: ``train`` (the default), ``evaluate`` and ``plot``."""
+"""The command line: ``train`` (the default), ``evolve``, ``evaluate`` and ``plot``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint
+from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
 from .distributed.config import TrainConfig, available_cores
 from .distributed.run import evaluate_checkpoint, train
 from .distributed.trainer import EnvironmentFailure
-from .plots import plot_run
+from .plots import plot_evolution, plot_run
+from .population_view import PopulationView, evolution_summary
+from .tuning.evolution import EvolveConfig
+from .tuning.run import evolve
+from .tuning.store import read_state, request_rollback
 
 console = Console(stderr=True)
 
@@ -52,6 +56,52 @@ class Train:
     resume: bool = False
     eval_tasks: int = 40
     json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class UncheckedEvolution(EvolveConfig):
+    """An ``EvolveConfig`` that is checked when the command runs."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evolve:
+    """Let a population of policies improve itself: sizes and learning rates evolve, and what does not help is undone.
+
+    Attributes:
+        config: options of the first generation's trials.
+        evolution: the rules.
+        start: a checkpoint, or a run for its best one, that all trials start from; by default initial weights.
+        run_dir: folder of the run; by default a new one under runs/.
+        resume: go on from the last decision in --run-dir.
+        cycles: instead of --population and --generations: as many cycles of one incumbent and its challengers.
+        proposals: challengers of a cycle.
+        json: print the final summary as one JSON object.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[UncheckedConfig]
+    evolution: tyro.conf.OmitArgPrefixes[UncheckedEvolution]
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    run_dir: Path | None = None
+    resume: bool = False
+    cycles: int | None = None
+    proposals: int = 3
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Make a kept checkpoint the best and the parent of a self-improving run's next generation.
+
+    Attributes:
+        run: the run's folder, of a run that goes on or that will be resumed.
+        checkpoint: name of a folder in its rsi/checkpoints.
+    """
+
+    run: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[str]
 
 
 @dataclass(frozen=True)
@@ -101,12 +151,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "train")
+    if given[:2] == ["evolve", "rollback"]:
+        given[:2] = ["evolve rollback"]
     try:
         options = _parse(given)
         if isinstance(options, Train):
             return _train(options)
         if isinstance(options, Evaluate):
             return _evaluate(options)
+        if isinstance(options, Evolve):
+            return _evolve(options)
+        if isinstance(options, Rollback):
+            return _rollback(options)
         return _plot(options)
     except (ValueError, CheckpointError) as error:
         _complain(error)
@@ -122,20 +178,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-def _parse(arguments: Sequence[str]) -> Train | Evaluate | Plot:
-    """Options of one command; those of ``train`` show the chosen task's own defaults, or a resumed run's."""
+def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Plot:
+    """Options of one command; they show the chosen task's own defaults, or those of the run to resume."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is left for tyro to complain about.
     peek.add_argument("--task", nargs="?", default="navigation-2d", const="navigation-2d")
     peek.add_argument("--run-dir", "--run_dir", nargs="?", type=Path)
     peek.add_argument("--resume", action="store_true")
+    peek.add_argument("--from", nargs="?", type=Path, dest="start")
     known, _ = peek.parse_known_args(arguments)
     config = TrainConfig(num_workers=available_cores())
     if arguments[0] == "train":
         config = _default_config(known.task, known.run_dir, known.resume)
-    default = Train(UncheckedConfig(**asdict(config)))
+    trials, rules = _default_evolution(known) if arguments[0] == "evolve" else (config, EvolveConfig())
+    default = Train(config=UncheckedConfig(**asdict(config)))
+    population = Evolve(config=UncheckedConfig(**asdict(trials)), evolution=UncheckedEvolution(**asdict(rules)))
     commands = (
         Annotated[Train, tyro.conf.subcommand("train", default=default)]
+        | Annotated[Evolve, tyro.conf.subcommand("evolve", default=population)]
+        | Annotated[Rollback, tyro.conf.subcommand("evolve rollback")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
@@ -151,6 +212,22 @@ def _default_config(task: str, run_dir: Path | None, resume: bool) -> TrainConfi
     if not found:
         raise ValueError(f"There is no checkpoint in {run_dir} to resume from.")
     return TrainConfig.from_dict(load_checkpoint(found[-1]).config)
+
+
+def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveConfig]:
+    """Options of the trials and the rules: the task's own, those of a checkpoint to start from or a run to resume."""
+    # A trial is one process on one processor, so that a population fits a laptop.
+    single = {"num_workers": 0, "learner_threads": 1}
+    if known.resume:
+        if known.run_dir is None:
+            raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
+        state = read_state(known.run_dir)
+        rules = {f.name: state["config"][f.name] for f in fields(EvolveConfig)}
+        return TrainConfig.from_dict(state["trials"][0]["config"]), EvolveConfig(**rules)
+    if known.start is not None:
+        config = load_checkpoint(resolve_checkpoint(known.start)).config
+        return TrainConfig.from_dict({**config, **single}), EvolveConfig()
+    return TrainConfig.for_task(known.task, **single), EvolveConfig()
 
 
 def _train(options: Train) -> int:
@@ -203,6 +280,37 @@ def _train(options: Train) -> int:
     return 0
 
 
+def _evolve(options: Evolve) -> int:
+    config, rules = TrainConfig(**asdict(options.config)), EvolveConfig(**asdict(options.evolution))
+    if options.cycles is not None:
+        if options.proposals < 1:
+            raise ValueError(f"proposals must be 1 or more, not {options.proposals}.")
+        rules = replace(rules, population=options.proposals + 1, generations=options.cycles, survivors=1)
+    run_dir = options.run_dir or Path("runs") / f"{config.task}-evolve-{time.strftime('%Y%m%d-%H%M%S')}"
+    with PopulationView(run_dir, console):
+        result = evolve(config, rules, run_dir, start=options.start, resume=options.resume)
+    summary = evolution_summary(result)
+    if result.checkpoint is not None:
+        summary["pictures"] = [str(path) for path in plot_evolution(run_dir, config.task)]
+        _say(f"Best checkpoint: {result.checkpoint}")
+    for path in summary["pictures"]:
+        _say(f"Picture: {path}")
+    if result.state["finished"]:
+        _say(f"Ended: {result.state['finished']}")
+    if options.json:
+        print(json.dumps(summary))
+    if result.signal is not None:
+        _say(f"Interrupted; go on with: evolve --resume --run-dir {shlex.quote(str(run_dir))}")
+        return 128 + result.signal
+    return 1 if str(result.state["finished"]).startswith("emergency") else 0
+
+
+def _rollback(options: Rollback) -> int:
+    request_rollback(options.run, options.checkpoint)
+    _say(f"{options.checkpoint} will be the best and the only parent from the next generation of {options.run} on.")
+    return 0
+
+
 def _evaluate(options: Evaluate) -> int:
     if not options.checkpoint.exists():
         raise CheckpointError(f"There is no checkpoint or run at {options.checkpoint}.")
@@ -225,6 +333,10 @@ def _evaluate(options: Evaluate) -> int:
 
 
 def _plot(options: Plot) -> int:
+    if (options.run / "rsi").is_dir():
+        for path in plot_evolution(options.run, read_state(options.run)["trials"][0]["config"]["task"]):
+            print(path)
+        return 0
     found = checkpoints(options.run) if options.run.is_dir() else []
     title = load_checkpoint(found[-1]).config["task"] if found else options.run.name
     for path in plot_run(options.run, title):

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curve and adaptation curve."""
+"""Pictures of a run: learning curve and adaptation curve, or how a population evolved."""
 
 from __future__ import annotations
 
@@ -84,6 +84,76 @@ def _adaptation_curve(evaluation: Mapping[str, Any], path: Path, title: str) -> 
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
+    return _write(figure, path)
+
+
+def plot_evolution(run: Path, title: str) -> list[Path]:
+    """Draw ``lineage.png`` and ``evolution.png`` from the decisions of a self-improving run.
+
+    Args:
+        run: the run's folder.
+        title: above the pictures, such as the task's name.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: the folder holds no decision.
+    """
+    path = run / "rsi" / "events.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    ends = [event for event in map(json.loads, lines) if event["kind"] in ("training", "probation")]
+    if not ends:
+        raise ValueError(f"{run} holds no generation of a self-improving run: there is no decision in {path}.")
+    return [_lineage(ends, run / "lineage.png", title), _metrics_by_generation(ends, run / "evolution.png", title)]
+
+
+def _lineage(ends: list[dict[str, Any]], path: Path, title: str) -> Path:
+    """Every trial of every generation: where it came from, where it got to, and what became of it."""
+    figure, axes = _axes()
+    place = {event["checkpoint"]: (event["generation"], event["composite"]) for event in ends}
+    styles = {"continued": (_COLOURS[0], "o"), "kept": (_COLOURS[3], "^"), "rolled back": (_COLOURS[2], "x")}
+    for event in ends:
+        colour, marker = styles[event["decision"]]
+        x, y = place[event["checkpoint"]]
+        if event["start"] in place:
+            start_x, start_y = place[event["start"]]
+            axes.plot([start_x, x], [start_y, y], color=colour, linewidth=1, alpha=0.6)
+        axes.plot([x], [y], color=colour, marker=marker, linestyle="")
+        if event["decision"] == "kept":
+            changes = "\n".join(
+                f"{name} {value:g} → {event['after'][name]:g}" for name, value in event["before"].items()
+            )
+            axes.annotate(changes, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    for name, (colour, marker) in styles.items():
+        axes.plot([], [], color=colour, marker=marker, label=name)
+    axes.set(xlabel="generation", ylabel="composite on validation tasks", title=f"Lineage of a population on {title}")
+    axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="lower right")
+    return _write(figure, path)
+
+
+def _metrics_by_generation(ends: list[dict[str, Any]], path: Path, title: str) -> Path:
+    """The five metrics and the composite of each generation's best trial that was not rolled back."""
+    best: dict[int, dict[str, Any]] = {}
+    for event in ends:
+        other = best.get(event["generation"])
+        if event["decision"] != "rolled back" and (other is None or event["composite"] > other["composite"]):
+            best[event["generation"]] = event
+    generations = sorted(best)
+    figure, axes = _axes()
+    for name, colour in zip(best[generations[0]]["metrics"], cycle((*_COLOURS[1:], "#d68910"))):
+        values = [best[generation]["metrics"].get(name) for generation in generations]
+        axes.plot(
+            generations, values, label=name.replace("_", " "), color=colour, linewidth=1, marker="o", markersize=3
+        )
+    axes.plot(generations, [best[g]["composite"] for g in generations], label="composite", color="black", linewidth=2)
+    low, high = zip(*(best[generation]["interval"] for generation in generations), strict=True)
+    axes.fill_between(generations, low, high, color="black", alpha=0.12, label="95 % interval")
+    axes.set(xlabel="generation", ylabel="metric of the best trial", ylim=(0, 1), title=f"Self-improvement on {title}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8, ncols=2)
     return _write(figure, path)
 
 

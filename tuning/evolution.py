@@ -19,12 +19,15 @@ import numpy as np
 from ..algorithms.collect import seed_for
 from ..algorithms.inference import check_count, check_flag
 from .metrics import Assessment, compare, composite, composite_interval, metrics
-from .mutation import SIZES, Proposal, propose
+from .mutation import SIZES, Proposal, moves, propose
 from .safety import SafetyConfig, below_floor, collapsed, keeps
 from .store import RunStore
 
 # Branches of the evolution's seed tree, beside those of the trainer.
 CHILD_SEED, PROPOSAL, PARENT, BOOTSTRAP = range(100, 104)
+
+VERDICT_DECAY = 0.95
+"""What a verdict on a kind of mutation counts after another verdict."""
 
 RATES = ("inner_lr", "outer_lr", "inner_steps")
 """Options beside the sizes that evolve and are shown."""
@@ -178,6 +181,7 @@ class Evolution:
         self.floor: float | None = None
         self.failures = 0
         self.rejected: list[str] = []
+        self.verdicts: dict[str, list[float]] = {}
         self.finished: str | None = None
         self.seconds = {"training": 0.0, "assessment": 0.0, "border": 0.0}
         self._events: list[dict[str, Any]] = []
@@ -204,6 +208,7 @@ class Evolution:
         self.config, self.store, self.seed = config, store, state["seed"]
         self.generation, self.best, self.floor = state["generation"], state["best"], state["floor"]
         self.failures, self.rejected = state["failures"], state["rejected"]
+        self.verdicts = state["verdicts"]
         self.archive = {name: Record(**{**r, "interval": tuple(r["interval"])}) for name, r in state["archive"].items()}
         known = {f.name for f in fields(Slot)}
         self.slots = [Slot(**{k: v for k, v in slot.items() if k in known}) for slot in state["trials"]]
@@ -350,6 +355,7 @@ class Evolution:
             reason=reason,
             record=record,
         )
+        self._learn(proposal, keep)
         if keep:
             child.status = "kept"
             return
@@ -360,6 +366,13 @@ class Evolution:
             back = self._record_of(partner)
         self._take(child, back, "rolled back")
 
+    def _learn(self, proposal: Proposal, kept: bool) -> None:
+        """Count a verdict for the moves that it was about; what was good before may not be now, so that counts fade."""
+        for verdict in self.verdicts.values():
+            verdict[:] = [VERDICT_DECAY * count for count in verdict]
+        for move in moves(proposal.before, proposal.after):
+            self.verdicts.setdefault(move, [0.0, 0.0])[0 if kept else 1] += 1.0
+
     def _fail(self, slot: Slot, report: Report, reason: str, record: Record | None = None) -> str:
         """A trial cannot go on as it is: back to where this generation began, at once."""
         rolled_back = slot.status == "on probation"
@@ -367,7 +380,9 @@ class Evolution:
         if rolled_back:
             assert slot.proposal is not None
             assert slot.fallback is not None
-            self.rejected.append(Proposal(**slot.proposal).key)
+            proposal = Proposal(**slot.proposal)
+            self.rejected.append(proposal.key)
+            self._learn(proposal, False)
             slot.config, slot.status = slot.fallback, "rolled back"
             slot.partner = slot.proposal = slot.fallback = None
         slot.restarts += 1
@@ -461,7 +476,7 @@ class Evolution:
         under_way = [Proposal(**slot.proposal).key for slot in self.living if slot.proposal and slot is not child]
         proposal = None
         if self.config.mutate:
-            proposal = propose(record.name, fallback, rng, {*self.rejected, *under_way})
+            proposal = propose(record.name, fallback, rng, {*self.rejected, *under_way}, self.verdicts)
         if proposal is None:
             reason = "no mutation" if not self.config.mutate else "every mutation of this parent was rejected"
             self._log(child, "mutation", decision="copied", reason=reason, record=record)
@@ -505,6 +520,7 @@ class Evolution:
             "seed": self.seed,
             "config": asdict(self.config),
             "rejected": self.rejected,
+            "verdicts": self.verdicts,
             "seconds": self.seconds,
             "events_before": self._logged,
             "trials": [self._view(slot) for slot in self.slots],
@@ -556,6 +572,7 @@ class Evolution:
                 "generation": self.generation,
                 "trial": slot.id,
                 "parent": slot.parent,
+                "start": slot.start,
                 "kind": kind,
                 "before": dict(before or {}),
                 "after": dict(after or {}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,30 +64,47 @@ def alternatives(name: str, config: Mapping[str, Any]) -> list[float]:
     return [candidate for candidate in moved if low <= candidate <= high]
 
 
+def moves(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What a mutation does to each option, such as "outer_lr up"."""
+    return [f"{name} {'up' if after[name] > before[name] else 'down'}" for name in after]
+
+
 def propose(
-    parent: str, config: Mapping[str, Any], rng: np.random.Generator, taboo: Collection[str]
+    parent: str,
+    config: Mapping[str, Any],
+    rng: np.random.Generator,
+    taboo: Collection[str],
+    verdicts: Mapping[str, Sequence[float]] | None = None,
 ) -> Proposal | None:
-    """Draw a mutation of one or two options, with equal chances for each option that can move.
+    """Draw a mutation of one or two options; moves that were kept before come more often.
+
+    Which options move, and whether up or down, is drawn by Thompson sampling (Thompson 1933): every move's chance of
+    being kept is drawn from its Beta posterior, and the greatest ones are taken. How far is drawn uniformly.
 
     Args:
         parent: name of the parent's checkpoint.
         config: the parent's ``TrainConfig`` as JSON values.
         rng: the only source of chance.
         taboo: keys of proposals that must not come again: rejected from this parent, or already under way.
+        verdicts: how often a move was kept and rejected so far, by its name as from :func:`moves`.
 
     Returns:
         A proposal whose key is not in ``taboo``; None when none was found in 100 draws.
     """
-    moves = {name: alternatives(name, config) for name in BOUNDS}
-    if config["step_weights"]:  # one weight for each of 0..S inner steps: S cannot move alone
-        moves["inner_steps"] = []
-    if config["num_layers"] == 0:  # without a block, the size of its state says nothing
-        moves["state_dim"] = []
-    names = [name for name in BOUNDS if moves[name]]
-    for _ in range(100 if names else 0):
-        count = min(int(rng.integers(1, 3)), len(names))
-        chosen = sorted(rng.choice(len(names), count, replace=False).tolist())
-        after = {names[i]: moves[names[i]][int(rng.integers(len(moves[names[i]])))] for i in chosen}
+    choices: dict[str, list[float]] = {}
+    for name in BOUNDS:
+        if name == "state_dim" and config["num_layers"] == 0:
+            continue  # without a block, the size of its state says nothing
+        for value in alternatives(name, config):
+            choices.setdefault(moves({name: config[name]}, {name: value})[0], []).append(value)
+    for _ in range(100 if choices else 0):
+        chances = {move: rng.beta(*(1.0 + np.array((verdicts or {}).get(move, (0.0, 0.0))))) for move in choices}
+        after: dict[str, Any] = {}
+        count = int(rng.integers(1, 3))
+        for move in sorted(choices, key=lambda move: -chances[move]):
+            name = move.split()[0]
+            if len(after) < count and name not in after:
+                after[name] = choices[move][int(rng.integers(len(choices[move])))]
         proposal = Proposal(parent, {name: config[name] for name in after}, after)
         if proposal.key not in taboo:
             return proposal
