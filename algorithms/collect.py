@@ -220,7 +220,7 @@ class _Record:
             resets=starts.copy(),
             terminated=by_task(self._terminated),
             valid=mask,
-            last_observations=np.where(valid.any(0)[..., None], self._last, np.float32(0)),
+            last_observations=np.where(np.logical_or.reduce(valid, 0)[..., None], self._last, np.float32(0)),
             tasks=tuple(self._tasks),
             errors=tuple(self._broken[key] for key in sorted(self._broken)),
         )
