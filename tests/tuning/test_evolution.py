@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -31,6 +32,10 @@ TASKS = 5
 seeds = st.integers(0, 2**32 - 1)
 
 
+def on_probation(slot: Slot) -> bool:
+    return slot.status == "on probation"
+
+
 # --- The scripted trainer ---------------------------------------------------------------------------------
 
 
@@ -39,6 +44,7 @@ class World:
     """What training does to a policy, which is one number, its skill, and what befalls a trial.
 
     Attributes:
+        initial: skill of a trial's initial weights.
         gain: skill that a generation of training adds for a trial in a generation.
         noise: deviation of what a trial's task seed adds to that.
         wobble: deviation of what an assessment adds to each task's value, beside what all trials find there.
@@ -47,6 +53,7 @@ class World:
         accident: "crashed" or "died", asked at every report.
     """
 
+    initial: Callable[[int], float] = lambda trial: 0.4
     gain: Callable[[Slot, int], float] = lambda slot, generation: 0.02
     noise: float = 0.0
     wobble: float = 0.01
@@ -65,12 +72,12 @@ class Training:
     trained: int = 0
     spent: int = 0
     checked: bool = False
-    skill: float = 0.4
     lineage: int = 0
     history: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.assignment = self.evolution.assignment(self.trial)
+        self.skill = self.world.initial(self.trial)
         start = self.evolution.start_path(self.trial)
         if start is not None:
             saved = json.loads((start / "policy").read_text())
@@ -186,27 +193,34 @@ def play_to(evolution: Evolution, world: World, borders: int) -> None:
 
 
 def check(evolution: Evolution) -> None:
-    """State and checkpoints on disk carry the run, whatever comes next."""
-    state = strict_json((evolution.store.folder / "state.json").read_text())
-    assert state["trials"] == json.loads(json.dumps([evolution._view(slot) for slot in evolution.slots]))
+    """Checkpoints on disk carry the run, whatever comes next."""
     on_disk = {path.name for path in evolution.store.checkpoints.iterdir()}
     assert on_disk >= set(evolution.archive)
-    if evolution.best is not None:
-        assert evolution.best in evolution.archive
+    assert evolution.best is None or evolution.best in evolution.archive
     for slot in evolution.slots:
-        TrainConfig.from_dict(slot.config)
-        assert slot.start is None or slot.start in on_disk
+        assert slot.start is None or slot.start in on_disk or slot.status == "dead"
         assert slot.checkpoint is None or slot.checkpoint in evolution.archive
-        mutated = slot.proposal, slot.fallback
-        assert (slot.status == "on probation") == (None not in mutated) or slot.status == "dead"
-        if slot.status == "on probation":
+        mutated = slot.proposal is not None and slot.fallback is not None
+        assert on_probation(slot) == mutated or slot.status == "dead"
+        if on_probation(slot):
             assert slot.partner is not None
             assert Proposal(**slot.proposal or {}).key not in evolution.rejected
 
 
+def check_state(evolution: Evolution) -> None:
+    """So does the state on disk, and every config in it trains."""
+    check(evolution)
+    state = strict_json((evolution.store.folder / "state.json").read_text())
+    assert state["trials"] == json.loads(json.dumps([evolution._view(slot) for slot in evolution.slots]))
+    assert set(state["archive"]) == set(evolution.archive)
+    assert (state["best"], state["finished"]) == (evolution.best, evolution.finished)
+    for slot in evolution.slots:
+        TrainConfig.from_dict(slot.config)
+
+
 def check_border(evolution: Evolution) -> None:
     """A new generation: equal budgets, children beside a parent that goes on, and no checkpoint too many."""
-    check(evolution)
+    check_state(evolution)
     on_disk = [path.name for path in evolution.store.checkpoints.iterdir()]
     assert set(on_disk) == set(evolution.archive)
     assert len(on_disk) + 4 <= checkpoint_bound(evolution.config)  # the run folder holds up to four
@@ -299,10 +313,6 @@ def new_run() -> Iterator[NewRun]:
         yield make
 
 
-def on_probation(slot: Slot) -> bool:
-    return slot.status == "on probation"
-
-
 def children_gain(extra: float, gain: float = 0.02) -> Callable[[Slot, int], float]:
     """A mutation adds so much to what a generation brings."""
     return lambda slot, generation: gain + extra * on_probation(slot)
@@ -382,6 +392,36 @@ def test_a_child_is_kept_only_above_its_parent_and_not_by_chance(
 def test_the_rule_of_keeping(mean: float, low: float, margin: float) -> None:
     decision, _ = keeps(Comparison(mean, low, 1.0), SafetyConfig(keep_margin=margin))
     assert decision == (mean > 0 and low > -margin)
+
+
+@pytest.mark.parametrize("curve", ["straight", "steep first", "steep last"])
+def test_a_mutation_without_effect_is_not_kept(new_run: NewRun, curve: str) -> None:
+    """BUG where learning is faster first: only the child is assessed at half, which alone raises its efficiency."""
+    steep = {"straight": None, "steep first": 0, "steep last": STEPS // 2}[curve]
+
+    def gain(slot: Slot, generation: int) -> float:
+        return 0.05 if steep is None else 0.1 * (slot.lineage_steps % STEPS == steep)
+
+    evolution = finish(new_run(generations=2), World(gain=gain, wobble=0.0))
+    differences = [float(event["reason"].split()[1]) for event in events(evolution, kind="probation")]
+    assert differences == pytest.approx([0.0] * 4, abs=1e-9)
+    assert not events(evolution, decision="kept")
+
+
+def test_a_child_is_not_kept_because_its_parent_trained_less(new_run: NewRun) -> None:
+    """BUG: a parent that began again has trained half as much as its children, which are compared with it still."""
+    evolution = new_run(survivors=1, generations=2)
+    world = World(
+        gain=lambda *_: 0.1,
+        failure=lambda slot, generation, done: (
+            "not finite" if generation == 1 and done == 0.5 and not on_probation(slot) and not slot.restarts else None
+        ),
+        wobble=0.0,
+    )
+    play_to(evolution, world, 2)
+    (parent,) = events(evolution, kind="training", generation=1)
+    children = events(evolution, kind="probation", generation=1)
+    assert {event["decision"] for event in children} == {"rolled back"} or parent["lineage_steps"] == STEPS
 
 
 @pytest.mark.parametrize("rule", [below_floor, collapsed])
@@ -521,6 +561,13 @@ def test_three_failures_in_a_row_stop_the_run_and_keep_the_best(new_run: NewRun)
     assert read_state(evolution.store.folder.parent)["finished"] == evolution.finished
 
 
+def test_a_trial_that_began_under_the_floor_does_not_stop_the_run(new_run: NewRun) -> None:
+    """BUG: where the first of the initial policies is much the best, beginning again cannot help the others."""
+    evolution = new_run(survivors=3, generations=3)
+    finish(evolution, World(initial=lambda trial: 0.4 if trial else 0.6, gain=lambda *_: 0.01))
+    assert evolution.finished == "3 generations"
+
+
 @pytest.mark.parametrize("extra", [0.1, -0.1])
 def test_a_judged_proposal_ends_a_row_of_failures(new_run: NewRun, extra: float) -> None:
     """Two failures a generation for ten generations: no three in a row, whether children are kept or not."""
@@ -535,7 +582,7 @@ def test_a_judged_proposal_ends_a_row_of_failures(new_run: NewRun, extra: float)
     assert len(events(evolution, kind="failure")) == 20
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(seed=seeds)
 def test_a_healthy_noisy_population_is_not_stopped(new_run: NewRun, seed: int) -> None:
     """Composites walk with a deviation of .02 a generation, and rise by .005."""
@@ -699,7 +746,7 @@ def test_the_death_of_all_ends_the_run(new_run: NewRun) -> None:
 # --- Modes ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(seed=seeds)
 def test_cycles_have_one_incumbent_and_its_challengers(new_run: NewRun, seed: int) -> None:
     evolution = new_run(seed=seed, survivors=1, generations=4, population=4)
@@ -790,7 +837,7 @@ def accidents(chance: float) -> World:
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(seed=seeds, chance=st.sampled_from([0.0, 0.2]))
 def test_equal_seeds_and_reports_give_equal_decisions(new_run: NewRun, seed: int, chance: float) -> None:
     one, other = (finish(new_run(seed=seed, max_failures=9), accidents(chance)) for _ in range(2))
@@ -798,7 +845,7 @@ def test_equal_seeds_and_reports_give_equal_decisions(new_run: NewRun, seed: int
     assert outcome(one) == outcome(other)
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(seed=seeds, order=seeds)
 def test_who_reports_first_decides_nothing(new_run: NewRun, seed: int, order: int) -> None:
     rng = np.random.default_rng(order)
@@ -846,7 +893,7 @@ def resumed(evolution: Evolution, **changes: Any) -> Evolution:
     again = Evolution.resume(RunStore(evolution.store.folder.parent), **changes)
     log = (again.store.folder / "events.jsonl").read_text()
     assert log.startswith(whole[: whole.rfind("\n") + 1]), "a line once written stays"
-    check(again)
+    check_state(again)
     return again
 
 
@@ -854,7 +901,7 @@ def events_written(evolution: Evolution) -> bool:
     return (evolution.store.folder / "events.jsonl").exists()
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 20),
     chance=st.sampled_from([0.0, 0.15]),
@@ -868,10 +915,8 @@ def test_a_run_killed_at_any_moment_decides_as_if_nothing_had_happened(
     evolution = new_run(**options, store=MortalStore)
     for at, written in kills:
         evolution.store.__dict__.update(kill_at=at, written=min(written, 1.0))
-        try:
+        with contextlib.suppress(Killed):
             finish(evolution, accidents(chance))
-        except Killed:
-            pass
         lifetimes = [slot["lifetime_steps"] for slot in read_state(evolution.store.folder.parent)["trials"]]
         again = resumed(evolution)
         assert [slot.lifetime_steps for slot in again.slots] == lifetimes
@@ -883,7 +928,7 @@ def test_a_run_killed_at_any_moment_decides_as_if_nothing_had_happened(
     assert set(evolution.archive) == set(undisturbed.archive)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 20), first=st.integers(1, 3), chance=st.sampled_from([0.0, 0.15]))
 def test_a_finished_run_can_go_on(new_run: NewRun, seed: int, first: int, chance: float) -> None:
     options: dict[str, Any] = {"seed": seed, "population": 3, "max_failures": 99}
@@ -935,8 +980,7 @@ def test_a_child_that_died_comes_back_without_its_mutation_or_on_probation(new_r
     child = next(slot for slot in evolution.slots if slot.proposal)
     fallback = {**(child.fallback or {}), "seed": 0}
     play_to(evolution, dies(child.id, 1), 1)
-    again = resumed(evolution)
-    slot = again.slots[child.id]
+    slot = Evolution.resume(evolution.store).slots[child.id]
     assert slot.status == "on probation" or {**slot.config, "seed": 0} == fallback
 
 
@@ -1141,7 +1185,7 @@ def test_whatever_happens_the_best_stays_and_the_disk_does_not_fill(
     def accident(slot: Slot, generation: int) -> str | None:
         return "died" if (slot.id, generation) in deaths else chance.accident(slot, generation)
 
-    world = World(lambda *_: trend, noise=0.05, failure=chance.failure, accident=accident)
+    world = World(gain=lambda *_: trend, noise=0.05, failure=chance.failure, accident=accident)
     lifetimes = [0] * population
     best = -1.0
     requested = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,12 @@ from hypothesis import strategies as st
 
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.tuning.evolution import _fit_weights
-from ssm_metarl.tuning.mutation import BOUNDS, FACTORS, SIZES, Proposal, alternatives, propose
+from ssm_metarl.tuning.mutation import BOUNDS, FACTORS, SIZES, Proposal, alternatives, moves, propose
 
 seeds = st.integers(0, 2**32 - 1)
+
+BEYOND = {"state_dim": 512, "hidden_dim": 512, "inner_lr": 100.0, "outer_lr": 1.0, "inner_steps": 9}
+"""So far outside the bounds that none of these can move."""
 
 
 @st.composite
@@ -111,13 +116,29 @@ def test_memoryless_policies_keep_the_size_of_their_state(config: dict[str, Any]
     assert proposal is None or "state_dim" not in proposal.after
 
 
+def counts(config: dict[str, Any], verdicts: Mapping[str, Sequence[float]], draws: int = 400) -> Counter[str]:
+    """How often each move is proposed."""
+    found = (propose("p", config, np.random.default_rng(seed), set(), verdicts) for seed in range(draws))
+    return Counter(move for proposal in found if proposal for move in moves(proposal.before, proposal.after))
+
+
 def test_every_option_is_proposed_alone_and_in_pairs() -> None:
-    config = TrainConfig().to_dict()
+    config = TrainConfig(inner_steps=2).to_dict()
     found = [draws(config, seed) for seed in range(400)]
     chosen = {frozenset(proposal.after) for proposal in found if proposal}
     assert len(chosen) == len(BOUNDS) * (len(BOUNDS) + 1) // 2
-    counts = {name: sum(name in proposal.after for proposal in found if proposal) for name in BOUNDS}
-    assert max(counts.values()) < 1.6 * min(counts.values())
+    often = counts(config, {})
+    assert set(often) == {f"{name} {way}" for name in BOUNDS for way in ("up", "down")}
+    assert max(often.values()) < 2 * min(often.values())
+
+
+def test_moves_that_were_kept_come_more_often_and_none_is_given_up() -> None:
+    config = TrainConfig(inner_steps=2).to_dict()
+    often = counts(config, {"inner_lr up": (15.0, 1.0), "num_layers up": (0.0, 15.0), "hidden_dim down": (1.0, 1.0)})
+    assert often["inner_lr up"] > 3 * often["outer_lr up"]
+    assert often["num_layers up"] < often["outer_lr up"] / 3
+    assert set(often) | {"num_layers up"} == set(counts(config, {}))
+    assert propose("p", {**config, **BEYOND}, np.random.default_rng(0), set(), {"num_layers up": (0.0, 50.0)})
 
 
 def test_a_proposal_is_known_by_parent_options_and_values() -> None:
@@ -144,8 +165,7 @@ def test_what_is_taboo_never_comes_again(config: dict[str, Any], seed: int) -> N
 
 def test_without_anything_left_there_is_no_proposal() -> None:
     """A small space: one layer more or less, and nothing else within its bounds."""
-    beyond = {"state_dim": 512, "hidden_dim": 512, "inner_lr": 100.0, "outer_lr": 1.0, "inner_steps": 9}
-    config = {**TrainConfig().to_dict(), **beyond}
+    config = {**TrainConfig().to_dict(), **BEYOND}
     layers = [Proposal("parent", {"num_layers": 1}, {"num_layers": count}) for count in (0, 2)]
     found = {proposal.key for seed in range(20) if (proposal := draws(config, seed))}
     assert found == {proposal.key for proposal in layers}
