@@ -26,6 +26,9 @@ from .store import RunStore
 # Branches of the evolution's seed tree, beside those of the trainer.
 CHILD_SEED, PROPOSAL, PARENT, BOOTSTRAP = range(100, 104)
 
+RESTORED = 1 << 20
+"""In a seed's path: of a trial that got a checkpoint of the past, beside the small numbers of restarts."""
+
 VERDICT_DECAY = 0.95
 """What a verdict on a kind of mutation counts after another verdict."""
 
@@ -180,6 +183,10 @@ class Evolution:
         self.best: str | None = None
         self.floor: float | None = None
         self.failures = 0
+        self._failures_before = 0  # when this generation began
+        self.sole: int | None = None
+        self._border = False  # judged, and the next generation has not begun: the run ended here
+        self._requests: list[str] = []  # files of requests that this state has carried out
         self.rejected: list[str] = []
         self.verdicts: dict[str, list[float]] = {}
         self.finished: str | None = None
@@ -201,35 +208,65 @@ class Evolution:
         Raises:
             ValueError: there is no run, or its state is damaged.
         """
-        state = store.load()
-        names = {f.name for f in fields(EvolveConfig)}
-        config = EvolveConfig(**{**{k: v for k, v in state["config"].items() if k in names}, **changes})
-        self = cls.__new__(cls)
-        self.config, self.store, self.seed = config, store, state["seed"]
-        self.generation, self.best, self.floor = state["generation"], state["best"], state["floor"]
-        self.failures, self.rejected = state["failures"], state["rejected"]
-        self.verdicts = state["verdicts"]
-        self.archive = {name: Record(**{**r, "interval": tuple(r["interval"])}) for name, r in state["archive"].items()}
-        known = {f.name for f in fields(Slot)}
-        self.slots = [Slot(**{k: v for k, v in slot.items() if k in known}) for slot in state["trials"]]
-        self.seconds = state["seconds"]
-        self._events, self._logged = [], state["events_before"] + len(state["events"])
-        at_border = state["finished"] is not None and all(slot.ended for slot in self.living)
-        self.finished = None
-        for slot in self.slots:
-            slot.ended, slot.spent = False, 0
-            if slot.status == "dead":  # with the process of a run that is over
-                slot.status = "continued"
-        sole = self._apply_requests()
-        if at_border and config.generations and self.generation >= config.generations:
-            self.finished = f"{config.generations} generations"
-            for slot in self.slots:
-                slot.ended = True
-        elif at_border or sole:
-            self.generation += at_border
-            self._begin_generation(sole)
-        self.commit()
+        try:
+            self = cls._read(store, store.load(), changes)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{store.folder / 'state.json'} is damaged: {error!r}.") from None
+        self._go_on()
+        self._finish_commit()
         return self
+
+    @classmethod
+    def _read(cls, store: RunStore, state: Mapping[str, Any], changes: Mapping[str, Any]) -> Evolution:
+        """The population as ``state`` describes it."""
+        self = cls.__new__(cls)
+        known = {f.name for f in fields(Slot)}
+        self.store, self.config = store, EvolveConfig(**{**state["config"], **changes})
+        self.archive = {name: Record(**{**r, "interval": tuple(r["interval"])}) for name, r in state["archive"].items()}
+        self.slots = [
+            Slot(**{name: value for name, value in slot.items() if name in known}) for slot in state["trials"]
+        ]
+        for name in ("seed", "generation", "best", "floor", "failures", "sole", "rejected", "verdicts", "seconds"):
+            setattr(self, name, state[name])
+        self.finished, self._border = state["finished"], state["border"]
+        self._failures_before, self._requests = state["failures_before"], state["requests"]
+        self._events, self._logged = [], state["events_before"] + len(state["events"])
+        return self
+
+    def _go_on(self) -> None:
+        """After a resume: leave a border where the run ended, or begin the generation again."""
+        stopped_by_failures = self.failures >= self.config.max_failures
+        asked = self._apply_requests()
+        if asked is not None:
+            self.sole = asked.id
+        if self._border and not stopped_by_failures and 0 < self.config.generations <= self.generation:
+            self.finished = f"{self.config.generations} generations"
+            return
+        self.finished = None
+        if stopped_by_failures:  # a person looked at it
+            self.failures = self._failures_before = 0
+        for slot in self.slots:
+            self._revive(slot, asked)
+            slot.ended, slot.spent = False, 0
+        if self._border or asked:
+            # Under a new number: nothing may write over the checkpoint that was asked for.
+            self.generation += 1
+            self._begin_generation(None if self.sole is None else self.slots[self.sole])
+
+    def _revive(self, slot: Slot, asked: Slot | None) -> None:
+        """Have a trial back that died with the process of a run that is over; its mutation was never judged."""
+        if slot.status == "dead":
+            slot.status = "initial" if self.floor is None else "continued"
+            if slot.fallback is not None:
+                slot.config = slot.fallback
+            slot.partner = slot.proposal = slot.fallback = None
+        if asked is not None and self.floor is None:
+            self.floor = self._record_of(asked).composite
+        if self.floor is not None and slot.checkpoint is None:
+            assert self.best is not None
+            self._take(slot, self.archive[self.best], "restored")
+            slot.start, slot.budget = self.best, self.config.generation_steps
+            slot.config = {**slot.config, "seed": self._draw_seed(self.generation, slot.id, RESTORED)}
 
     # --- What the scheduler asks ----------------------------------------------------------------------------
 
@@ -309,26 +346,29 @@ class Evolution:
         """The border: judge, remember the best, go back if need be, fork and mutate; then begin the next generation."""
         begin = time.perf_counter()
         if self.floor is None:
-            self.floor = self._record_of(self.living[0]).composite
+            self.floor = min(self._record_of(slot).composite for slot in self.living)
+        quiet = self.failures == self._failures_before
         for slot in self.living:
             if slot.status == "on probation":
                 self._judge(slot)
-                self.failures = 0
+                quiet = True
             else:
                 slot.status = "continued"
                 self._log(slot, "training", decision="continued", reason="", record=self._record_of(slot))
-        sole = self._remember_best()
+        sole = self._remember_best(quiet)
         sole = self._apply_requests() or sole
+        self.sole = None if sole is None else sole.id
         for slot in self.living:
             slot.proposal = slot.fallback = slot.partner = None
         if self.config.generations and self.generation >= self.config.generations:
             self.finished = self.finished or f"{self.config.generations} generations"
+        self._border = bool(self.finished)
         if not self.finished:
             self.generation += 1
             self._begin_generation(sole)
         self._keep_archive()
         self.seconds["border"] += time.perf_counter() - begin
-        self.commit()
+        self._finish_commit()
         self.store.prune(self.archive)
 
     # --- Decisions ------------------------------------------------------------------------------------------
@@ -341,6 +381,8 @@ class Evolution:
         record = self._record_of(child)
         if partner.status == "dead":
             keep, reason = False, "the trial that continued its parent died"
+        elif partner.budget < self.config.generation_steps:
+            keep, reason = False, "the trial that continued its parent had to begin again and has trained less"
         else:
             rng = np.random.default_rng(seed_for(self.seed, BOOTSTRAP, self.generation, child.id))
             theirs = Assessment.from_dict(self._record_of(partner).assessment)
@@ -412,38 +454,47 @@ class Evolution:
             self.finished = f"emergency stop: {self.failures} failures in a row, the last: {reason}"
             self._log(slot, "stop", decision="stopped", reason=self.finished)
 
-    def _remember_best(self) -> Slot | None:
-        """Update the best ever; return the trial that got it back if the whole population fell below it."""
+    def _remember_best(self, quiet: bool) -> Slot | None:
+        """Update the best ever; return the trial that got it back if the whole population fell below it.
+
+        Args:
+            quiet: a proposal was judged, or nothing failed: unless the population fell, a row of failures has ended.
+        """
         ranked = sorted(self.living, key=lambda slot: (self._record_of(slot).composite, -slot.id))
-        top = self._record_of(ranked[-1])
+        top, worst = self._record_of(ranked[-1]), ranked[0]
         best = self.archive[self.best] if self.best else None
-        if best is None or top.composite > best.composite:
-            self.best = top.name
-        elif collapsed(top.composite, best.composite, self.config):
-            reason = f"the whole population is more than {self.config.collapse_margin:g} below the best ever"
-            worst = ranked[0]
-            self._count_failure(worst, reason, best, "restored")
-            self._take(worst, best, "restored")
-            return worst
-        return None
+        if best is None or not collapsed(top.composite, best.composite, self.config):
+            if best is None or top.composite > best.composite:
+                self.best = top.name
+            if quiet:
+                self.failures = 0
+            return None
+        reason = f"the whole population is more than {self.config.collapse_margin:g} below the best ever"
+        self._count_failure(worst, reason, best, "restored")
+        self._restore(worst, best)
+        return worst
 
     def _apply_requests(self) -> Slot | None:
         """Carry out manual rollbacks; return the trial that got the last one's checkpoint."""
         chosen = None
         for path, name in self.store.requests():
-            record, living = self.archive.get(name), self.living
-            if record is not None and living:
-                ranked = sorted(living, key=lambda slot: self._composite(slot))
-                chosen = chosen or ranked[0]
+            record = self.archive.get(name)
+            if path.name not in self._requests and record is not None and self.living:
+                chosen = chosen or min(self.living, key=self._composite)
                 self._log(chosen, "request", decision="restored", reason="asked for by a person", record=record)
-                self._take(chosen, record, "restored")
+                self._restore(chosen, record)
                 self.best = name
-            self.commit()
-            path.unlink(missing_ok=True)
+            self._requests.append(path.name)
         return chosen
+
+    def _restore(self, slot: Slot, record: Record) -> None:
+        """Give a trial a checkpoint of the past, and tasks other than those that it went on with then."""
+        self._take(slot, record, "restored")
+        slot.config = {**slot.config, "seed": self._draw_seed(self.generation, slot.id, RESTORED)}
 
     def _begin_generation(self, sole: Slot | None) -> None:
         """Let the survivors go on and make the other trials children of theirs."""
+        self._border, self.sole, self._failures_before = False, None, self.failures
         for slot in self.living:
             slot.budget, slot.spent, slot.ended, slot.restarts = self.config.generation_steps, 0, False, 0
             slot.start = self._name(slot)
@@ -454,16 +505,12 @@ class Evolution:
             self._fork(child, survivors[int(rng.integers(len(survivors)))])
 
     def _survivors(self) -> list[Slot]:
-        """The trials that go on unmutated: the better ones, copies of another's policy last."""
-        seen: set[str] = set()
-        copies = set()
-        for slot in sorted(self.living, key=lambda slot: slot.status == "rolled back"):
-            if self._name(slot) in seen:
-                copies.add(slot.id)
-            seen.add(self._name(slot))
-        ranked = sorted(self.living, key=lambda slot: (slot.id in copies, -self._composite(slot), slot.id))
-        count = self.config.survivors or (len(self.living) + 1) // 2
-        return ranked[: max(1, min(count, len(self.living)))]
+        """The trials that go on unmutated: the better ones, without copies of another's policy."""
+        distinct: dict[str, Slot] = {}
+        for slot in sorted(self.living, key=lambda slot: (slot.status == "rolled back", slot.id)):
+            distinct.setdefault(self._name(slot), slot)
+        ranked = sorted(distinct.values(), key=lambda slot: (-self._composite(slot), slot.id))
+        return ranked[: self.config.survivors or (len(self.living) + 1) // 2]
 
     def _fork(self, child: Slot, parent: Slot) -> None:
         """Make ``child`` a copy of ``parent``, mutated, on probation beside it."""
@@ -508,6 +555,14 @@ class Evolution:
         self._logged += len(self._events)
         self._events = []
 
+    def _finish_commit(self) -> None:
+        """Write the state with the requests that it carries out; only then delete these."""
+        self.commit()
+        for path, _ in self.store.requests():
+            if path.name in self._requests:
+                path.unlink(missing_ok=True)
+        self._requests = []
+
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run, a terminal or a page needs, JSON values."""
         return {
@@ -516,6 +571,10 @@ class Evolution:
             "best": self.best,
             "floor": self.floor,
             "failures": self.failures,
+            "failures_before": self._failures_before,
+            "sole": self.sole,
+            "border": self._border,
+            "requests": self._requests,
             "finished": self.finished,
             "seed": self.seed,
             "config": asdict(self.config),
@@ -581,7 +640,7 @@ class Evolution:
                 "interval": list(record.interval) if record else None,
                 "decision": decision,
                 "reason": reason,
-                "checkpoint": record.name if record else slot.checkpoint,
+                "checkpoint": record.name if record and record.name else slot.checkpoint,
                 "lineage_steps": slot.lineage_steps,
                 "lifetime_steps": slot.lifetime_steps,
             }

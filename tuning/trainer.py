@@ -169,12 +169,13 @@ class EvolvingTrainer(MetaTrainer):
         """Returns on the fixed validation tasks, and on shifted ones where the family has them."""
         validation = self._evaluate("validation")
         shifted = self._evaluate("shifted") if "shifted" in self.distribution.splits else None
-        self._history.append((self.env_steps, validation[:, -1].tolist()))
+        # Only the generation's start and this moment: a check in between, which not every trial has, must not count.
+        history = [*self._history, (self.env_steps, validation[:, -1])]
         return Assessment(
             validation=validation,
             shifted=shifted,
-            history=np.array([values for _, values in self._history], np.float64),
-            history_steps=np.array([steps for steps, _ in self._history], np.int64),
+            history=np.array([values for _, values in history], np.float64),
+            history_steps=np.array([steps for steps, _ in history], np.int64),
         )
 
     def _evaluate(self, split: str) -> np.ndarray[Any, Any]:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.tuning.evolution import Evolution, EvolveConfig, Report, Slot, checkpoint_bound
 from ssm_metarl.tuning.metrics import Comparison
-from ssm_metarl.tuning.mutation import Proposal
+from ssm_metarl.tuning.mutation import Proposal, moves
 from ssm_metarl.tuning.safety import SafetyConfig, below_floor, collapsed, keeps
 from ssm_metarl.tuning.store import RunStore, read_state
 
@@ -119,12 +119,12 @@ class Training:
         ease = np.random.default_rng(self.assignment["seed"]).uniform(-0.1, 0.1, (2, TASKS, 1))
         wobble = np.random.default_rng([self.slot.config["seed"], self.lineage, 1]).normal(size=ease.shape)
         values = np.clip(self.skill + ease + self.world.wobble * wobble + [-0.1, 0.0], 0, 1)
-        self.history.append([self.lineage, values[0, :, 1].tolist()])
+        history = [*self.history, [self.lineage, values[0, :, 1].tolist()]]
         return {
             "validation": values[0].tolist(),
             "shifted": values[1].tolist(),
-            "history": [row for _, row in self.history],
-            "history_steps": [steps for steps, _ in self.history],
+            "history": [row for _, row in history],
+            "history_steps": [steps for steps, _ in history],
         }
 
     @property
@@ -278,6 +278,7 @@ def outcome(evolution: Evolution) -> dict[str, Any]:
         "failures": evolution.failures,
         "finished": evolution.finished,
         "rejected": evolution.rejected,
+        "verdicts": evolution.verdicts,
         "slots": [{k: v for k, v in asdict(slot).items() if k not in SPENT} for slot in evolution.slots],
         "records": {slot.checkpoint: evolution.archive.get(slot.checkpoint or "") for slot in evolution.slots},
     }
@@ -466,6 +467,22 @@ def test_a_parent_without_mutations_left_is_copied(new_run: NewRun) -> None:
     play_to(evolution, world, 1)
     assert Counter(slot.status for slot in evolution.slots) == {"restored": 1, "copied": 3}
     assert all(slot.proposal is None for slot in evolution.slots)
+
+
+@pytest.mark.parametrize("fate", ["kept", "rolled back", "failed"])
+def test_a_verdict_counts_for_the_moves_that_it_was_about(new_run: NewRun, fate: str) -> None:
+    """Older verdicts count less."""
+    evolution = new_run(generations=1, population=2)
+    world = World(gain=children_gain(0.1 if fate == "kept" else -0.1))
+    if fate == "failed":
+        world = World(failure=lambda slot, *_: "not finite" if on_probation(slot) else None)
+    evolution.verdicts = {"outer_lr up": [2.0, 1.0]}
+    finish(evolution, world)
+    (event,) = [e for e in evolution.store.events() if e["kind"] in ("probation", "failure")]
+    expected = {"outer_lr up": np.array([1.9, 0.95])}
+    for move in moves(event["before"], event["after"]):
+        expected[move] = expected.get(move, 0) + np.array([fate == "kept", fate != "kept"])
+    assert {move: pytest.approx(counts) for move, counts in expected.items()} == evolution.verdicts
 
 
 # --- Failures ---------------------------------------------------------------------------------------------
@@ -1133,7 +1150,7 @@ def test_a_crash_while_a_request_is_carried_out_loses_nothing(new_run: NewRun, w
     """BUG: the state is written with half of a border done; what follows is not what either side of it asked for."""
     evolution = new_run(generations=4, store=MortalStore)
     play_to(evolution, World(gain=children_gain(0.1)), 2)
-    name = "generation_0000_trial_0"
+    name = min(evolution.archive)
     evolution.store.request(name)
     world = World(gain=children_gain(0.1))
     answers = play(evolution, world)
@@ -1203,6 +1220,48 @@ def test_whatever_happens_the_best_stays_and_the_disk_does_not_fill(
                 evolution.store.request(str(rng.choice(sorted(evolution.archive))))
     assert evolution.finished
     assert (evolution.best is None) == (not evolution.archive or evolution.floor is None)
+
+
+@settings(max_examples=12)
+@given(
+    seed=seeds,
+    population=st.integers(2, 4),
+    chance=st.sampled_from([0.0, 0.1]),
+    lives=st.lists(st.tuples(st.integers(0, 25), st.booleans()), min_size=1, max_size=4),
+    deaths=st.sets(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=4),
+    trend=st.sampled_from([0.03, -0.06]),
+)
+def test_a_run_that_is_killed_again_and_again_arrives(
+    new_run: NewRun,
+    seed: int,
+    population: int,
+    chance: float,
+    lives: list[tuple[int, bool]],
+    deaths: set[tuple[int, int]],
+    trend: float,
+) -> None:
+    """BUG as above, and together: with failures, deaths and requests before any of its resumptions."""
+    evolution = new_run(seed=seed, population=population, generations=3, max_failures=5, keep_generations=2)
+    unkind = accidents(chance)
+
+    def accident(slot: Slot, generation: int) -> str | None:
+        return "died" if (slot.id, generation) in deaths else unkind.accident(slot, generation)
+
+    world = World(gain=lambda *_: trend, noise=0.02, failure=unkind.failure, accident=accident)
+    for steps, asks in lives:
+        for _ in itertools.islice(play(evolution, world), steps):
+            pass
+        if asks and evolution.archive:
+            evolution.store.request(min(evolution.archive))
+        before = [slot.lifetime_steps for slot in evolution.slots]
+        evolution = resumed(evolution)
+        assert [slot.lifetime_steps for slot in evolution.slots] == before
+        assert evolution.store.requests() == []
+    deaths.clear()
+    finish(evolution, World())
+    again = resumed(evolution, generations=evolution.generation + 1)
+    finish(again, World())
+    assert again.generation == evolution.generation + 1
 
 
 VIEW = {"id", "parent", "sizes", "learning_rates", "metrics", "composite", "status", "lineage_steps"}
