@@ -61,7 +61,7 @@ def kinds(run: Path, kind: str) -> list[dict[str, Any]]:
 def forcing(after: dict[str, Any]) -> Callable[..., Proposal]:
     """Every mutation is this one."""
 
-    def propose(parent: str, config: dict[str, Any], rng: Any, taboo: Any) -> Proposal:
+    def propose(parent: str, config: dict[str, Any], *_: Any) -> Proposal:
         return Proposal(parent, {name: config[name] for name in after}, after)
 
     return propose
