@@ -70,13 +70,13 @@ COMPARISONS = {
         task="navigation-2d",
         split="test",
         options={},
-        rules={"population": 4, "generations": 8, "generation_steps": 160_000},
+        rules={"population": 4, "generations": 6, "generation_steps": 160_000, "validation_episodes": 5},
     ),
     "cartpole": Setting(
         task="cartpole",
         split="shifted-test",
         options={},
-        rules={"population": 4, "generations": 6, "generation_steps": 150_000},
+        rules={"population": 4, "generations": 6, "generation_steps": 150_000, "validation_episodes": 5},
     ),
 }
 CONTROL = Setting(

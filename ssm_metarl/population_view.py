@@ -20,8 +20,9 @@ from .tuning.store import RunStore, read_state
 
 _HEADINGS = ("#", "status", "N/H/L", "inner", "outer", "S", "ret", "spd", "gen", "eff", "stb", "comp.")
 _LEGEND = (
-    "N state_dim, H hidden_dim, L num_layers, S inner_steps; inner_lr, outer_lr; average return,\n"
-    "adaptation speed, generalisation, meta-efficiency, stability; composite"
+    "N state_dim, H hidden_dim, L num_layers, S inner_steps\n"
+    "ret average return, spd adaptation speed, gen generalisation\n"
+    "eff meta-efficiency, stb stability, comp. composite"
 )
 
 

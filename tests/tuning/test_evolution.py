@@ -1132,24 +1132,33 @@ def test_the_last_of_several_requests_counts_and_all_are_logged(new_run: NewRun)
 
 
 def test_a_request_of_a_finished_run_counts_when_it_goes_on(new_run: NewRun) -> None:
-    """A resume that has nothing to do leaves it for one that has."""
+    """Though a resume that has nothing else to do carries it out before."""
     evolution = finish(new_run(generations=2))
     name = min(evolution.archive)
     evolution.store.request(name)
-    longer = resumed(resumed(evolution), generations=4)
-    check_sole_parent(longer, name)
+    again = resumed(evolution)
+    assert again.best == name
+    check_sole_parent(resumed(again, generations=4), name)
 
 
-def test_a_request_within_generation_0_is_carried_out_at_its_border(new_run: NewRun) -> None:
-    """Before it, the other trials have nothing that could be judged."""
+def test_a_request_within_generation_0_can_be_carried_out(new_run: NewRun) -> None:
+    """Though the other trials have no checkpoint yet."""
     evolution = new_run()
     next(play(evolution, World()))
     (name,) = evolution.archive
     evolution.store.request(name)
     again = resumed(evolution)
-    play_to(again, World(), 1)
     check_sole_parent(again, name)
     finish(again)
+
+
+def test_a_request_after_the_death_of_all_is_carried_out(new_run: NewRun) -> None:
+    evolution = new_run(max_failures=9)
+    play_to(evolution, World(), 2)
+    finish(evolution, World(accident=lambda *_: "died"))
+    name = min(evolution.archive)
+    evolution.store.request(name)
+    check_sole_parent(resumed(evolution), name)
 
 
 def test_a_request_for_a_checkpoint_of_this_generation_keeps_it(new_run: NewRun) -> None:
@@ -1282,8 +1291,7 @@ def test_a_run_that_is_killed_again_and_again_arrives(
         before = [slot.lifetime_steps for slot in evolution.slots]
         evolution = resumed(evolution)
         assert [slot.lifetime_steps for slot in evolution.slots] == before
-        if evolution.floor is not None and not evolution.finished:
-            assert evolution.store.requests() == []
+        assert evolution.store.requests() == []
     deaths.clear()
     finish(evolution, World())
     again = resumed(evolution, generations=evolution.generation + 1)
