@@ -176,7 +176,9 @@ class _Record:
         bad = ~(np.isfinite(observation).all(-1) & np.isfinite(reward))
         for task, column in zip(*np.nonzero(bad & self.alive), strict=True):
             key = (int(task), int(column))
-            self._broken[key] = f"task {self._tasks[task]!r}: observation or reward not finite at step {step}."
+            acted = step == 0 or bool(np.isfinite(self._actions[step - 1][key]).all())
+            what = "observation or reward" if acted else "the policy's action"
+            self._broken[key] = f"task {self._tasks[task]!r}: {what} not finite at step {step}."
         self.alive = self.alive & ~bad
         return np.where(bad[..., None], np.float32(0), observation), np.where(bad, np.float32(0), reward)
 

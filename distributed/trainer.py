@@ -234,7 +234,7 @@ def play(
     if bad > BAD_EPISODES_ALLOWED * len(index) * episodes:
         first = max(rollouts.errors, key=lambda error: "Traceback" in error)
         share = f"{bad} of {len(index) * episodes} episodes ({label})"
-        raise EnvironmentFailure(f"{share} were lost to the environment; the first error:\n{first}")
+        raise EnvironmentFailure(f"{share} were lost; the first error:\n{first}")
     if not everything:
         parts = [Rollouts.empty([task], episodes, rollouts) for task in tasks]
         for row, i in enumerate(index):

@@ -269,6 +269,19 @@ def test_an_episode_that_is_not_finite_is_dropped_alone(
         check_dropped(record, healthy, task, column)
 
 
+def test_a_policy_that_diverged_is_not_taken_for_a_faulty_environment() -> None:
+    family = make("navigation-2d")
+    spec = make_spec(observation_size=2)
+    weights = task_weights(spec, 2)
+    weights["policy.bias"][1] = np.nan
+    tasks = family.sample(2, np.random.default_rng(0))
+    nodes = [seed_for(0, task) for task in range(2)]
+    record = collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, columns=1, horizon=5)
+    assert record.kept().tolist() == [[True], [False]]
+    (error,) = record.errors
+    assert "the policy's action not finite at step 1." in error
+
+
 def test_all_episodes_can_be_lost() -> None:
     record = toys([{"nan": (0, 0, "observation")}, {"nan": (0, 3, "reward")}], columns=1)
     assert record.num_steps == 0
