@@ -55,6 +55,8 @@ class MetaTrainer(tune.Trainable):
         """Build learner and workers; Tune and the constructor call it once."""
         config = dict(config)
         distribution = config.pop("task_distribution", None)
+        if self._trial_info is not None:  # under Tune, where the learner has the one CPU that was requested for it
+            config["learner_threads"] = 1
         self.train_config = TrainConfig.from_dict(config)
         self.distribution: TaskDistribution = distribution or make(self.train_config.task)
         self.spec = self.train_config.policy_spec(self.distribution)

@@ -21,7 +21,7 @@ from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
-from ssm_metarl.distributed.checkpoint import CheckpointError
+from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.trainer import EnvironmentFailure, MetaTrainer, check_resources
 from ssm_metarl.tasks import Task
@@ -364,7 +364,7 @@ def test_in_tune_it_trains_and_writes_checkpoints_that_can_be_continued(ray_sess
         expected = steps(trainer, 3)
     tuner = tune.Tuner(
         MetaTrainer,
-        param_space=options(num_workers=1),
+        param_space=options(num_workers=1, learner_threads=2),
         run_config=tune.RunConfig(
             name="in-tune",
             storage_path=str(tmp_path),
@@ -376,6 +376,7 @@ def test_in_tune_it_trains_and_writes_checkpoints_that_can_be_continued(ray_sess
     (result,) = tuner.fit()
     assert result.error is None
     assert {name: result.metrics[name] for name in expected[1]} == expected[1]
+    assert load_checkpoint(result.checkpoint.path).config["learner_threads"] == 1  # the one CPU of its request
     with running(options()) as trainer:
         trainer.restore(result.checkpoint.path)
         assert steps(trainer, 1) == expected[2:]

@@ -599,7 +599,7 @@ def test_a_judged_proposal_ends_a_row_of_failures(new_run: NewRun, extra: float)
     assert len(events(evolution, kind="failure")) == 20
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(seed=seeds)
 def test_a_healthy_noisy_population_is_not_stopped(new_run: NewRun, seed: int) -> None:
     """Composites walk with a deviation of .02 a generation, and rise by .005."""
