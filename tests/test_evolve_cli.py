@@ -77,6 +77,7 @@ def test_from_evolve_to_rollback(ray_session: None, tmp_path: Path, capsys: pyte
         (["--keep-margin", "nan"], "keep_margin must be a number"),
         (["--cycles", "2", "--proposals", "0"], "proposals must be 1 or more"),
         (["--hidden-dim", "0"], "hidden_dim must be"),
+        (["--lr-schedule", "cosine"], "lr_schedule must be constant"),
         (["--task", "navigatoin-2d"], "did you mean 'navigation-2d'?"),
         (["--resume"], "--resume needs --run-dir"),
         (["--resume", "--run-dir", "nowhere"], "is no run of evolve"),
@@ -112,6 +113,9 @@ def test_a_folder_in_use_and_another_size_are_refused(
     code, _, err = outcome(capsys, "evolve", "--from", start, "--hidden-dim", "9", "--run-dir", tmp_path / "other")
     assert code == 2
     assert "does not have the sizes asked for" in err
+    code, _, err = outcome(capsys, "evolve", "--resume", "--run-dir", fresh, "--population", "3")
+    assert code == 2
+    assert "population cannot change on resume" in err
     code, _, err = outcome(capsys, "evolve", "rollback", fresh, "generation_0007_trial_1")
     assert code == 2
     assert "keeps no checkpoint 'generation_0007_trial_1'" in err

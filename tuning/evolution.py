@@ -239,7 +239,7 @@ class Evolution:
         asked = self._apply_requests()
         if asked is not None:
             self.sole = asked.id
-        if self._border and not stopped_by_failures and 0 < self.config.generations <= self.generation:
+        if self._border and 0 < self.config.generations <= self.generation:
             self.finished = f"{self.config.generations} generations"
             return
         self.finished = None
@@ -260,6 +260,10 @@ class Evolution:
             if slot.fallback is not None:
                 slot.config = slot.fallback
             slot.partner = slot.proposal = slot.fallback = None
+            if self.floor is not None:
+                slot.budget, slot.restarts = self.config.generation_steps, 0
+                if slot.start not in self.archive:
+                    slot.start = slot.checkpoint
         if asked is not None and self.floor is None:
             self.floor = self._record_of(asked).composite
         if self.floor is not None and slot.checkpoint is None:
@@ -324,9 +328,11 @@ class Evolution:
     def crashed(self, trial: int, reason: str) -> None:
         """A trial's process died and is started again from its assignment."""
         slot = self.slots[trial]
+        # A node that is lost takes several trials with it, which is one failure.
+        another = slot.restarts > 0 or all(other.restarts == 0 for other in self.slots)
         slot.spent, slot.ended = 0, False
         slot.restarts += 1
-        self._count_failure(slot, reason)
+        self._count_failure(slot, reason, counts=another)
         self.commit()
 
     def died(self, trial: int, reason: str) -> None:
@@ -378,12 +384,13 @@ class Evolution:
         assert child.proposal is not None
         assert child.partner is not None
         proposal, partner = Proposal(**child.proposal), self.slots[child.partner]
-        record = self._record_of(child)
+        record, compared = self._record_of(child), False
         if partner.status == "dead":
             keep, reason = False, "the trial that continued its parent died"
         elif partner.budget < self.config.generation_steps:
             keep, reason = False, "the trial that continued its parent had to begin again and has trained less"
         else:
+            compared = True
             rng = np.random.default_rng(seed_for(self.seed, BOOTSTRAP, self.generation, child.id))
             theirs = Assessment.from_dict(self._record_of(partner).assessment)
             level = self.config.keep_level
@@ -397,15 +404,14 @@ class Evolution:
             reason=reason,
             record=record,
         )
-        self._learn(proposal, keep)
+        if compared:  # otherwise nothing is known of the mutation
+            self._learn(proposal, keep)
         if keep:
             child.status = "kept"
             return
-        self.rejected.append(proposal.key)
-        if partner.status == "dead":
-            back = self.archive[proposal.parent]
-        else:
-            back = self._record_of(partner)
+        if compared:
+            self.rejected.append(proposal.key)
+        back = self.archive[proposal.parent] if partner.status == "dead" else self._record_of(partner)
         self._take(child, back, "rolled back")
 
     def _learn(self, proposal: Proposal, kept: bool) -> None:
@@ -437,9 +443,15 @@ class Evolution:
         return "restart"
 
     def _count_failure(
-        self, slot: Slot, reason: str, record: Record | None = None, decision: str = "restarted"
+        self,
+        slot: Slot,
+        reason: str,
+        record: Record | None = None,
+        decision: str = "restarted",
+        *,
+        counts: bool = True,
     ) -> None:
-        self.failures += 1
+        self.failures += counts
         proposal = slot.proposal or {"before": {}, "after": {}}
         self._log(
             slot,
@@ -478,13 +490,18 @@ class Evolution:
         """Carry out manual rollbacks; return the trial that got the last one's checkpoint."""
         chosen = None
         for path, name in self.store.requests():
-            record = self.archive.get(name)
-            if path.name not in self._requests and record is not None and self.living:
-                chosen = chosen or min(self.living, key=self._composite)
-                self._log(chosen, "request", decision="restored", reason="asked for by a person", record=record)
-                self._restore(chosen, record)
-                self.best = name
+            if path.name in self._requests:
+                continue
             self._requests.append(path.name)
+            record, trial = self.archive.get(name), chosen or min(self.living or self.slots, key=self._composite)
+            if record is None:
+                reason = f"the run keeps no checkpoint {name!r}"
+                self._log(trial, "request", decision="refused", reason=reason)
+                continue
+            chosen = trial
+            self._log(chosen, "request", decision="restored", reason="asked for by a person", record=record)
+            self._restore(chosen, record)
+            self.best = name
         return chosen
 
     def _restore(self, slot: Slot, record: Record) -> None:
@@ -657,6 +674,7 @@ class Evolution:
         last = sorted(champions)[-self.config.keep_generations :] if self.config.keep_generations else []
         needed |= {champions[generation].name for generation in last}
         self.archive = {name: record for name, record in self.archive.items() if name in needed}
+        self.rejected = [key for key in self.rejected if key.split(":")[0] in self.archive]
 
     def _name(self, slot: Slot) -> str:
         assert slot.checkpoint is not None

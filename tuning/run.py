@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def evolve(
 
     Args:
         config: of the first generation's trials. Each trial takes ``1 + num_workers`` CPUs.
-        evolution_config: rules; on resume those that differ from the run's replace them.
+        evolution_config: rules; on resume those that differ from the run's replace them, but for the population and the
+            validation, which cannot change.
         run_dir: folder of the run, new or empty unless ``resume``.
         start: a checkpoint, or a run for its best one, that all trials start from; None: initial weights.
         resume: go on from the last decision on disk.
@@ -96,6 +97,10 @@ def evolve(
     check_device(config.device)
     family = distribution or make(config.task)
     store = RunStore(run)
+    if config.lr_schedule != "constant":
+        raise ValueError(
+            f"A self-improving run has no last iteration: lr_schedule must be constant, not {config.lr_schedule}."
+        )
     if resume:
         evolution = Evolution.resume(store, **_changes(run, evolution_config))
     else:
@@ -125,8 +130,17 @@ def config_cpus(evolution: Evolution) -> int:
 
 
 def _changes(run: Path, config: EvolveConfig) -> dict[str, Any]:
-    """Options that may change on resume: how long it goes on."""
-    return {"generations": config.generations} if config.generations != read_state(run)["config"]["generations"] else {}
+    """Rules that differ from those that a run began with.
+
+    Raises:
+        ValueError: what makes earlier assessments worthless would change.
+    """
+    begun = read_state(run)["config"]
+    changes = {name: value for name, value in asdict(config).items() if value != begun[name]}
+    for name in ("population", *(name for name in changes if name.startswith("validation_"))):
+        if name in changes:
+            raise ValueError(f"{name} cannot change on resume: it is {begun[name]} in {run}, not {changes[name]}.")
+    return changes
 
 
 def _fit(

@@ -75,9 +75,18 @@ class RunStore:
         return [json.loads(line) for line in _whole_lines(self._events)]
 
     def requests(self) -> list[tuple[Path, str]]:
-        """Checkpoint names that a person asked to go back to, oldest first, each with the file of its request."""
-        found = sorted(self._requests.glob("*.json")) if self._requests.is_dir() else []
-        return [(path, json.loads(path.read_text())["checkpoint"]) for path in found]
+        """Checkpoint names that a person asked to go back to, oldest first, each with the file of its request.
+
+        The name is that of no checkpoint, "?", where a file cannot be read.
+        """
+        found = []
+        for path in sorted(self._requests.glob("*.json")) if self._requests.is_dir() else []:
+            try:
+                name = str(json.loads(path.read_text())["checkpoint"])
+            except (ValueError, TypeError, KeyError, OSError):
+                name = "?"
+            found.append((path, name))
+        return found
 
     def request(self, checkpoint: str) -> Path:
         """Ask for a rollback at the next generation's border."""

@@ -560,6 +560,18 @@ def test_initial_weights_that_fail_are_drawn_anew(new_run: NewRun) -> None:
     assert evolution.archive["generation_0000_trial_2"].config["seed"] != seed
 
 
+def test_a_lost_node_is_one_failure(new_run: NewRun) -> None:
+    """However many trials it takes with it; a trial that dies again and again is more."""
+    evolution = new_run()
+    play_to(evolution, World(), 1)
+    for trial in range(4):
+        evolution.crashed(trial, "the node is gone")
+    assert evolution.failures == 1
+    for _ in range(2):
+        evolution.crashed(2, "the process is gone")
+    assert (evolution.finished or "").startswith("emergency stop: 3 failures")
+
+
 def test_three_failures_in_a_row_stop_the_run_and_keep_the_best(new_run: NewRun) -> None:
     evolution = new_run(generations=9)
     good = World(gain=lambda slot, generation: 0.05)
@@ -599,6 +611,7 @@ def test_a_judged_proposal_ends_a_row_of_failures(new_run: NewRun, extra: float)
     assert len(events(evolution, kind="failure")) == 20
 
 
+@pytest.mark.slow
 @settings(max_examples=2)
 @given(seed=seeds)
 def test_a_healthy_noisy_population_is_not_stopped(new_run: NewRun, seed: int) -> None:
@@ -862,6 +875,7 @@ def test_equal_seeds_and_reports_give_equal_decisions(new_run: NewRun, seed: int
     assert outcome(one) == outcome(other)
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(seed=seeds, order=seeds)
 def test_who_reports_first_decides_nothing(new_run: NewRun, seed: int, order: int) -> None:
@@ -1141,6 +1155,17 @@ def test_a_request_of_a_finished_run_counts_when_it_goes_on(new_run: NewRun) -> 
     check_sole_parent(resumed(again, generations=4), name)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"checkpoint": "generation_0009_trial_0"}'])
+def test_a_request_that_makes_no_sense_is_refused_and_said(new_run: NewRun, content: str) -> None:
+    evolution = new_run()
+    (evolution.store.folder / "requests" / "1.json").write_text(content)
+    play_to(evolution, World(), 2)
+    (event,) = events(evolution, kind="request")
+    assert event["decision"] == "refused"
+    assert "keeps no checkpoint" in event["reason"]
+    assert evolution.store.requests() == []
+
+
 def test_a_request_within_generation_0_can_be_carried_out(new_run: NewRun) -> None:
     """Though the other trials have no checkpoint yet."""
     evolution = new_run()
@@ -1209,6 +1234,7 @@ def test_a_crash_while_a_request_is_carried_out_loses_nothing(new_run: NewRun, w
 # --- Disk and state ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     seed=seeds,
@@ -1257,6 +1283,7 @@ def test_whatever_happens_the_best_stays_and_the_disk_does_not_fill(
     assert (evolution.best is None) == (not evolution.archive or evolution.floor is None)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     seed=seeds,
