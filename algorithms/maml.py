@@ -60,7 +60,8 @@ class MetaConfig:
         algorithm: "promp", "maml" or "fomaml".
         inner_lr: step size of the inner policy gradient steps.
         inner_steps: number S of inner steps.
-        step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; empty: all on the last.
+        step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; two numbers: before adaptation
+            and after the last step; empty: all on the last.
         outer_lr: Adam's learning rate at the first iteration.
         lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
@@ -102,10 +103,10 @@ class MetaConfig:
             raise ValueError(f"step_weights must be a tuple of numbers, not {weights!r}.")
         for weight in weights:
             check_number("step_weights", weight, low=0.0)
-        if weights and len(weights) != self.inner_steps + 1:
+        if len(weights) not in (0, 2, self.inner_steps + 1):
             raise ValueError(
                 f"step_weights needs one weight for each of 0..{self.inner_steps} inner steps, "
-                f"that is {self.inner_steps + 1}, not {len(weights)}."
+                f"that is {self.inner_steps + 1}, or two for before and after, not {len(weights)}."
             )
         if weights and not 0 < sum(weights) < math.inf:
             raise ValueError(f"step_weights must have a positive sum, not {weights!r}.")
@@ -113,7 +114,9 @@ class MetaConfig:
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights w_0..w_S, normalised to sum 1."""
-        weights = self.step_weights or (*[0.0] * self.inner_steps, 1.0)
+        first, *_, last = self.step_weights or (0.0, 1.0)
+        between = self.step_weights[1:-1] or [0.0] * (self.inner_steps - 1)
+        weights = (first, *between, last)
         return tuple(weight / sum(weights) for weight in weights)
 
     @property

@@ -705,7 +705,7 @@ def checkpoint_bound(config: EvolveConfig) -> int:
 
 
 def _fit_weights(weights: Sequence[float], inner_steps: int) -> list[float]:
-    """Step weights for another number of inner steps: the first and the last keep theirs, steps between get none."""
-    if not weights or len(weights) == inner_steps + 1:
+    """Step weights that do for another number of inner steps: before adaptation, and after all of them."""
+    if len(weights) in (0, 2, inner_steps + 1):
         return list(weights)
-    return [weights[0], *[0.0] * (inner_steps - 1), sum(weights[1:])]
+    return [weights[0], sum(weights[1:])]
