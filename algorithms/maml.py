@@ -60,8 +60,8 @@ class MetaConfig:
         algorithm: "promp", "maml" or "fomaml".
         inner_lr: step size of the inner policy gradient steps.
         inner_steps: number S of inner steps.
-        step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; two numbers: before adaptation
-            and after the last step; empty: all on the last.
+        step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; two numbers: before
+            adaptation and after the last step; empty: all on the last.
         outer_lr: Adam's learning rate at the first iteration.
         lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.

@@ -141,7 +141,6 @@ def test_the_meta_objective_equals_a_loop_over_tasks(algorithm: str, discrete: b
 # --- Derivatives ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["promp", "maml"])
 def test_two_step_weights_are_before_and_after_however_many_steps() -> None:
     assert MetaConfig(step_weights=(1, 3)).weights == (0.25, 0.75)
     assert MetaConfig(inner_steps=3, step_weights=(1, 3)).weights == (0.25, 0, 0, 0.75)
@@ -149,6 +148,7 @@ def test_two_step_weights_are_before_and_after_however_many_steps() -> None:
     assert MetaConfig(inner_steps=2).weights == (0, 0, 1)
 
 
+@pytest.mark.parametrize("algorithm", ["promp", "maml"])
 @pytest.mark.parametrize(("steps", "step_weights"), [(1, ()), (1, (1.0, 2.0)), (2, ()), (2, (1.0, 0.5, 2.0))])
 @pytest.mark.parametrize("form", [{}, {"discrete": True, "gated": True}], ids=["gaussian", "categorical-gated"])
 @pytest.mark.parametrize("later", [False, True], ids=["first-epoch", "later-epoch"])
