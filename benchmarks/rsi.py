@@ -40,8 +40,9 @@ from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, save_
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.run import evaluate_checkpoint, start_ray, train
 from ssm_metarl.distributed.trainer import MetaTrainer
-from ssm_metarl.tuning.evolution import Evolution, EvolveConfig, Report
+from ssm_metarl.tuning.evolution import Evolution
 from ssm_metarl.tuning.metrics import Assessment, composite, metrics
+from ssm_metarl.tuning.population import EvolveConfig, Report
 from ssm_metarl.tuning.run import evolve
 from ssm_metarl.tuning.store import RunStore
 from ssm_metarl.tuning.trainer import EvolvingTrainer

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module of this package that defines it.
 _EXPORTS: dict[str, str] = {
-    "EvolveConfig": ".tuning.evolution",
+    "EvolveConfig": ".tuning.population",
     "MetaTrainer": ".distributed.trainer",
     "PolicySpec": ".algorithms.inference",
     "Rollouts": ".algorithms.rollouts",

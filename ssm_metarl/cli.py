@@ -24,7 +24,7 @@ from .distributed.run import evaluate_checkpoint, train
 from .distributed.trainer import EnvironmentFailure
 from .plots import plot_evolution, plot_run
 from .population_view import PopulationView, evolution_summary
-from .tuning.evolution import EvolveConfig
+from .tuning.population import EvolveConfig
 from .tuning.run import evolve
 from .tuning.store import read_state, request_rollback
 

@@ -18,8 +18,8 @@ from ray import tune
 from builders import make_policy, make_spec
 from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.tuning.evolution import Report
 from ssm_metarl.tuning.metrics import Assessment
+from ssm_metarl.tuning.population import Report
 from ssm_metarl.tuning.trainer import Assignment, EvolvingTrainer
 
 TASKS, STEPS = 12, 100

@@ -16,7 +16,8 @@ from ssm_metarl.distributed.run import load_policy, train
 from ssm_metarl.plots import plot_evolution
 from ssm_metarl.population_view import PopulationView, population_table
 from ssm_metarl.tuning import run as run_module
-from ssm_metarl.tuning.evolution import Evolution, EvolveConfig
+from ssm_metarl.tuning.evolution import Evolution
+from ssm_metarl.tuning.population import EvolveConfig
 from ssm_metarl.tuning.store import RunStore, read_state
 
 SMALL = ["--hidden-dim", "8", "--state-dim", "4", "--meta-batch", "4", "--episodes", "2", "--epochs", "1"]

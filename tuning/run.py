@@ -20,7 +20,8 @@ from ..distributed.config import TrainConfig, available_cores
 from ..distributed.learner import check_device
 from ..distributed.run import interrupts, prepare_run, start_ray
 from ..tasks import TaskDistribution, make
-from .evolution import Evolution, EvolveConfig
+from .evolution import Evolution
+from .population import EvolveConfig
 from .scheduler import RecursiveSelfImprovement
 from .store import RunStore, read_state
 from .trainer import EvolvingTrainer

@@ -17,8 +17,8 @@ from ..distributed.checkpoint import Checkpoint, load_checkpoint
 from ..distributed.pool import Pool
 from ..distributed.run import evaluate_policy
 from ..distributed.trainer import ROLLOUTS, TASKS, EnvironmentFailure, MetaTrainer
-from .evolution import Report
 from .metrics import Assessment, normalise
+from .population import Report
 
 PROBE_TASKS, PROBE_EPISODES = 10, 2
 """Rollouts of the old policy on which a resize measures what contributes, and its error."""
@@ -105,6 +105,7 @@ class EvolvingTrainer(MetaTrainer):
             ended=ended,
             checkpoint=self.assignment.checkpoint if ended else None,
             failure=failure,
+            resize_error=self.resize_error,
             seconds={
                 "training": trained_at - begin,
                 "assessment": time.perf_counter() - trained_at + self._extra_seconds,

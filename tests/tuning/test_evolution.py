@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.tuning.evolution import Evolution, EvolveConfig, Report, Slot, checkpoint_bound
+from ssm_metarl.tuning.evolution import Evolution
 from ssm_metarl.tuning.metrics import Comparison
 from ssm_metarl.tuning.mutation import Proposal, moves
+from ssm_metarl.tuning.population import EvolveConfig, Report, Slot, checkpoint_bound
 from ssm_metarl.tuning.safety import SafetyConfig, below_floor, collapsed, keeps
 from ssm_metarl.tuning.store import RunStore, read_state
 

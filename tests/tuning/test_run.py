@@ -23,8 +23,8 @@ from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.run import train
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.tuning import evolution as evolution_module
-from ssm_metarl.tuning.evolution import EvolveConfig, checkpoint_bound
 from ssm_metarl.tuning.mutation import Proposal
+from ssm_metarl.tuning.population import EvolveConfig, checkpoint_bound
 from ssm_metarl.tuning.run import EvolveResult, evolve
 from ssm_metarl.tuning.scheduler import RecursiveSelfImprovement
 from ssm_metarl.tuning.store import RunStore, read_state
@@ -140,6 +140,7 @@ def test_the_real_trainer_rolls_back_to_the_parents_very_parameters(
     state = real(tmp_path / "run", generations=1, population=2).state
     (judged,) = kinds(tmp_path / "run", "probation")
     assert judged["decision"] == "rolled back"
+    assert judged["resize_error"] == pytest.approx(0, abs=1e-5)
     child, parent = (state["trials"][i] for i in (judged["trial"], 1 - judged["trial"]))
     assert child["checkpoint"] == parent["checkpoint"]
     assert child["sizes"]["hidden_dim"] == 8
