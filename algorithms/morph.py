@@ -100,7 +100,7 @@ def resize(
     - blocks, one after another: the one without which the head's output is nearest to what it was;
     - units that are read least: root mean square activity × norm of the weights that read it, as a share of what the
       reader reads of all units, added up over the readers;
-    - in each block the modes of least energy (H₂ norm of a mode by itself).
+    - in each block the modes of least energy: root mean square activity × norm of the weights that read it.
 
     Readers of what is dropped get its ridge regression on what stays, in their weights and biases.
 
@@ -297,18 +297,19 @@ def _effective(spec: PolicySpec, name: str, weight: Array) -> Array:
 
 
 def _shrink_state(spec: PolicySpec, arrays: Arrays, smaller: PolicySpec, probe: _Probe) -> Arrays:
-    """Drop in each block the modes of least energy, |C_n| |B_n| / sqrt(1 - |a_n|²) for the B that the mode meets.
+    """Drop in each block the modes of least energy: root mean square of the mode over the probe × |C_n|.
 
-    That B is the stored one times γ = sqrt(1 - |a|²), so that the energy is |C_n| |B_n| with B as stored.
+    For white input and endless sequences this is the mode's H₂ norm, |C_n| |B_n| with B as stored (γ makes every mode's
+    gain 1). Over the probe a memory of a thousand steps that never fills in an episode of a hundred counts for what it
+    is: a quarter of a navigation policy's state then costs nothing after adaptation (−19.5 of −19.2) instead of −22.3.
     """
     activities = _activities(spec, arrays, probe)
     for block in range(spec.num_layers):
-        into, out = arrays[f"blocks.{block}.B"], arrays[f"blocks.{block}.C"]
-        into_norm = np.linalg.norm(into.reshape(spec.hidden_dim, -1, 2), axis=(0, 2))
-        out_norm = np.linalg.norm(out.reshape(-1, 2, spec.hidden_dim), axis=(1, 2))
-        modes = _largest(into_norm * out_norm, smaller.state_dim // 2)
-        kept = {"mode": modes, "state": np.stack([2 * modes, 2 * modes + 1], 1).ravel()}
         name = f"blocks.{block}.C"
+        squares = np.square(activities[name]).mean(0).reshape(-1, 2).sum(1)
+        out_norm = np.linalg.norm(arrays[name].reshape(-1, 2, spec.hidden_dim), axis=(1, 2))
+        modes = _largest(np.sqrt(squares) * out_norm, smaller.state_dim // 2)
+        kept = {"mode": modes, "state": np.stack([2 * modes, 2 * modes + 1], 1).ravel()}
         arrays = _select(arrays | _stand_in(arrays, name, activities[name], kept["state"]), kept, block)
     return arrays
 
