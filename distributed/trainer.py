@@ -17,7 +17,7 @@ from ray.tune import PlacementGroupFactory
 from ..algorithms.collect import seed_for
 from ..algorithms.inference import PolicySpec
 from ..algorithms.rollouts import Array, Rollouts
-from ..tasks import Task, TaskDistribution, make
+from ..tasks import Task, TaskDistribution, make, names, register
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .learner import Learner
@@ -55,6 +55,9 @@ class MetaTrainer(tune.Trainable):
         """Build learner and workers; Tune and the constructor call it once."""
         config = dict(config)
         distribution = config.pop("task_distribution", None)
+        if distribution is not None and config.get("task") not in names():
+            # A family of the user's own, in a process where the user's module did not run.
+            register(config["task"], lambda: distribution)
         if self._trial_info is not None:  # under Tune, where the learner has the one CPU that was requested for it
             config["learner_threads"] = 1
         self.train_config = TrainConfig.from_dict(config)
@@ -247,7 +250,7 @@ def play(
 
 
 def check_resources(num_workers: int) -> None:
-    """Refuse more workers than a started Ray has processors for; Tune's placement groups do this for trials.
+    """Refuse more workers than a started Ray has processors for: Tune's placement groups would wait for ever.
 
     Raises:
         ValueError: one sentence with both figures.

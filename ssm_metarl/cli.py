@@ -302,7 +302,7 @@ def _evolve(options: Evolve) -> int:
     if result.signal is not None:
         _say(f"Interrupted; go on with: evolve --resume --run-dir {shlex.quote(str(run_dir))}")
         return 128 + result.signal
-    return 1 if str(result.state["finished"]).startswith("emergency") else 0
+    return 0 if result.state["finished"] == f"{result.state['config']['generations']} generations" else 1
 
 
 def _rollback(options: Rollback) -> int:

@@ -53,7 +53,8 @@ class ScriptedTrainer(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         config = dict(config)
-        config.pop("slot")
+        for name in ("slot", "task_distribution"):
+            config.pop(name)
         self.assignment = Assignment(**config.pop("assignment"))
         self.options = TrainConfig.from_dict(config)
         self.lineage, self.skill, self.trained = 0, 0.3, 0

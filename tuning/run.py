@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.experiment import Trial
@@ -19,8 +20,10 @@ from ..distributed.checkpoint import load_checkpoint, mark_best, prune, resolve_
 from ..distributed.config import TrainConfig, available_cores
 from ..distributed.learner import check_device
 from ..distributed.run import interrupts, prepare_run, start_ray
+from ..distributed.trainer import check_resources
 from ..tasks import TaskDistribution, make
 from .evolution import Evolution
+from .metrics import normalise
 from .population import EvolveConfig
 from .scheduler import RecursiveSelfImprovement
 from .store import RunStore, read_state
@@ -98,6 +101,7 @@ def evolve(
     check_device(config.device)
     family = distribution or make(config.task)
     store = RunStore(run)
+    check_reference(family)
     if config.lr_schedule != "constant":
         raise ValueError(
             f"A self-improving run has no last iteration: lr_schedule must be constant, not {config.lr_schedule}."
@@ -117,12 +121,25 @@ def evolve(
         evolution = Evolution(evolution_config, config.to_dict(), store, START if checkpoint else None)
         evolution.commit()
     start_ray(config.num_workers, processes=min(config_cpus(evolution), available_cores()))
+    check_resources(config.num_workers)
     with interrupts() as interrupted:
-        _fit(evolution, run, {"task_distribution": distribution} if distribution else {}, trainable, interrupted)
+        _fit(evolution, run, {"task_distribution": family}, trainable, interrupted)
     evolution.seconds["wall"] = evolution.seconds.get("wall", 0.0) + time.perf_counter() - begin
     evolution.commit()
     seconds = time.perf_counter() - begin
     return EvolveResult(run, export_best(run), evolution.state(), seconds, interrupted[0] if interrupted else None)
+
+
+def check_reference(family: TaskDistribution) -> None:
+    """Refuse a family whose returns cannot be normalised.
+
+    Raises:
+        ValueError: it has no reference returns, or impossible ones.
+    """
+    reference = getattr(family, "reference", None)
+    if reference is None:
+        raise ValueError(f"evolve compares returns with those of a random player: {family.name!r} needs a reference.")
+    normalise(np.zeros(1), reference)
 
 
 def config_cpus(evolution: Evolution) -> int:

@@ -90,6 +90,10 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         slot = self._slot(trial)
         if trial.status == Trial.ERROR:
             self.evolution.crashed(slot, _last_error(trial))
+            for other in tune_controller.get_trials():
+                # The processor that it had may be gone: those that only wait must not keep theirs.
+                if other.status == Trial.RUNNING and self.evolution.slots[self._slot(other)].ended:
+                    tune_controller.pause_trial(other, should_checkpoint=False)
         else:
             self._remove(tune_controller, slot, _last_error(trial))
 
@@ -132,6 +136,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         self.evolution.advance()
         if not self.evolution.finished:
             for slot in self.evolution.living:
+                self._trials[slot.id].run_metadata.num_failures = 0  # Tune's limit is for a generation
                 self._start(tune_controller, slot.id)
 
     def _start(self, tune_controller: TuneController, slot: int) -> None:

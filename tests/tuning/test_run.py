@@ -22,6 +22,8 @@ from ssm_metarl.distributed.checkpoint import CheckpointError, checkpoints, load
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.run import train
 from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.tasks import base
+from ssm_metarl.tasks.navigation import Navigation2D
 from ssm_metarl.tuning import evolution as evolution_module
 from ssm_metarl.tuning.mutation import Proposal
 from ssm_metarl.tuning.population import EvolveConfig, checkpoint_bound
@@ -228,6 +230,23 @@ def _rollouts(trainer: MetaTrainer) -> Any:
     tasks = trainer.distribution.sample(4, np.random.default_rng(0))
     seeds = [np.random.SeedSequence(i) for i in range(4)]
     return trainer.pool.collect(trainer.learner.weights(), tasks, seeds, 2)
+
+
+@pytest.mark.slow
+def test_a_family_of_ones_own_evolves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered in this process alone."""
+
+    class Windy(Navigation2D):
+        name = "windy"
+
+    monkeypatch.setitem(base._FACTORIES, "windy", Windy)
+    config = TrainConfig(task="windy", **REAL)
+    rules = EvolveConfig(**{**REAL_RULES, "population": 2, "generations": 1})
+    assert evolve(config, rules, tmp_path / "run").state["finished"] == "1 generations"
+    monkeypatch.setattr(Windy, "reference", None)
+    with pytest.raises(ValueError, match="'windy' needs a reference"):
+        evolve(config, rules, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_asynchronous_generations_are_refused() -> None:
