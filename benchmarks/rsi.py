@@ -375,7 +375,7 @@ def perform_all(names: Sequence[str], setting: Setting, options: Options) -> dic
         for name in names:
             pool.starmap(perform, [job for job in apart if job[0] == name], chunksize=1)
     if any(not (job[3] / "result.json").exists() for job in jobs if job[0] in ON_RAY):
-        start_ray(0, processes=2)
+        start_ray(0, always=True)
     return {name: [perform(*job) for job in jobs if job[0] == name] for name in names}
 
 

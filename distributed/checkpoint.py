@@ -231,15 +231,23 @@ def mark_best(run: Path, checkpoint: Path, value: float) -> None:
         raise ValueError(f"The return of {name} must be a finite number to be the best, not {value!r}.")
     if name not in _complete(run):
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint of {run}.")
-    content = json.dumps({"checkpoint": name, "return": float(value)}).encode()
-    temporary = _temporary(run / BEST)
+    replace_file(run / BEST, json.dumps({"checkpoint": name, "return": float(value)}).encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one, whole.
+
+    Raises:
+        OSError: where the disk refuses; the old file stays.
+    """
+    temporary = _temporary(path)
     try:
         _write(temporary, content)
-        os.replace(temporary, run / BEST)
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(run)
+    _sync(path.parent)
 
 
 # Content: what the files say, as bytes and back.

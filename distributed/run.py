@@ -54,16 +54,16 @@ class TrainResult:
     signal: int | None
 
 
-def start_ray(num_workers: int, processes: int = 0) -> None:
+def start_ray(num_workers: int, *, always: bool = False) -> None:
     """Have Ray in this process if it is wanted: join the cluster of ``RAY_ADDRESS``, or start one on loopback.
 
     Usage reporting is off, and the dashboard's address is printed to stderr.
 
     Args:
-        num_workers: workers of a trainer in this process; with 0 and no ``processes`` Ray is not started.
-        processes: Tune trials at once, each of them ``1 + num_workers`` processes' worth of CPUs already counted.
+        num_workers: workers of one trainer; 0: Ray is not needed.
+        always: it is needed without workers, too, for the trials of Tune.
     """
-    if (num_workers == 0 and processes == 0) or ray.is_initialized():
+    if not (num_workers or always) or ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
@@ -71,7 +71,7 @@ def start_ray(num_workers: int, processes: int = 0) -> None:
     else:
         context = ray.init(
             address="local",
-            num_cpus=max(available_cores(), 1 + num_workers, processes),
+            num_cpus=max(available_cores(), 1 + num_workers),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",

@@ -187,9 +187,11 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
     peek.add_argument("--resume", action="store_true")
     peek.add_argument("--from", nargs="?", type=Path, dest="start")
     known, _ = peek.parse_known_args(arguments)
+    if arguments[0] in ("train", "evolve") and known.resume and known.run_dir is None:
+        raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
     config = TrainConfig(num_workers=available_cores())
     if arguments[0] == "train":
-        config = _default_config(known.task, known.run_dir, known.resume)
+        config = _default_config(known)
     trials, rules = _default_evolution(known) if arguments[0] == "evolve" else (config, EvolveConfig())
     default = Train(config=UncheckedConfig(**asdict(config)))
     population = Evolve(config=UncheckedConfig(**asdict(trials)), evolution=UncheckedEvolution(**asdict(rules)))
@@ -203,14 +205,13 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
     return tyro.cli(commands, args=arguments, prog="run_local.py", description=__doc__)
 
 
-def _default_config(task: str, run_dir: Path | None, resume: bool) -> TrainConfig:
-    if not resume:
-        return TrainConfig.for_task(task, num_workers=available_cores())
-    if run_dir is None:
-        raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
-    found = checkpoints(run_dir) if run_dir.is_dir() else []
+def _default_config(known: argparse.Namespace) -> TrainConfig:
+    """Options of ``train``: the task's own, or those of the run to resume."""
+    if not known.resume:
+        return TrainConfig.for_task(known.task, num_workers=available_cores())
+    found = checkpoints(known.run_dir) if known.run_dir.is_dir() else []
     if not found:
-        raise ValueError(f"There is no checkpoint in {run_dir} to resume from.")
+        raise ValueError(f"There is no checkpoint in {known.run_dir} to resume from.")
     return TrainConfig.from_dict(load_checkpoint(found[-1]).config)
 
 
@@ -219,8 +220,6 @@ def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveCo
     # A trial is one process on one processor, so that a population fits a laptop.
     single = {"num_workers": 0, "learner_threads": 1}
     if known.resume:
-        if known.run_dir is None:
-            raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
         state = read_state(known.run_dir)
         rules = {f.name: state["config"][f.name] for f in fields(EvolveConfig)}
         return TrainConfig.from_dict(state["trials"][0]["config"]), EvolveConfig(**rules)

@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
 
 from ..distributed.checkpoint import load_checkpoint, mark_best, prune, resolve_checkpoint, save_checkpoint
-from ..distributed.config import TrainConfig, available_cores
+from ..distributed.config import TrainConfig
 from ..distributed.learner import check_device
 from ..distributed.run import interrupts, prepare_run, start_ray
 from ..distributed.trainer import check_resources
@@ -120,13 +120,13 @@ def evolve(
             save_checkpoint(store.checkpoints / START, checkpoint)
         evolution = Evolution(evolution_config, config.to_dict(), store, START if checkpoint else None)
         evolution.commit()
-    start_ray(config.num_workers, processes=min(config_cpus(evolution), available_cores()))
+    start_ray(config.num_workers, always=True)
     check_resources(config.num_workers)
     with interrupts() as interrupted:
         _fit(evolution, run, {"task_distribution": family}, trainable, interrupted)
-    evolution.seconds["wall"] = evolution.seconds.get("wall", 0.0) + time.perf_counter() - begin
-    evolution.commit()
     seconds = time.perf_counter() - begin
+    evolution.seconds["wall"] = evolution.seconds.get("wall", 0.0) + seconds
+    evolution.commit()
     return EvolveResult(run, export_best(run), evolution.state(), seconds, interrupted[0] if interrupted else None)
 
 
@@ -140,11 +140,6 @@ def check_reference(family: TaskDistribution) -> None:
     if reference is None:
         raise ValueError(f"evolve compares returns with those of a random player: {family.name!r} needs a reference.")
     normalise(np.zeros(1), reference)
-
-
-def config_cpus(evolution: Evolution) -> int:
-    """CPUs that the whole population would use at once."""
-    return sum(1 + int(slot.config["num_workers"]) for slot in evolution.slots)
 
 
 def _changes(run: Path, config: EvolveConfig) -> dict[str, Any]:

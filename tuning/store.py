@@ -15,12 +15,11 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distributed.checkpoint import MANIFEST, load_checkpoint
+from ..distributed.checkpoint import MANIFEST, load_checkpoint, replace_file
 
 FORMAT_VERSION = 1
 """Version of ``state.json``."""
@@ -52,7 +51,8 @@ class RunStore:
             state: JSON values; "events_before" is the number of lines in the log so far.
             events: JSON values, one a decision.
         """
-        _replace(self._state, json.dumps({"format": FORMAT_VERSION, **state, "events": list(events)}, indent=1))
+        content = json.dumps({"format": FORMAT_VERSION, **state, "events": list(events)}, indent=1)
+        replace_file(self._state, content.encode())
         self._append(events)
 
     def load(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class RunStore:
         written = len(lines) - int(state["events_before"])
         if written < 0:
             raise ValueError(f"{self._events} has lost lines: {len(lines)} instead of {state['events_before']}.")
-        _replace(self._events, "".join(line + "\n" for line in lines))
+        replace_file(self._events, "".join(line + "\n" for line in lines).encode())
         self._append(state["events"][written:])
         return state
 
@@ -92,7 +92,7 @@ class RunStore:
         """Ask for a rollback at the next generation's border."""
         self._requests.mkdir(parents=True, exist_ok=True)
         path = self._requests / f"{time.time_ns():020d}.json"
-        _replace(path, json.dumps({"checkpoint": checkpoint, "time": time.time()}))
+        replace_file(path, json.dumps({"checkpoint": checkpoint, "time": time.time()}).encode())
         return path
 
     def prune(self, keep: Collection[str]) -> None:
@@ -158,16 +158,3 @@ def _whole_lines(path: Path) -> list[str]:
         return []
     text = path.read_text()
     return text[: text.rfind("\n") + 1].splitlines()
-
-
-def _replace(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("x") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

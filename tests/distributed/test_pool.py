@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -140,6 +142,22 @@ def test_experience_does_not_depend_on_the_number_of_workers(
         assert_equal(collect(pool, weights := shared_weights(spec), few), in_process(distribution, spec, weights, few))
         assert pool.restarts == 0
         assert pool.ray_seconds > 0
+
+
+def test_a_worker_has_one_blas_thread_whatever_the_users_environment_says() -> None:
+    code = """
+import numpy
+from threadpoolctl import threadpool_info
+from builders import make_spec
+from ssm_metarl.distributed.worker import RolloutWorker
+from ssm_metarl.tasks import make
+before = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+RolloutWorker(make("navigation-2d"), make_spec(observation_size=2))
+print(max(before), max(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"))
+"""
+    asked = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "1"], done.stderr
 
 
 def test_workers_are_named_and_gone_after_close(ray_session: None) -> None:

@@ -226,6 +226,26 @@ def test_only_the_evolving_trainer_takes_another_size(tmp_path: Path, changes: d
         assert new.resize_error > 0
 
 
+def test_the_mutated_learning_rate_is_the_one_that_trains(tmp_path: Path) -> None:
+    """Parameters move ten times as far in the first step after a restore, whatever the checkpoint was trained with."""
+    options = TrainConfig.for_task("navigation-2d", **REAL, outer_lr=1e-3).to_dict()
+    state = {"config": {"validation_tasks": 4, "validation_episodes": 2, "validation_steps": 1}, "seed": 0}
+    start = str(tmp_path / "start")
+    moved = []
+    for rate in (1e-3, 1e-5, 1e-4):
+        trainer = EvolvingTrainer({**options, "outer_lr": rate, "assignment": assignment(tmp_path, state, budget=1)})
+        if rate == 1e-3:
+            trainer.step()
+            trainer.save_checkpoint(start)
+            continue
+        trainer.load_checkpoint(start)
+        before = trainer.learner.weights()
+        trainer.step()
+        moved.append(trainer.learner.weights()["encoder.weight"] - before["encoder.weight"])
+    np.testing.assert_allclose(moved[1], 10 * moved[0], rtol=0.05, atol=1e-7)
+    assert np.abs(moved[1]).max() > 1e-5
+
+
 def _rollouts(trainer: MetaTrainer) -> Any:
     tasks = trainer.distribution.sample(4, np.random.default_rng(0))
     seeds = [np.random.SeedSequence(i) for i in range(4)]
