@@ -2,12 +2,14 @@
 
     python benchmarks/rsi.py --show navigation-2d --seeds 0 1 2 3 4 5
 
-Every job (a condition and a seed) leaves a ``result.json`` under ``--out`` and is not repeated; to measure one anew,
-delete its folder. Jobs without Ray Tune run the same decisions in process, ``--jobs`` at a time.
+Every job (a condition and a seed) leaves a ``result.json`` under ``--out`` and is not repeated while its settings are
+the same; to measure one anew, delete its folder. Jobs without Ray Tune run the same decisions in process, ``--jobs`` at
+a time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,31 +68,44 @@ class Setting:
     rules: Mapping[str, Any]
 
 
+# Small policies and small meta-batches, so that a generation is several iterations of a run that six seeds can afford.
 COMPARISONS = {
     "navigation-2d": Setting(
         task="navigation-2d",
         split="test",
-        options={},
+        options={"hidden_dim": 32, "state_dim": 16, "epochs": 3, "meta_batch": 8},
         rules={"population": 4, "generations": 6, "generation_steps": 160_000, "validation_episodes": 5},
     ),
     "cartpole": Setting(
         task="cartpole",
         split="shifted-test",
-        options={},
-        rules={"population": 4, "generations": 6, "generation_steps": 150_000, "validation_episodes": 5},
+        options={"hidden_dim": 32, "state_dim": 16, "epochs": 3, "meta_batch": 8, "episodes": 4},
+        rules={
+            "population": 4,
+            "generations": 5,
+            "generation_steps": 120_000,
+            "validation_tasks": 10,
+            "validation_episodes": 3,
+        },
     ),
 }
 CONTROL = Setting(
     task="navigation-2d",
     split="test",
-    options={"state_dim": 2, "hidden_dim": 8, "outer_lr": 1e-3 / 30},
+    options={"state_dim": 2, "hidden_dim": 8, "outer_lr": 1e-3 / 30, "meta_batch": 8},
     rules={"population": 4, "generations": 10, "generation_steps": 160_000},
 )
 CYCLES = Setting(
     task="cartpole",
     split="test",
-    options={},
-    rules={"population": 4, "generations": 3, "generation_steps": 150_000, "survivors": 1},
+    options={"epochs": 3, "meta_batch": 8, "episodes": 4},
+    rules={
+        "population": 4,
+        "generations": 3,
+        "generation_steps": 150_000,
+        "survivors": 1,
+        "validation_episodes": 3,
+    },
 )
 SHOWS = (*COMPARISONS, "control", "cycles", "resize", "overhead")
 
@@ -115,7 +130,8 @@ class Options:
 
 
 # --- Conditions ---------------------------------------------------------------------------------------------
-# Each returns a curve: snapshots [(environment steps of the whole population so far, mean test return)].
+# Each returns a curve: after every generation (environment steps of the whole population so far, mean test return of
+# the policy that the condition would hand over then). That policy is by one rule for all: the best composite so far.
 
 Curve = list[tuple[int, float]]
 
@@ -166,6 +182,7 @@ def run_rsi(setting: Setting, seed: int, folder: Path, *, mutate: bool = True) -
     drive(evolution, snapshot)
     assert evolution.best
     events = store.events()
+    initial = [e["composite"] for e in events if e["kind"] == "training" and e["generation"] == 0]
     kept = [event["after"] for event in events if event["decision"] == "kept"]
     best = evolution.archive[evolution.best]
     return {
@@ -174,7 +191,7 @@ def run_rsi(setting: Setting, seed: int, folder: Path, *, mutate: bool = True) -
         "kept": kept,
         "rolled_back": sum(event["decision"] == "rolled back" for event in events),
         "failures": sum(event["kind"] == "failure" for event in events),
-        "first_composite": evolution.floor,
+        "first_composite": max(initial),
         "composite": best.composite,
         "config": {
             name: best.config[name] for name in ("state_dim", "hidden_dim", "num_layers", "inner_lr", "outer_lr")
@@ -187,63 +204,73 @@ def run_without_mutation(setting: Setting, seed: int, folder: Path) -> dict[str,
 
 
 def run_single(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
-    """No scheduler: one run with the whole budget, evaluated where the population was."""
-    grid = [
-        steps for steps, _ in json.loads((folder.parents[1] / "rsi" / folder.name / "result.json").read_text())["curve"]
-    ]
-    trainer = MetaTrainer(base(setting, seed).to_dict())
-    curve: Curve = []
-    for steps in grid:
-        while trainer.env_steps < steps and curve:
-            trainer.step()
-        trainer.save_checkpoint(str(folder / "snapshot"))
-        curve.append((trainer.env_steps, test_return(setting, folder / "snapshot")))
-    return {"curve": curve}
+    """No scheduler: one run with the whole budget."""
+    return run_apart(setting, seed, folder, runs=1)
 
 
 def run_best_of(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
-    """No scheduler: P runs with other seeds, the best picked on the validation tasks."""
+    """No scheduler: P runs with other seeds, each with an equal share of the budget."""
+    return run_apart(setting, seed, folder, runs=rules(setting).population)
+
+
+def run_apart(setting: Setting, seed: int, folder: Path, runs: int) -> dict[str, Any]:
+    """Runs that know nothing of each other, together as many steps a generation as a population.
+
+    They are assessed after every generation for the rule that picks, but pay for only one round of assessments:
+    without a scheduler nobody needs more.
+    """
     config = rules(setting)
     store = RunStore(folder)
     store.create()
     evolution = Evolution(config, base(setting, seed).to_dict(), store)  # for its seeds and assignments
-    paths: dict[int, Path] = {}
+    budget = config.generation_steps * config.population // runs
+    trainers = []
+    for slot in evolution.slots[:runs]:
+        work = {**evolution.assignment(slot.id), "budget": 0}
+        trainers.append(EvolvingTrainer({**slot.config, "assignment": work}))
     curve: Curve = []
-    total = 0
+    best, trained, picked = -1.0, 0, store.checkpoints
     for generation in range(config.generations + 1):
-        composites = {}
-        for slot in evolution.slots:
-            work = {**evolution.assignment(slot.id), "generation": generation}
-            work["budget"] = config.generation_steps if generation else 0
-            trainer = EvolvingTrainer({**slot.config, "assignment": work})
-            if slot.id in paths:
-                trainer.load_checkpoint(str(paths[slot.id]))
-            while not (answer := trainer.step()["report"][0])["ended"]:
-                pass
-            trainer.stop()
-            total += answer["spent"]
-            composites[slot.id] = composite(metrics(Assessment.from_dict(answer["assessment"])))
-            paths[slot.id] = store.checkpoints / answer["checkpoint"]
-        best = max(composites, key=lambda trial: composites[trial])
-        curve.append((total, test_return(setting, paths[best])))
+        round_of_assessments = 0
+        for trial, trainer in enumerate(trainers):
+            answer = next_generation(trainer, trial, generation, budget if generation else 0)
+            trained += answer["trained"]
+            round_of_assessments += answer["spent"] - answer["trained"]
+            value = 0.0 if answer["failure"] else _value(answer)
+            if value > best:
+                best, picked = value, store.checkpoints / answer["checkpoint"]
+        curve.append((trained + round_of_assessments, test_return(setting, picked)))
     return {"curve": curve}
+
+
+def next_generation(trainer: EvolvingTrainer, trial: int, generation: int, budget: int) -> dict[str, Any]:
+    """Train a trainer on by a budget, assess it and write its checkpoint; its last report."""
+    carry = trainer.assignment.budget - trainer._trained
+    trainer.assignment = replace(trainer.assignment, generation=generation, trial=trial, budget=budget + carry)
+    trainer._trained = trainer._spent = trainer._last = 0
+    answer: dict[str, Any] = {"ended": False, "failure": None}
+    while not (answer["ended"] or answer["failure"]):
+        answer = EvolvingTrainer.step(trainer)["report"][0]
+    return answer
 
 
 class GenerationTrainer(EvolvingTrainer):
     """A trial of Tune's own PBT: a step is a generation, and what changes size is copied slice by slice."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        config = dict(config)
+        # A trial that takes another's config keeps tasks of its own: PBT copies the whole config.
+        config["seed"] = config.pop("seeds")[self._number()]
         super().setup(config)
         self._budget = self.assignment.budget
+        self.assignment = replace(self.assignment, budget=0)
+
+    def _number(self) -> int:
+        return int(self.trial_id.rsplit("_", 1)[-1])
 
     def step(self) -> dict[str, Any]:
-        generation = self.training_iteration
-        trial, budget = int(self.trial_id.rsplit("_", 1)[-1]), self._budget if generation else 0
-        self.assignment = replace(self.assignment, generation=generation, trial=trial, budget=budget)
-        self._trained = self._spent = 0
-        answer: dict[str, Any] = {"ended": False, "failure": None}
-        while not (answer["ended"] or answer["failure"]):
-            answer = super().step()["report"][0]
+        generation, trial = self.training_iteration, self._number()
+        answer = next_generation(self, trial, generation, self._budget if generation else 0)
         value = 0.0 if answer["failure"] else _value(answer)
         entry = {"generation": generation, "composite": value, "spent": answer["spent"], "name": answer["checkpoint"]}
         path = Path(self.assignment.checkpoints) / f"{generation:03d}-{trial}.json"
@@ -284,7 +311,8 @@ def run_pbt(setting: Setting, seed: int, folder: Path, mutations: Mapping[str, A
         GenerationTrainer,
         param_space={
             **evolution.slots[0].config,
-            "seed": tune.grid_search([slot.config["seed"] for slot in evolution.slots]),
+            "slot": tune.grid_search([slot.id for slot in evolution.slots]),
+            "seeds": [slot.config["seed"] for slot in evolution.slots],
             "assignment": work,
         },
         tune_config=TuneConfig(
@@ -311,8 +339,9 @@ def run_pbt(setting: Setting, seed: int, folder: Path, mutations: Mapping[str, A
     entries = [json.loads(path.read_text()) for path in snapshots.glob("*.json")]
     curve: Curve = []
     for generation in range(config.generations + 1):
-        best = max((e for e in entries if e["generation"] == generation), key=lambda entry: entry["composite"])
-        steps = sum(entry["spent"] for entry in entries if entry["generation"] <= generation)
+        past = [entry for entry in entries if entry["generation"] <= generation]
+        best = max(past, key=lambda entry: entry["composite"])
+        steps = sum(entry["spent"] for entry in past)
         curve.append((steps, test_return(setting, snapshots / best["name"])))
     return {"curve": curve}
 
@@ -348,15 +377,22 @@ ON_RAY = ("pbt_rates", "pbt_slices")
 # --- Jobs ---------------------------------------------------------------------------------------------------
 
 
+def fingerprint(setting: Setting, seed: int) -> str:
+    """Of everything that decides a result beside the code: a result with another one is measured again."""
+    options = [base(setting, seed).to_dict(), asdict(rules(setting)), setting.split, TEST_TASKS]
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def perform(name: str, setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
     """Do a job, unless its result is there."""
     done = folder / "result.json"
-    if not done.exists():
+    key = fingerprint(setting, seed)
+    if not done.exists() or json.loads(done.read_text())["fingerprint"] != key:
         torch.set_num_threads(1)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         begin = time.perf_counter()
-        result = CONDITIONS[name](setting, seed, folder)
+        result = {"fingerprint": key, **CONDITIONS[name](setting, seed, folder)}
         result["seconds"] = time.perf_counter() - begin
         fresh = done.with_suffix(".tmp")
         fresh.write_text(json.dumps(result))
@@ -371,10 +407,8 @@ def perform_all(names: Sequence[str], setting: Setting, options: Options) -> dic
     jobs = [(name, setting, seed, out / name / f"seed-{seed}") for name in names for seed in options.seeds]
     apart = [job for job in jobs if job[0] not in ON_RAY]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        # In order: "single" needs to know what "rsi" spent.
-        for name in names:
-            pool.starmap(perform, [job for job in apart if job[0] == name], chunksize=1)
-    if any(not (job[3] / "result.json").exists() for job in jobs if job[0] in ON_RAY):
+        pool.starmap(perform, apart, chunksize=1)
+    if len(apart) < len(jobs):
         start_ray(0, always=True)
     return {name: [perform(*job) for job in jobs if job[0] == name] for name in names}
 
@@ -393,13 +427,15 @@ def area(curve: Curve, steps: int) -> tuple[float, float]:
 
 
 def compare(setting: Setting, options: Options) -> dict[str, Any]:
-    names = [name for name in CONDITIONS if name != "no_mutation"]
+    names = list(CONDITIONS)
     results = perform_all(names, setting, options)
     summary: dict[str, Any] = {"split": setting.split, "rules": dict(setting.rules), "seeds": list(options.seeds)}
     areas: dict[str, list[float]] = {name: [] for name in names}
     finals: dict[str, list[float]] = {name: [] for name in names}
     for i in range(len(options.seeds)):
-        common = min(results[name][i]["curve"][-1][0] for name in names)
+        # A run that was stopped early hands over what it has: its curve goes on level.
+        whole = [n for n in names if len(results[n][i]["curve"]) == rules(setting).generations + 1]
+        common = min(results[name][i]["curve"][-1][0] for name in whole)
         for name in names:
             under, final = area([tuple(point) for point in results[name][i]["curve"]], common)
             areas[name].append(under)

@@ -25,7 +25,7 @@ from .distributed.trainer import EnvironmentFailure
 from .plots import plot_evolution, plot_run
 from .population_view import PopulationView, evolution_summary
 from .tuning.population import EvolveConfig
-from .tuning.run import evolve
+from .tuning.run import EvolutionFailure, evolve
 from .tuning.store import read_state, request_rollback
 
 console = Console(stderr=True)
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, CheckpointError) as error:
         _complain(error)
         return 2
-    except (EnvironmentFailure, FloatingPointError, OSError) as error:
+    except (EnvironmentFailure, EvolutionFailure, FloatingPointError, OSError) as error:
         _complain(error)
         return 1
     except KeyboardInterrupt:
@@ -222,7 +222,7 @@ def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveCo
     if known.resume:
         state = read_state(known.run_dir)
         rules = {f.name: state["config"][f.name] for f in fields(EvolveConfig)}
-        return TrainConfig.from_dict(state["trials"][0]["config"]), EvolveConfig(**rules)
+        return TrainConfig.from_dict(state["base"]), EvolveConfig(**rules)
     if known.start is not None:
         config = load_checkpoint(resolve_checkpoint(known.start)).config
         return TrainConfig.from_dict({**config, **single}), EvolveConfig()

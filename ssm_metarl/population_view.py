@@ -94,8 +94,10 @@ def population_table(state: Mapping[str, Any]) -> Table:
         sizes, rates, metrics = trial["sizes"], trial["learning_rates"], trial["metrics"]
         cells = [str(trial["id"]), trial["status"], "/".join(str(size) for size in sizes.values())]
         cells += [f"{rates['inner_lr']:.3g}", f"{rates['outer_lr']:.2g}", str(rates["inner_steps"])]
-        cells += [f"{metrics[name]:.2f}" if name in metrics else "–" for name in METRICS]
-        cells.append("–" if trial["composite"] is None else f"{trial['composite']:.3f}")
+        # Of a child on probation nothing is known yet: the record is its parent's.
+        known = trial["status"] != "on probation" and trial["composite"] is not None
+        cells += [f"{metrics[name]:.2f}" if known and name in metrics else "–" for name in METRICS]
+        cells.append(f"{trial['composite']:.3f}" if known else "–")
         table.add_row(*cells, style="bold" if best and trial["checkpoint"] == best["name"] else None)
     return table
 

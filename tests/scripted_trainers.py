@@ -34,12 +34,14 @@ def write_faults(run: Path, *faults: dict[str, Any]) -> None:
     (run / ".faults.json").write_text(json.dumps(faults))
 
 
-def fault_now(assignment: Assignment) -> str | None:
+def fault_now(assignment: Assignment, when: str = "") -> str | None:
     """The kind of fault that is due for a trial in its generation; counted, so that it happens ``times`` times."""
     run = Path(assignment.checkpoints).parents[1]
     path = run / ".faults.json"
     for number, fault in enumerate(json.loads(path.read_text()) if path.exists() else []):
         if (fault["trial"], fault["generation"]) != (assignment.trial, assignment.generation):
+            continue
+        if fault["kind"].endswith("in reset") != bool(when):
             continue
         marks = list(run.glob(f".fault-{number}-*"))
         if len(marks) < fault.get("times", 1):
@@ -61,6 +63,11 @@ class ScriptedTrainer(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.setup(new_config)
+        kind = fault_now(self.assignment, when="in reset")
+        if kind == "kill in reset":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "error in reset":
+            raise OSError("the disk is full")
         return True
 
     def step(self) -> dict[str, Any]:

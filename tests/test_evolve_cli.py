@@ -74,7 +74,7 @@ def test_from_evolve_to_rollback(ray_session: None, tmp_path: Path, capsys: pyte
     [
         (["--population", "1"], "population must be an integer of 2 or more"),
         (["--survivors", "4"], "survivors must be below population"),
-        (["--generation-steps", "0"], "generation_steps must be"),
+        (["--generation-steps", "-1"], "generation_steps must be"),
         (["--keep-margin", "nan"], "keep_margin must be a number"),
         (["--cycles", "2", "--proposals", "0"], "proposals must be 1 or more"),
         (["--hidden-dim", "0"], "hidden_dim must be"),
@@ -117,6 +117,9 @@ def test_a_folder_in_use_and_another_size_are_refused(
     code, _, err = outcome(capsys, "evolve", "--resume", "--run-dir", fresh, "--population", "3")
     assert code == 2
     assert "population cannot change on resume" in err
+    code, _, err = outcome(capsys, "evolve", "--resume", "--run-dir", fresh, "--inner-lr", "0.7")
+    assert code == 2
+    assert "inner_lr cannot change on resume: it is 0.1" in err.replace("\n", " ")
     code, _, err = outcome(capsys, "evolve", "rollback", fresh, "generation_0007_trial_1")
     assert code == 2
     assert "keeps no checkpoint 'generation_0007_trial_1'" in err
@@ -134,6 +137,12 @@ def test_the_table_fits_a_terminal(fresh: Path) -> None:
     (row,) = (line for line in text.getvalue().splitlines() if "on probation" in line)
     assert "256/256/4" in row
     assert "…" not in row
+    assert "0.12" not in row, "these are its parent's figures"
+    trial["status"] = "kept"
+    text = io.StringIO()
+    Console(file=text, width=80).print(population_table(state))
+    (row,) = (line for line in text.getvalue().splitlines() if "kept" in line)
+    assert "0.12" in row
 
 
 def test_what_happens_is_said_without_a_terminal(fresh: Path) -> None:

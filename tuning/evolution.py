@@ -58,6 +58,7 @@ class Evolution:
         self, config: EvolveConfig, base: Mapping[str, Any], store: RunStore, start: str | None = None
     ) -> None:
         self.config, self.store = config, store
+        self.base = dict(base)
         self.seed = int(base["seed"])
         self.generation = 0
         self.archive: dict[str, Record] = {}
@@ -107,7 +108,18 @@ class Evolution:
         self.slots = [
             Slot(**{name: value for name, value in slot.items() if name in known}) for slot in state["trials"]
         ]
-        for name in ("seed", "generation", "best", "floor", "failures", "sole", "rejected", "verdicts", "seconds"):
+        for name in (
+            "base",
+            "seed",
+            "generation",
+            "best",
+            "floor",
+            "failures",
+            "sole",
+            "rejected",
+            "verdicts",
+            "seconds",
+        ):
             setattr(self, name, state[name])
         self.finished, self._border = state["finished"], state["border"]
         self._failures_before, self._requests = state["failures_before"], state["requests"]
@@ -142,7 +154,7 @@ class Evolution:
                 slot.config = slot.fallback
             slot.partner = slot.proposal = slot.fallback = None
             if self.floor is not None:
-                slot.budget, slot.restarts = self.config.generation_steps, 0
+                slot.budget, slot.restarts = self._budget(slot), 0
                 if slot.start not in self.archive:
                     slot.start = slot.checkpoint
         if asked is not None and self.floor is None:
@@ -150,7 +162,7 @@ class Evolution:
         if self.floor is not None and slot.checkpoint is None:
             assert self.best is not None
             self._take(slot, self.archive[self.best], "restored")
-            slot.start, slot.budget = self.best, self.config.generation_steps
+            slot.start, slot.budget = self.best, self._budget(slot)
             slot.config = {**slot.config, "seed": self._draw_seed(self.generation, slot.id, RESTORED)}
 
     # --- What the scheduler asks ----------------------------------------------------------------------------
@@ -205,6 +217,7 @@ class Evolution:
             assert record is not None
             self.archive[record.name] = record
             slot.checkpoint, slot.ended, answer = record.name, True, "wait"
+            slot.carry = slot.budget - report.trained
         self.commit()
         return answer
 
@@ -268,10 +281,12 @@ class Evolution:
         assert child.partner is not None
         proposal, partner = Proposal(**child.proposal), self.slots[child.partner]
         record, compared = self._record_of(child), False
+        # Since the fork; a trial that had to begin again has lost what it trained before.
+        steps, beside = (slot.lineage_steps - self.archive[proposal.parent].lineage_steps for slot in (child, partner))
         if partner.status == "dead":
             keep, reason = False, "the trial that continued its parent died"
-        elif partner.budget < self.config.generation_steps:
-            keep, reason = False, "the trial that continued its parent had to begin again and has trained less"
+        elif abs(steps - beside) > self.config.step_tolerance * self.config.generation_steps:
+            keep, reason = False, f"it trained {steps:,} steps and its parent {beside:,}: no comparison"
         else:
             compared = True
             rng = np.random.default_rng(seed_for(self.seed, BOOTSTRAP, self.generation, child.id))
@@ -396,13 +411,18 @@ class Evolution:
         """Let the survivors go on and make the other trials children of theirs."""
         self._border, self.sole, self._failures_before = False, None, self.failures
         for slot in self.living:
-            slot.budget, slot.spent, slot.ended, slot.restarts = self.config.generation_steps, 0, False, 0
+            slot.budget, slot.spent, slot.ended, slot.restarts = self._budget(slot), 0, False, 0
             slot.start = self._name(slot)
             slot.lineage_steps = self._record_of(slot).lineage_steps
         survivors = [sole] if sole else self._survivors()
         for child in [slot for slot in self.living if slot not in survivors]:
             rng = np.random.default_rng(seed_for(self.seed, PARENT, self.generation, child.id))
             self._fork(child, survivors[int(rng.integers(len(survivors)))])
+
+    def _budget(self, slot: Slot) -> int:
+        """Steps of the next generation: what the last one was too long or too short by evens out."""
+        steps = self.config.generation_steps
+        return steps + min(max(slot.carry, -steps // 2), steps // 2)
 
     def _survivors(self) -> list[Slot]:
         """The trials that go on unmutated: the better ones, without copies of another's policy."""
@@ -417,6 +437,7 @@ class Evolution:
         record = self._record_of(parent)
         self._take(child, record, "copied")
         child.parent = child.start = record.name
+        child.budget = parent.budget
         fallback = dict(child.config)
         child.config = {**fallback, "seed": self._draw_seed(self.generation, child.id)}
         rng = np.random.default_rng(seed_for(self.seed, PROPOSAL, self.generation, child.id))
@@ -478,6 +499,7 @@ class Evolution:
             "requests": self._requests,
             "finished": self.finished,
             "seed": self.seed,
+            "base": self.base,
             "config": asdict(self.config),
             "rejected": self.rejected,
             "verdicts": self.verdicts,

@@ -16,7 +16,8 @@ class EvolveConfig(SafetyConfig):
     Attributes:
         population: trials P.
         generations: after the assessment of the initial policies; 0: until stopped.
-        generation_steps: environment steps of training of every trial in a generation.
+        generation_steps: environment steps of training of every trial in a generation, to the nearest meta-iteration;
+            0: five iterations of the first config with episodes of full length.
         survivors: trials that go on unmutated at a border; the others are forked from them. 0: the better half.
         mutate: False makes the others plain copies: what selection and training do alone.
         validation_tasks: fixed tasks on which every trial is assessed, of each of two splits.
@@ -27,7 +28,7 @@ class EvolveConfig(SafetyConfig):
 
     population: int = 4
     generations: int = 6
-    generation_steps: int = 300_000
+    generation_steps: int = 0
     survivors: int = 0
     mutate: bool = True
     validation_tasks: int = 20
@@ -38,9 +39,9 @@ class EvolveConfig(SafetyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("population", self.population, 2)
-        for name in ("generation_steps", "validation_tasks", "validation_episodes", "validation_steps"):
+        for name in ("validation_tasks", "validation_episodes", "validation_steps"):
             check_count(name, getattr(self, name), 1)
-        for name in ("generations", "survivors", "keep_generations"):
+        for name in ("generations", "generation_steps", "survivors", "keep_generations"):
             check_count(name, getattr(self, name), 0)
         check_flag("mutate", self.mutate)
         if self.survivors >= self.population:
@@ -82,6 +83,7 @@ class Slot:
         proposal: its mutation, while on probation.
         fallback: the parent's config, while on probation.
         budget: environment steps of training left in this generation when it was last started.
+        carry: what the last generation fell short of its budget by; negative where it went beyond.
         spent: environment steps since then, validation included.
         resize_error: of its last mutation of sizes, as in ``Report``.
         ended: it has reached the end of this generation.
@@ -97,6 +99,7 @@ class Slot:
     proposal: dict[str, Any] | None = None
     fallback: dict[str, Any] | None = None
     budget: int = 0
+    carry: int = 0
     spent: int = 0
     restarts: int = 0
     lineage_steps: int = 0

@@ -6,13 +6,14 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
 
@@ -31,6 +32,9 @@ from .trainer import EvolvingTrainer
 
 START = "start"
 """Name in the archive of the checkpoint that a run was started from."""
+
+MACHINE = ("num_workers", "learner_threads", "device", "sample_timeout_s")
+"""Options of the trials that say where they run, not what they do."""
 
 MAX_FAILURES = 3
 """Times that a trial's process is started again."""
@@ -83,7 +87,8 @@ def evolve(
     SIGINT and SIGTERM end the run: every generation that ended is on disk.
 
     Args:
-        config: of the first generation's trials. Each trial takes ``1 + num_workers`` CPUs.
+        config: of the first generation's trials. Each trial takes ``1 + num_workers`` CPUs. On resume only what says
+            where it runs may differ, see ``MACHINE``.
         evolution_config: rules; on resume those that differ from the run's replace them, but for the population and the
             validation, which cannot change.
         run_dir: folder of the run, new or empty unless ``resume``.
@@ -93,7 +98,8 @@ def evolve(
         trainable: the trial's class.
 
     Raises:
-        ValueError: the folder is not empty or cannot be made, or has no run to resume; ``start`` acts on other spaces.
+        ValueError: the folder is not empty or cannot be made, or has no run to resume, or one with other options;
+            ``start`` acts on other spaces.
         CheckpointError: ``start`` is damaged.
     """
     begin = time.perf_counter()
@@ -107,8 +113,10 @@ def evolve(
             f"A self-improving run has no last iteration: lr_schedule must be constant, not {config.lr_schedule}."
         )
     if resume:
-        evolution = Evolution.resume(store, **_changes(run, evolution_config))
+        evolution = Evolution.resume(store, **_changes(run, config, evolution_config))
     else:
+        if not evolution_config.generation_steps:
+            evolution_config = replace(evolution_config, generation_steps=default_generation_steps(config, family))
         checkpoint = None if start is None else load_checkpoint(resolve_checkpoint(start))
         if checkpoint and checkpoint.spec != config.policy_spec(family):
             raise ValueError(
@@ -122,12 +130,18 @@ def evolve(
         evolution.commit()
     start_ray(config.num_workers, always=True)
     check_resources(config.num_workers)
+    constants = {name: getattr(config, name) for name in MACHINE}
     with interrupts() as interrupted:
-        _fit(evolution, run, {"task_distribution": family}, trainable, interrupted)
+        _fit(evolution, run, {**constants, "task_distribution": family}, trainable, interrupted)
     seconds = time.perf_counter() - begin
     evolution.seconds["wall"] = evolution.seconds.get("wall", 0.0) + seconds
     evolution.commit()
     return EvolveResult(run, export_best(run), evolution.state(), seconds, interrupted[0] if interrupted else None)
+
+
+def default_generation_steps(config: TrainConfig, family: TaskDistribution) -> int:
+    """Five meta-iterations with episodes of full length: trials then differ by a tenth of a generation at most."""
+    return 5 * config.meta_batch * config.episodes * family.horizon * (config.inner_steps + 1)
 
 
 def check_reference(family: TaskDistribution) -> None:
@@ -142,18 +156,22 @@ def check_reference(family: TaskDistribution) -> None:
     normalise(np.zeros(1), reference)
 
 
-def _changes(run: Path, config: EvolveConfig) -> dict[str, Any]:
+def _changes(run: Path, config: TrainConfig, rules: EvolveConfig) -> dict[str, Any]:
     """Rules that differ from those that a run began with.
 
     Raises:
-        ValueError: what makes earlier assessments worthless would change.
+        ValueError: what makes earlier assessments worthless would change, or an option of the trials, which evolve.
     """
-    begun = read_state(run)["config"]
-    changes = {name: value for name, value in asdict(config).items() if value != begun[name]}
-    for name in ("population", *(name for name in changes if name.startswith("validation_"))):
-        if name in changes:
+    state = read_state(run)
+    begun = {**state["config"], **state["base"]}
+    wanted = {**asdict(rules), **config.to_dict()}
+    wanted["generation_steps"] = rules.generation_steps or begun["generation_steps"]
+    changes = {name: value for name, value in wanted.items() if value != begun[name]}
+    fixed = {"population", *(name for name in asdict(rules) if name.startswith("validation_")), *state["base"]}
+    for name in changes:
+        if name in fixed.difference(MACHINE):
             raise ValueError(f"{name} cannot change on resume: it is {begun[name]} in {run}, not {changes[name]}.")
-    return changes
+    return {name: value for name, value in changes.items() if name in asdict(rules)}
 
 
 def _fit(
@@ -172,12 +190,14 @@ def _fit(
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     tuning = run / "rsi" / "tune"
     shutil.rmtree(tuning, ignore_errors=True)  # of the process before: nothing in it is read again
-    workers = evolution.slots[0].config["num_workers"]
-    Tuner(
+    tuner = Tuner(
         trainable,
-        param_space={"slot": tune.grid_search([slot.id for slot in evolution.slots]), "num_workers": workers},
+        param_space={
+            "slot": tune.grid_search([slot.id for slot in evolution.slots]),
+            "num_workers": constants["num_workers"],
+        },
         tune_config=TuneConfig(
-            scheduler=RecursiveSelfImprovement(evolution, constants),
+            scheduler=RecursiveSelfImprovement(evolution, constants, on_border=lambda: export_best(run)),
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -190,7 +210,18 @@ def _fit(
             checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             verbose=0,
         ),
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    except TuneError as error:  # its text is a traceback, the last line of which says what it was
+        last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise EvolutionFailure(
+            f"Ray Tune broke down: {last[0]}; what was decided is kept, go on with resume."
+        ) from error
+
+
+class EvolutionFailure(RuntimeError):
+    """Ray Tune itself failed, not a trial."""
 
 
 def _trial_name(trial: Trial) -> str:

@@ -15,6 +15,8 @@ class SafetyConfig:
     Attributes:
         keep_level: of the two-sided paired bootstrap interval of child less parent.
         keep_margin: a child is kept only if that interval's lower bound is above minus this.
+        step_tolerance: child and parent are compared only if their environment steps of training since the fork differ
+            by at most this share of a generation's.
         floor_margin: a composite this far below the first checkpoint's is a failure.
         collapse_margin: a population wholly this far below the best ever is a failure.
         max_failures: as many in a row stop the experiment.
@@ -22,13 +24,14 @@ class SafetyConfig:
 
     keep_level: float = 0.90
     keep_margin: float = 0.02
+    step_tolerance: float = 0.2
     floor_margin: float = 0.10
     collapse_margin: float = 0.05
     max_failures: int = 3
 
     def __post_init__(self) -> None:
         check_number("keep_level", self.keep_level, above=0.0, high=0.999)
-        for name in ("keep_margin", "floor_margin", "collapse_margin"):
+        for name in ("keep_margin", "step_tolerance", "floor_margin", "collapse_margin"):
             check_number(name, getattr(self, name), low=0.0)
         check_count("max_failures", self.max_failures, 1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,14 +37,22 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
 
     Args:
         evolution: the population.
-        constants: entries of every trial's config beside the slot's own, such as "task_distribution".
+        constants: entries of every trial's config that win over the slot's own, such as "task_distribution".
+        on_border: called after every generation's decisions.
         synch: must be True.
 
     Raises:
         ValueError: for ``synch=False``.
     """
 
-    def __init__(self, evolution: Evolution, constants: Mapping[str, Any] | None = None, *, synch: bool = True) -> None:
+    def __init__(
+        self,
+        evolution: Evolution,
+        constants: Mapping[str, Any] | None = None,
+        *,
+        on_border: Callable[[], object] = lambda: None,
+        synch: bool = True,
+    ) -> None:
         if not synch:
             raise ValueError(
                 "RecursiveSelfImprovement judges a child beside its parent, which needs synchronous generations: "
@@ -58,7 +66,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
             synch=True,
         )
         self.evolution = evolution
-        self._constants = dict(constants or {})
+        self._constants, self._on_border = dict(constants or {}), on_border
         self._trials: dict[int, Trial] = {}
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
@@ -88,13 +96,17 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         """A trial's process died. Tune has marked it as failed already if it is going to start it again."""
         slot = self._slot(trial)
-        if trial.status == Trial.ERROR:
+        in_reset = trial.status == Trial.PENDING and trial.run_metadata.num_failures <= trial.max_failures
+        # It died while Tune gave it another trial's process. Tune counts that as the end of the trial, even where it
+        # has just started it again, because the process took the reset with it: see _revive.
+        known = in_reset and trial not in _controller(tune_controller)._trial_to_actor
+        if (trial.status == Trial.ERROR or in_reset) and not known:
             self.evolution.crashed(slot, _last_error(trial))
             for other in tune_controller.get_trials():
                 # The processor that it had may be gone: those that only wait must not keep theirs.
                 if other.status == Trial.RUNNING and self.evolution.slots[self._slot(other)].ended:
                     tune_controller.pause_trial(other, should_checkpoint=False)
-        else:
+        elif not in_reset:
             self._remove(tune_controller, slot, _last_error(trial))
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
@@ -109,7 +121,22 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         """A trial that has training to do in this generation; those at the border wait."""
         if self.evolution.finished:
             return None
-        return next((trial for trial in tune_controller.get_trials() if self._has_work(trial)), None)
+        controller = _controller(tune_controller)
+        self._revive(controller)
+        waiting = [trial for trial in controller.get_trials() if self._has_work(trial)]
+        # Those for which Tune has not asked for a process yet come first: processes start side by side.
+        asked = (controller._staged_trials, controller._trial_to_actor)
+        return next((trial for trial in waiting if not any(trial in some for some in asked)), next(iter(waiting), None))
+
+    def _revive(self, controller: Any) -> None:
+        """Have trials back that Tune gave up although their slots live on."""
+        for slot in self.evolution.living:
+            trial = self._trials.get(slot.id)
+            if trial is not None and trial.status == Trial.ERROR:
+                controller._resetting_trials.discard(trial)
+                controller._set_trial_status(trial, Trial.PENDING)
+                controller._live_trials.add(trial)
+                self._assign(slot.id)
 
     def debug_string(self) -> str:
         """One line for Tune's status."""
@@ -134,6 +161,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         if not self.evolution.ready():
             return
         self.evolution.advance()
+        self._on_border()
         if not self.evolution.finished:
             for slot in self.evolution.living:
                 self._trials[slot.id].run_metadata.num_failures = 0  # Tune's limit is for a generation
@@ -147,7 +175,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         """
         self._assign(slot)
         trial = self._trials[slot]
-        controller: Any = getattr(tune_controller, "_tune_controller", tune_controller)
+        controller = _controller(tune_controller)
         if trial.status != Trial.RUNNING:
             return
         if trial not in controller._trial_to_actor:  # its process died while it waited
@@ -170,12 +198,17 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
     def _assign(self, slot: int) -> None:
         """Have a trial start next from its slot's config and checkpoint."""
         trial, evolution = self._trials[slot], self.evolution
-        config = {**self._constants, **evolution.slots[slot].config}
+        config = {**evolution.slots[slot].config, **self._constants}
         trial.set_config({**config, "slot": slot, "assignment": evolution.assignment(slot)})
         path = evolution.start_path(slot)
         result = _TrainingResult(Checkpoint(str(path)), {}) if path else None
         trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
         trial.invalidate_json_state()
+
+
+def _controller(tune_controller: TuneController) -> Any:
+    """Tune hands its controller to some methods in a wrapper that hides what is private."""
+    return getattr(tune_controller, "_tune_controller", tune_controller)
 
 
 def _last_error(trial: Trial) -> str:

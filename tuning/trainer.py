@@ -30,7 +30,7 @@ class Assignment:
 
     Attributes:
         trial, generation: name the checkpoint at the end.
-        budget: environment steps of training; 0: assess only.
+        budget: environment steps of training, to the nearest meta-iteration; 0: assess only.
         probation: assess at half the budget, too.
         checkpoints: folder of the run's archive.
         seed: of the validation tasks and rollouts, equal for all trials.
@@ -68,7 +68,7 @@ class EvolvingTrainer(MetaTrainer):
         config.pop("slot", None)  # Tune's grid search needs an entry that numbers the trials
         self.assignment = Assignment(**config.pop("assignment"))
         self._history = [(int(steps), list(values)) for steps, values in self.assignment.history]
-        self._spent = self._trained = 0
+        self._spent = self._trained = self._last = 0
         self._checked = not self.assignment.probation
         self._extra_seconds = 0.0
         self.resize_error: float | None = None
@@ -85,10 +85,10 @@ class EvolvingTrainer(MetaTrainer):
         assessment, ended, failure = None, False, None
         begin = trained_at = time.perf_counter()
         try:
-            if self._trained < self.assignment.budget:
+            if self._goes_on():
                 metrics = self._train()
             trained_at = time.perf_counter()
-            ended = self._trained >= self.assignment.budget
+            ended = not self._goes_on()
             if ended or (not self._checked and 2 * self._trained >= self.assignment.budget):
                 assessment = self._assess()
                 self._checked = True
@@ -114,12 +114,17 @@ class EvolvingTrainer(MetaTrainer):
         self._extra_seconds = 0.0
         return {**metrics, "report": [asdict(report)], "composite": 0.0}
 
+    def _goes_on(self) -> bool:
+        """Whether another meta-iteration, as long as the last one, ends nearer to the budget than it is now."""
+        return 2 * self._trained + self._last < 2 * self.assignment.budget
+
     def _train(self) -> dict[str, Any]:
         """One meta-iteration, and what it cost."""
         before = self.env_steps
         metrics = super().step()
-        self._trained += self.env_steps - before
-        self._spent += self.env_steps - before
+        self._last = self.env_steps - before
+        self._trained += self._last
+        self._spent += self._last
         return metrics
 
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:

@@ -836,12 +836,13 @@ def test_the_better_ones_go_on(new_run: NewRun, population: int, survivors: int,
     [
         ({"population": 1}, "population"),
         ({"survivors": 4}, r"survivors must be below population \(4\), not 4\."),
-        ({"generation_steps": 0}, "generation_steps"),
+        ({"generation_steps": -1}, "generation_steps"),
         ({"validation_steps": 0}, "validation_steps"),
         ({"generations": -1}, "generations"),
         ({"mutate": 1}, "mutate"),
         ({"keep_level": 1.0}, "keep_level"),
         ({"keep_margin": float("nan")}, "keep_margin"),
+        ({"step_tolerance": -0.1}, "step_tolerance"),
         ({"max_failures": 0}, "max_failures"),
     ],
 )
@@ -1053,6 +1054,56 @@ def test_a_trial_that_comes_back_trains_a_whole_generation(new_run: NewRun) -> N
     play_to(evolution, world, 1)
     again = resumed(evolution)
     assert [slot.budget for slot in again.slots] == [STEPS] * 4
+
+
+@given(
+    fates=st.lists(st.tuples(st.integers(1, 3 * STEPS), st.integers(1, 3 * STEPS)), min_size=2, max_size=6),
+    seed=seeds,
+)
+@settings(max_examples=30, deadline=None)
+def test_what_a_generation_is_too_long_by_the_next_one_is_shorter(
+    new_run: NewRun, fates: list[tuple[int, int]], seed: int
+) -> None:
+    """A trial that is never restarted spends its share; a child has its parent's budget, and only like is compared."""
+    evolution = new_run(population=2, generations=len(fates), seed=seed, step_tolerance=0.5)
+    for trained in [(0, 0), *fates]:
+        budgets = [slot.budget for slot in evolution.slots]
+        if evolution.generation:
+            assert budgets[0] == budgets[1], "equal budgets beside each other"
+            assert STEPS // 2 <= budgets[0] <= STEPS + STEPS // 2
+        survivor = next((slot for slot in evolution.slots if not slot.proposal), None)
+        child = next((slot for slot in evolution.slots if slot.proposal), None)
+        for slot, steps in zip(evolution.slots, trained):
+            evolution.report(slot.id, overlong(Training(evolution, World(), slot.id), steps))
+        carry = None if survivor is None else survivor.budget - trained[survivor.id]
+        proposal = None if child is None else Proposal(**child.proposal or {}).key
+        evolution.advance()
+        if child is not None and survivor is not None:
+            (verdict,) = events(evolution, kind="probation", generation=evolution.generation - (not evolution.finished))
+            assert ("no comparison" in verdict["reason"]) == (abs(trained[0] - trained[1]) > STEPS / 2)
+            if "no comparison" in verdict["reason"]:
+                assert verdict["decision"] == "rolled back"
+                assert proposal not in evolution.rejected, "nothing is known of it"
+        if carry is not None and child is not None and not evolution.finished and survivor.status == "continued":
+            assert survivor.carry == carry
+            assert survivor.budget == STEPS + min(max(carry, -STEPS // 2), STEPS // 2)
+
+
+def overlong(training: Training, steps: int) -> Report:
+    """The end of a generation that took so many steps."""
+    training.trained, training.spent, training.lineage = steps, steps, training.lineage + steps
+    assessment = training.assess()
+    path = Path(training.assignment["checkpoints"]) / training.name
+    path.mkdir(exist_ok=True)
+    (path / "policy").write_text(json.dumps({"skill": training.skill, "lineage": training.lineage}))
+    return Report(
+        spent=training.spent,
+        trained=steps,
+        lineage_steps=training.lineage,
+        assessment=assessment,
+        ended=True,
+        checkpoint=training.name,
+    )
 
 
 def test_after_an_emergency_stop_at_the_last_border_a_run_is_finished(new_run: NewRun) -> None:
