@@ -66,8 +66,8 @@ def start_ray(num_workers: int, *, always: bool = False) -> None:
     if not (num_workers or always) or ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        context = ray.init(logging_level="ERROR", log_to_driver=False)
+    if address := os.environ.get("RAY_ADDRESS"):
+        context = _join(address)
     else:
         context = ray.init(
             address="local",
@@ -80,6 +80,30 @@ def start_ray(num_workers: int, *, always: bool = False) -> None:
         )
     if context.dashboard_url:
         print(f"Ray dashboard: http://{context.dashboard_url}", file=sys.stderr)
+
+
+def _join(address: str) -> Any:
+    """Connect to a running cluster.
+
+    Raises:
+        ValueError: none answers, or one of another version; one sentence.
+    """
+    try:
+        return ray.init(logging_level="ERROR", log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The Ray cluster at {address} (--address, RAY_ADDRESS) cannot be joined: {reason}") from None
+
+
+def auto_workers(trials: int = 1) -> int:
+    """Workers for each of as many trials: the free processors of the cluster that is joined, less one a learner.
+
+    Without a cluster to join (``RAY_ADDRESS``), this machine's cores: there the learner and its workers take turns.
+    """
+    if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+        return available_cores() if trials == 1 else 0
+    start_ray(0, always=True)
+    return max(int(ray.available_resources().get("CPU", 0.0)) // trials - 1, 0)
 
 
 def train(

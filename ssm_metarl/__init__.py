@@ -7,9 +7,15 @@ rollout workers live on NumPy alone.
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+# In a checkout the parts of the package stand beside this folder. An editable install finds them; with this, so does a
+# checkout that is not installed, as on the nodes of a cluster to which Ray copied it.
+if not (Path(__file__).parent / "algorithms").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 # Public name -> the module of this package that defines it.
 _EXPORTS: dict[str, str] = {

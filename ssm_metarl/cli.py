@@ -1,9 +1,10 @@
-"""The command line: ``train`` (the default), ``evolve``, ``evaluate`` and ``plot``."""
+"""The command line: ``train`` (the default), ``evolve``, ``evaluate``, ``plot`` and ``job``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -11,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
@@ -19,9 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
-from .distributed.config import TrainConfig, available_cores
-from .distributed.run import evaluate_checkpoint, train
+from .distributed.config import TrainConfig
+from .distributed.jobs import JobError
+from .distributed.run import auto_workers, evaluate_checkpoint, train
 from .distributed.trainer import EnvironmentFailure
+from .job_cli import COMMANDS, JobCommand, run_job
 from .plots import plot_evolution, plot_run
 from .population_view import PopulationView, evolution_summary
 from .tuning.population import EvolveConfig
@@ -33,7 +36,14 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True, kw_only=True)
 class UncheckedConfig(TrainConfig):
-    """A ``TrainConfig`` that is checked when the command runs, where a mistake becomes one sentence of ours."""
+    """A ``TrainConfig`` that is checked when the command runs, where a mistake becomes one sentence of ours.
+
+    Attributes:
+        num_workers: Ray actors that collect rollouts; 0 collects in process; auto: the free processors of the cluster
+            that is joined, less one for the learner, or this machine's cores.
+    """
+
+    num_workers: int | Literal["auto"] = "auto"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         pass
@@ -45,7 +55,9 @@ class Train:
 
     Attributes:
         config: the run's options.
-        run_dir: folder of the run; by default a new one under runs/.
+        run_dir: folder of the run; by default a new one in --storage.
+        storage: parent of the run folders; on a cluster a path that its machines share.
+        address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
         resume: go on from the last checkpoint in --run-dir, with the options it was started with unless given anew.
         eval_tasks: held-out tasks of the final evaluation.
         json: print the final summary as one JSON object.
@@ -53,6 +65,8 @@ class Train:
 
     config: tyro.conf.OmitArgPrefixes[UncheckedConfig]
     run_dir: Path | None = None
+    storage: Path = Path("runs")
+    address: str | None = None
     resume: bool = False
     eval_tasks: int = 40
     json: bool = False
@@ -74,7 +88,9 @@ class Evolve:
         config: options of the first generation's trials.
         evolution: the rules.
         start: a checkpoint, or a run for its best one, that all trials start from; by default initial weights.
-        run_dir: folder of the run; by default a new one under runs/.
+        run_dir: folder of the run; by default a new one in --storage.
+        storage: parent of the run folders; on a cluster a path that its machines share.
+        address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
         resume: go on from the last decision in --run-dir.
         cycles: instead of --population and --generations: as many cycles of one incumbent and its challengers.
         proposals: challengers of a cycle.
@@ -85,6 +101,8 @@ class Evolve:
     evolution: tyro.conf.OmitArgPrefixes[UncheckedEvolution]
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     run_dir: Path | None = None
+    storage: Path = Path("runs")
+    address: str | None = None
     resume: bool = False
     cycles: int | None = None
     proposals: int = 3
@@ -118,6 +136,7 @@ class Evaluate:
         inner_lr: step size of the inner steps; by default as in training.
         seed: of tasks and rollouts.
         num_workers: Ray actors that collect rollouts; 0: in process.
+        address: of a Ray cluster to join; by default RAY_ADDRESS, else Ray starts in this process.
         deterministic: take the most likely actions instead of sampling.
         json: print one JSON object.
     """
@@ -131,6 +150,7 @@ class Evaluate:
     inner_lr: float | None = None
     seed: int = 0
     num_workers: int = 0
+    address: str | None = None
     deterministic: bool = False
     json: bool = False
 
@@ -151,10 +171,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "train")
-    if given[:2] == ["evolve", "rollback"]:
-        given[:2] = ["evolve rollback"]
+    if " ".join(given[:2]) in ("evolve rollback", *COMMANDS):
+        given[:2] = [" ".join(given[:2])]
+    command: list[str] = []
+    if given[0] == "job start" and "--" in given:
+        given, command = given[: given.index("--")], given[given.index("--") + 1 :]
     try:
         options = _parse(given)
+        if isinstance(options, JobCommand):
+            _check(command)
+            return run_job(options, command, console)
+        if isinstance(options, Train | Evolve | Evaluate) and options.address:
+            os.environ["RAY_ADDRESS"] = options.address
         if isinstance(options, Train):
             return _train(options)
         if isinstance(options, Evaluate):
@@ -167,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, CheckpointError) as error:
         _complain(error)
         return 2
-    except (EnvironmentFailure, EvolutionFailure, FloatingPointError, OSError) as error:
+    except (EnvironmentFailure, EvolutionFailure, FloatingPointError, JobError, OSError) as error:
         _complain(error)
         return 1
     except KeyboardInterrupt:
@@ -178,7 +206,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
-def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Plot:
+def _check(command: Sequence[str]) -> None:
+    """Refuse a job's command that would be refused when it runs; what only the cluster knows is not looked at."""
+    if not command:
+        return
+    if command[0] not in ("train", "evolve", "evaluate"):
+        raise ValueError(f"A job can train, evolve or evaluate, not {command[0]!r}.")
+    if "--resume" not in command and not any(word.startswith("--from") for word in command):
+        options = _parse(command)
+        if isinstance(options, Train | Evolve):
+            TrainConfig(**{**asdict(options.config), "num_workers": 0})
+        if isinstance(options, Evolve):
+            EvolveConfig(**asdict(options.evolution))
+
+
+def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Plot | JobCommand:
     """Options of one command; they show the chosen task's own defaults, or those of the run to resume."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is left for tyro to complain about.
@@ -189,26 +231,29 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
     known, _ = peek.parse_known_args(arguments)
     if arguments[0] in ("train", "evolve") and known.resume and known.run_dir is None:
         raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
-    config = TrainConfig(num_workers=available_cores())
+    config = TrainConfig()
     if arguments[0] == "train":
         config = _default_config(known)
     trials, rules = _default_evolution(known) if arguments[0] == "evolve" else (config, EvolveConfig())
-    default = Train(config=UncheckedConfig(**asdict(config)))
+    options = {**asdict(config), **({} if known.resume else {"num_workers": "auto"})}
+    default = Train(config=UncheckedConfig(**options))
     population = Evolve(config=UncheckedConfig(**asdict(trials)), evolution=UncheckedEvolution(**asdict(rules)))
-    commands = (
-        Annotated[Train, tyro.conf.subcommand("train", default=default)]
-        | Annotated[Evolve, tyro.conf.subcommand("evolve", default=population)]
-        | Annotated[Rollback, tyro.conf.subcommand("evolve rollback")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Plot, tyro.conf.subcommand("plot")]
-    )
-    return tyro.cli(commands, args=arguments, prog="run_local.py", description=__doc__)
+    commands = [
+        Annotated[Train, tyro.conf.subcommand("train", default=default)],
+        Annotated[Evolve, tyro.conf.subcommand("evolve", default=population)],
+        Annotated[Rollback, tyro.conf.subcommand("evolve rollback")],
+        Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Plot, tyro.conf.subcommand("plot")],
+        *(Annotated[job, tyro.conf.subcommand(name)] for name, job in COMMANDS.items()),
+    ]
+    union: Any = Union[tuple(commands)]  # noqa: UP007 (of a list)
+    return tyro.cli(union, args=arguments, prog="run_local.py", description=__doc__)
 
 
 def _default_config(known: argparse.Namespace) -> TrainConfig:
     """Options of ``train``: the task's own, or those of the run to resume."""
     if not known.resume:
-        return TrainConfig.for_task(known.task, num_workers=available_cores())
+        return TrainConfig.for_task(known.task)
     found = checkpoints(known.run_dir) if known.run_dir.is_dir() else []
     if not found:
         raise ValueError(f"There is no checkpoint in {known.run_dir} to resume from.")
@@ -229,11 +274,20 @@ def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveCo
     return TrainConfig.for_task(known.task, **single), EvolveConfig()
 
 
+def _checked(config: UncheckedConfig, trials: int) -> TrainConfig:
+    """The options of a run, checked before the workers of "auto" are counted, for which Ray may have to be started."""
+    values = asdict(config)
+    automatic = values["num_workers"] == "auto"
+    checked = TrainConfig(**{**values, **({"num_workers": 0} if automatic else {})})
+    return replace(checked, num_workers=auto_workers(trials)) if automatic else checked
+
+
 def _train(options: Train) -> int:
-    config = TrainConfig(**asdict(options.config))
-    run_dir = options.run_dir or Path("runs") / f"{config.task}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
+    config = _checked(options.config, trials=1)
+    name = f"{config.task}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = options.storage / name if options.run_dir is None else options.run_dir
     with _progress() as progress:
         bar = progress.add_task(config.task, total=config.iterations, returns="", speed="")
 
@@ -280,12 +334,14 @@ def _train(options: Train) -> int:
 
 
 def _evolve(options: Evolve) -> int:
-    config, rules = TrainConfig(**asdict(options.config)), EvolveConfig(**asdict(options.evolution))
+    rules = EvolveConfig(**asdict(options.evolution))
     if options.cycles is not None:
         if options.proposals < 1:
             raise ValueError(f"proposals must be 1 or more, not {options.proposals}.")
         rules = replace(rules, population=options.proposals + 1, generations=options.cycles, survivors=1)
-    run_dir = options.run_dir or Path("runs") / f"{config.task}-evolve-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = _checked(options.config, trials=rules.population)
+    name = f"{config.task}-evolve-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = options.storage / name if options.run_dir is None else options.run_dir
     with PopulationView(run_dir, console):
         result = evolve(config, rules, run_dir, start=options.start, resume=options.resume)
     summary = evolution_summary(result)

@@ -1,0 +1,292 @@
+"""``job``: commands of this package in the background, as Ray Jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from .distributed import jobs
+from .distributed.checkpoint import resolve_checkpoint
+from .population_view import population_table
+from .tuning.store import read_state
+
+PATH_OPTIONS = ("--run-dir", "--storage", "--from")
+"""Options that name files: made absolute when a job is submitted, for a job runs in a folder of its own."""
+
+
+@dataclass(frozen=True)
+class JobStart:
+    """Start a command in the background; it outlives the terminal. Usage: job start [options] [-- train … | evolve …].
+
+    Without a command, self-improvement goes on from the best checkpoint until it is stopped: the newest run of evolve
+    in --storage is resumed, or a new one starts from the newest trained run, or from initial weights. Without a
+    cluster, a Ray head is started on this machine's loopback address.
+
+    Attributes:
+        address: of the cluster's job server, such as http://head:8265; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS,
+            or the head of this machine.
+        storage: parent of the run folders on the cluster; a path that its machines share, or a URI.
+        json: print one JSON object.
+    """
+
+    address: str | None = None
+    storage: str = "runs"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """Show a job and its run: the newest one, by default.
+
+    Attributes:
+        job: its id.
+        address: of the cluster's job server.
+        json: print one JSON object.
+    """
+
+    job: tyro.conf.Positional[str | None] = None
+    address: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class JobLogs:
+    """Print a job's output: the newest one's, by default.
+
+    Attributes:
+        job: its id.
+        follow: go on printing until the job ends.
+        address: of the cluster's job server.
+    """
+
+    job: tyro.conf.Positional[str | None] = None
+    follow: bool = False
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class JobStop:
+    """Stop a job, the newest one by default: it ends its iteration and writes a checkpoint first.
+
+    Attributes:
+        job: its id.
+        address: of the cluster's job server.
+    """
+
+    job: tyro.conf.Positional[str | None] = None
+    address: str | None = None
+
+
+@dataclass(frozen=True)
+class JobList:
+    """List the jobs that were started.
+
+    Attributes:
+        address: of the cluster's job server.
+        json: print one JSON object a job, in a list.
+    """
+
+    address: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class JobShutdown:
+    """End the Ray head that ``job start`` started on this machine, after stopping its jobs."""
+
+
+JobCommand = JobStart | JobStatus | JobLogs | JobStop | JobList | JobShutdown
+
+COMMANDS = {
+    "job start": JobStart,
+    "job status": JobStatus,
+    "job logs": JobLogs,
+    "job stop": JobStop,
+    "job list": JobList,
+    "job shutdown": JobShutdown,
+}
+
+
+def run_job(options: JobCommand, command: Sequence[str], console: Console) -> int:
+    """Carry out one of the commands; for ``job start``, ``command`` is what the job is to do.
+
+    Raises:
+        JobError: see ``distributed.jobs``.
+    """
+    if isinstance(options, JobStart):
+        return _start(options, list(command), console)
+    if isinstance(options, JobShutdown):
+        return _shutdown(console)
+    client = jobs.connect(options.address)
+    if isinstance(options, JobList):
+        return _list([_view(job) for job in jobs.jobs(client)], options.json, console)
+    job = jobs.choose(client, options.job)
+    name = job.submission_id or ""
+    if isinstance(options, JobStatus):
+        return _status(_view(job), options.json, console)
+    if isinstance(options, JobLogs):
+        return _logs(client, name, options.follow)
+    client.stop_job(name)
+    console.print(f"Waiting for {name} to write a checkpoint …", highlight=False)
+    console.print(f"{name}: {jobs.wait(client, name)}", highlight=False)
+    return 0
+
+
+def prepared(command: Sequence[str], storage: str) -> tuple[list[str], str | None]:
+    """A command as a job runs it: paths absolute, and a run folder that is known from the start.
+
+    Args:
+        command: arguments of the command line; empty for self-improvement without end.
+        storage: parent of the run folders.
+
+    Returns:
+        The command, and its run folder if it makes one.
+    """
+    given = list(command) or _improve(storage)
+    for i, word in enumerate(given):
+        name, equals, value = word.replace("_", "-", 2 * word.startswith("--")).partition("=")
+        if name in PATH_OPTIONS and equals:
+            given[i] = f"{name}={_absolute(value)}"
+        elif name in PATH_OPTIONS and i + 1 < len(given):
+            given[i + 1] = _absolute(given[i + 1])
+        elif not word.startswith("-") and i and Path(word).exists() and not given[i - 1].startswith("--"):
+            given[i] = _absolute(word)  # a checkpoint to evaluate
+    if given[0] not in ("train", "evolve"):
+        return given, None
+    run_dir = _value(given, "--run-dir")
+    if run_dir is None:
+        task = _value(given, "--task") or "navigation-2d"
+        parent = _value(given, "--storage") or _absolute(storage)
+        run_dir = f"{parent.rstrip('/')}/{task}-{given[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        given += ["--run-dir", run_dir]
+    return given, run_dir
+
+
+def _improve(storage: str) -> list[str]:
+    """``evolve`` without end, from the best there is."""
+    for run in sorted(Path(storage).glob("*/"), key=lambda run: run.stat().st_mtime, reverse=True):
+        if (run / "rsi" / "state.json").is_file():
+            return ["evolve", "--resume", "--run-dir", str(run), "--generations", "0"]
+        if (run / "best.json").is_file():
+            return ["evolve", "--from", str(resolve_checkpoint(run)), "--generations", "0"]
+    return ["evolve", "--generations", "0"]
+
+
+def _value(words: Sequence[str], option: str) -> str | None:
+    """What a command line gives for an option."""
+    for i, word in enumerate(words):
+        if word == option and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).absolute())
+
+
+def _start(options: JobStart, command: list[str], console: Console) -> int:
+    command, run_dir = prepared(command, options.storage)
+    had = jobs.recorded_head()
+    name = jobs.submit(command, run_dir, options.address)
+    head = jobs.recorded_head()
+    if head is not None and head != had:
+        console.print(f"Started a Ray head; dashboard: {head.dashboard}", highlight=False, soft_wrap=True)
+    console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
+    if options.json:
+        print(json.dumps({"job": name, "command": command, "run_dir": run_dir}))
+    return 0
+
+
+def _shutdown(console: Console) -> int:
+    head = jobs.recorded_head()
+    if head is None:
+        raise jobs.JobError("No head of this machine is running.")
+    client = jobs.connect(head.dashboard)
+    running = [job.submission_id or "" for job in jobs.jobs(client) if str(job.status.value) not in jobs.ENDED]
+    for name in running:
+        client.stop_job(name)
+    for name in running:
+        console.print(f"{name}: {jobs.wait(client, name)}", highlight=False)
+    jobs.end_head(head)
+    console.print("The head has ended.")
+    return 0
+
+
+def _logs(client: Any, name: str, follow: bool) -> int:
+    async def tail() -> None:
+        async for text in jobs.follow(client, name):
+            print(text, end="", flush=True)
+
+    if follow:
+        asyncio.run(tail())
+    else:
+        print(client.get_job_logs(name), end="")
+    return 0
+
+
+def _view(job: Any) -> dict[str, Any]:
+    """A job as JSON values."""
+    run_dir = (job.metadata or {}).get(jobs.MARK) or None
+    return {
+        "job": job.submission_id,
+        "status": str(job.status.value),
+        "command": job.entrypoint.partition(" -m ssm_metarl ")[2],
+        "run_dir": run_dir,
+        "started": _time(job.start_time),
+        "ended": _time(job.end_time),
+        "message": job.message,
+    }
+
+
+def _time(milliseconds: int | None) -> str | None:
+    return datetime.fromtimestamp(milliseconds / 1000).isoformat(" ", "seconds") if milliseconds else None
+
+
+def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
+    if as_json:
+        print(json.dumps(views))
+        return 0
+    table = Table()
+    for heading in ("job", "status", "started", "command"):
+        table.add_column(heading, overflow="fold")
+    for view in views:
+        table.add_row(view["job"], view["status"], view["started"] or "", view["command"])
+    console.print(table)
+    return 0
+
+
+def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
+    state: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    if view["run_dir"]:
+        run = Path(view["run_dir"])
+        try:
+            state = read_state(run)
+        except ValueError:
+            lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
+            metrics = json.loads(lines[-1]) if lines else None
+    if as_json:
+        print(json.dumps({**view, "state": state, "metrics": metrics}))
+        return 0
+    for key, value in view.items():
+        if value and (key != "message" or view["status"] == "FAILED"):
+            console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    if state is not None:
+        console.print(population_table(state))
+    if metrics is not None:
+        before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
+        console.print(f"iteration {metrics['iteration']}: return {before:.1f} → {after:.1f}", highlight=False)
+    return 0
