@@ -35,7 +35,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
         seed: of everything random in the run.
         num_workers: Ray actors that collect rollouts; 0 collects in process, without Ray.
         learner_threads: threads that share the learner's tasks (on a CPU).
-        device: where the learner computes, such as "cpu" or "cuda".
+        device: where the learner computes, such as "cpu" or "cuda"; "auto": on a GPU where there is one.
         checkpoint_every: iterations between checkpoints; there is one at the end, too.
         sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not
             reproducible.

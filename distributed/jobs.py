@@ -38,9 +38,6 @@ STOP_WAIT_SECONDS = 600
 MARK = "ssm-metarl"
 """Key of a job's metadata: its run folder."""
 
-HEAVY = ("ray", "torch")
-"""Requirements that a cluster must have itself: other versions beside its own would break it."""
-
 HEAD_ADDRESS = "127.0.0.2"
 """Of a head on this machine: loopback. Ray would replace 127.0.0.1 by the address of a network, which may change."""
 
@@ -282,9 +279,8 @@ def missing_requirements(client: JobSubmissionClient) -> list[str]:
     if tuple(found["python"]) != sys.version_info[:2]:
         there, here = (".".join(map(str, version)) for version in (found["python"], sys.version_info[:2]))
         raise JobError(f"The cluster runs Python {there}, but this environment {here}: they must be equal.")
-    for name in HEAVY:
-        if name in found["missing"]:
-            raise JobError(f"The cluster lacks {name}: install {wanted[name]!r} on its nodes.")
+    if "torch" in found["missing"]:  # gigabytes for every job; and another ray beside the cluster's would break it
+        raise JobError(f"The cluster lacks torch: install {wanted['torch']!r} on its nodes.")
     return [wanted[name] for name in found["missing"]]
 
 

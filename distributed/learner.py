@@ -42,7 +42,7 @@ class Learner:
 
     def __init__(self, spec: PolicySpec, config: TrainConfig, seed: int) -> None:
         self.config = config
-        self.device = torch.device(config.device)
+        self.device = torch.device(resolve_device(config.device))
         self.policy = SSMPolicy(spec, seed).to(self.device)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.outer_lr)
         self._threads = 1
@@ -197,12 +197,20 @@ class Learner:
             )
 
 
+def resolve_device(name: str) -> str:
+    """The device of this machine that "auto" stands for; any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_device(name: str) -> None:
     """Refuse a device that torch does not have here.
 
     Raises:
         ValueError: with one sentence.
     """
+    name = resolve_device(name)
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_check
 from .config import TrainConfig
 from .learner import Learner
 from .pool import Pool
+from .telemetry import Telemetry
 
 # Branches of the seed tree: SeedSequence(seed, spawn_key=(branch, ...)).
 ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION = range(4)
@@ -74,6 +75,7 @@ class MetaTrainer(tune.Trainable):
             name=f"ssm-metarl/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
             sample_timeout_s=self.train_config.sample_timeout_s,
         )
+        self.telemetry = Telemetry(self.trial_name, self.train_config.task)
         self.meta_iteration = 0
         self.env_steps = 0
 
@@ -117,8 +119,9 @@ class MetaTrainer(tune.Trainable):
         seconds["sample"] -= seconds["ray"]
         seconds["total"] = time.perf_counter() - begin
         self.meta_iteration += 1
-        self.env_steps += sum(rollouts.num_steps for rollouts in collected)
-        return {
+        env_steps = sum(rollouts.num_steps for rollouts in collected)
+        self.env_steps += env_steps
+        metrics = {
             "iteration": self.meta_iteration,
             "env_steps": self.env_steps,
             "return_by_step": [float(np.nanmean(rollouts.returns())) for rollouts in collected],
@@ -132,6 +135,8 @@ class MetaTrainer(tune.Trainable):
             "bad_episodes": bad,
             **statistics,
         }
+        self.telemetry.iteration(metrics, env_steps)
+        return metrics
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:
         """Write a checkpoint folder (see ``checkpoint.py``); Tune calls it, and so does ``train``."""
@@ -174,9 +179,12 @@ class MetaTrainer(tune.Trainable):
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """One CPU for the learner and one a worker, spread over nodes."""
-        workers = int(config.get("num_workers", 0))
-        return PlacementGroupFactory([{"CPU": 1.0}] * (1 + workers), strategy="SPREAD")
+        """One CPU for the learner and one a worker, spread over nodes; and a GPU for a learner that computes on one."""
+        device = str(config.get("device", "cpu"))
+        wants_gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0.0) >= 1)
+        learner = {"CPU": 1.0, **({"GPU": 1.0} if wants_gpu else {})}
+        workers = [{"CPU": 1.0}] * int(config.get("num_workers", 0))
+        return PlacementGroupFactory([learner, *workers], strategy="SPREAD")
 
     def _setup_logdir(self) -> None:
         # Alone, Trainable would make an empty folder under ~/ray_results for every trainer.

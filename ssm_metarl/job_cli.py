@@ -155,7 +155,10 @@ def prepared(command: Sequence[str], storage: str) -> tuple[list[str], str | Non
     """
     given = list(command) or _improve(storage)
     for i, word in enumerate(given):
-        name, equals, value = word.replace("_", "-", 2 * word.startswith("--")).partition("=")
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            name = name.replace("_", "-")
+            given[i] = name + equals + value
         if name in PATH_OPTIONS and equals:
             given[i] = f"{name}={_absolute(value)}"
         elif name in PATH_OPTIONS and i + 1 < len(given):

@@ -21,6 +21,7 @@ from ..distributed.checkpoint import load_checkpoint, mark_best, prune, resolve_
 from ..distributed.config import TrainConfig
 from ..distributed.learner import check_device
 from ..distributed.run import interrupts, prepare_run, start_ray
+from ..distributed.telemetry import Telemetry
 from ..distributed.trainer import check_resources
 from ..tasks import TaskDistribution, make
 from .evolution import Evolution
@@ -188,16 +189,23 @@ def _fit(
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    telemetry = Telemetry("population", str(evolution.base["task"]))
+
+    def at_border() -> None:
+        export_best(run)
+        best = evolution.archive.get(evolution.best or "")
+        telemetry.generation(evolution.generation, best.composite if best else None, evolution.store.events())
+
     tuning = run / "rsi" / "tune"
     shutil.rmtree(tuning, ignore_errors=True)  # of the process before: nothing in it is read again
     tuner = Tuner(
         trainable,
         param_space={
             "slot": tune.grid_search([slot.id for slot in evolution.slots]),
-            "num_workers": constants["num_workers"],
+            **{name: constants[name] for name in MACHINE},  # what a trial needs of the cluster follows from them
         },
         tune_config=TuneConfig(
-            scheduler=RecursiveSelfImprovement(evolution, constants, on_border=lambda: export_best(run)),
+            scheduler=RecursiveSelfImprovement(evolution, constants, on_border=at_border),
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,

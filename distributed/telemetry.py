@@ -1,0 +1,101 @@
+"""What a run tells Prometheus through Ray; the dashboard and Grafana show it.
+
+Ray puts ``ray_`` before the names and offers them on every node's metrics port some seconds later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.metrics import Counter, Gauge
+
+COUNTERS = {
+    "ssm_metarl_iterations": "meta-iterations",
+    "ssm_metarl_env_steps": "environment steps of training",
+    "ssm_metarl_worker_restarts": "rollout workers that died or were replaced",
+    "ssm_metarl_lost_tasks": "tasks dropped or missing",
+    "ssm_metarl_bad_episodes": "episodes that the environment spoiled",
+    "ssm_metarl_kept": "mutations kept",
+    "ssm_metarl_rollbacks": "mutations rolled back, and returns to the best ever",
+    "ssm_metarl_failures": "failures of trials",
+}
+"""Names and what they count."""
+
+GAUGES = {
+    "ssm_metarl_return": "mean undiscounted return of training by adaptation step",
+    "ssm_metarl_phase_seconds": "seconds of the last meta-iteration by phase",
+    "ssm_metarl_generation": "generation of the population",
+    "ssm_metarl_best_composite": "composite of the best policy so far",
+}
+"""Names and what they show."""
+
+_TAGS = {"ssm_metarl_return": ("adaptation_step",), "ssm_metarl_phase_seconds": ("phase",)}
+
+
+class Telemetry:
+    """Metrics of one trainer or one population; without Ray it does nothing.
+
+    ``MetaTrainer`` calls :meth:`iteration` after every meta-iteration, a self-improving run :meth:`generation` after
+    every generation's decisions.
+
+    Args:
+        trial: which trainer it is, a tag of every metric.
+        task: family of its tasks, another tag.
+    """
+
+    def __init__(self, trial: str, task: str) -> None:
+        self._tags = {"trial": trial, "task": task}
+        self._metrics: dict[str, Any] = {}
+        self._restarts = self._events = 0
+
+    def iteration(self, metrics: Mapping[str, Any], env_steps: int) -> None:
+        """Report a meta-iteration.
+
+        Args:
+            metrics: as ``MetaTrainer.step`` returns them.
+            env_steps: of this iteration.
+        """
+        if not ray.is_initialized():
+            return
+        self._count("ssm_metarl_iterations", 1)
+        self._count("ssm_metarl_env_steps", env_steps)
+        self._count("ssm_metarl_worker_restarts", metrics["restarts"] - self._restarts)
+        self._restarts = metrics["restarts"]
+        self._count("ssm_metarl_lost_tasks", len(metrics["dropped_tasks"]) + metrics["missing_tasks"])
+        self._count("ssm_metarl_bad_episodes", metrics["bad_episodes"])
+        for step, value in enumerate(metrics["return_by_step"]):
+            self._show("ssm_metarl_return", value, adaptation_step=str(step))
+        for phase, seconds in metrics["seconds"].items():
+            self._show("ssm_metarl_phase_seconds", seconds, phase=phase)
+
+    def generation(self, number: int, composite: float | None, events: Sequence[Mapping[str, Any]]) -> None:
+        """Report a generation's decisions.
+
+        Args:
+            number: of the generation.
+            composite: of the best policy so far.
+            events: all decisions so far, as in ``rsi/events.jsonl``.
+        """
+        if not ray.is_initialized():
+            return
+        fresh, self._events = events[self._events :], len(events)
+        self._count("ssm_metarl_kept", sum(event["decision"] == "kept" for event in fresh))
+        self._count("ssm_metarl_rollbacks", sum(event["decision"] in ("rolled back", "restored") for event in fresh))
+        self._count("ssm_metarl_failures", sum(event["kind"] == "failure" for event in fresh))
+        self._show("ssm_metarl_generation", number)
+        if composite is not None:
+            self._show("ssm_metarl_best_composite", composite)
+
+    def _count(self, name: str, by: float) -> None:
+        if name not in self._metrics:
+            self._metrics[name] = Counter(name, description=COUNTERS[name], tag_keys=("trial", "task"))
+        if by > 0:  # Ray refuses 0
+            self._metrics[name].inc(by, tags=self._tags)
+
+    def _show(self, name: str, value: float, **tags: str) -> None:
+        if name not in self._metrics:
+            keys = ("trial", "task", *_TAGS.get(name, ()))
+            self._metrics[name] = Gauge(name, description=GAUGES[name], tag_keys=keys)
+        self._metrics[name].set(value, tags={**self._tags, **tags})

@@ -1,0 +1,87 @@
+"""Metrics for Prometheus: what is counted, what is shown, and that the Grafana dashboard asks for these."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssm_metarl.distributed import telemetry as telemetry_module
+from ssm_metarl.distributed.telemetry import COUNTERS, GAUGES, Telemetry
+
+GRAFANA = Path(__file__).resolve().parents[2] / "docs" / "grafana_dashboard.json"
+
+
+class Recorded:
+    """Stands for Ray's metrics; keeps what they are told."""
+
+    values: dict[tuple[str, ...], float]
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        self.name, self.keys = name, tag_keys
+        assert description
+
+    def inc(self, by: float, tags: dict[str, str]) -> None:
+        assert by > 0
+        key = self._key(tags)
+        self.values[key] = self.values.get(key, 0.0) + by
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values[self._key(tags)] = value
+
+    def _key(self, tags: dict[str, str]) -> tuple[str, ...]:
+        assert set(tags) == set(self.keys)
+        return (self.name, *(tags[key] for key in self.keys[2:]))
+
+
+@pytest.fixture
+def values(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
+    found: dict[tuple[str, ...], float] = {}
+    monkeypatch.setattr(Recorded, "values", found, raising=False)
+    monkeypatch.setattr(telemetry_module, "Counter", Recorded)
+    monkeypatch.setattr(telemetry_module, "Gauge", Recorded)
+    monkeypatch.setattr(telemetry_module.ray, "is_initialized", lambda: True)
+    return found
+
+
+def metrics(restarts: int, **changes: Any) -> dict[str, Any]:
+    quiet = {"dropped_tasks": [], "missing_tasks": 0, "bad_episodes": 0, "return_by_step": [-40.0, -20.0]}
+    return {**quiet, "seconds": {"sample": 0.5, "update": 2.0}, "restarts": restarts, **changes}
+
+
+def test_an_iteration_counts_what_is_new(values: dict[tuple[str, ...], float]) -> None:
+    telemetry = Telemetry("trial", "task")
+    telemetry.iteration(metrics(1), 800)
+    telemetry.iteration(metrics(3, dropped_tasks=["a"], missing_tasks=2, bad_episodes=5), 700)
+    telemetry.iteration(metrics(3, return_by_step=[-39.0, -18.0]), 600)
+    assert values[("ssm_metarl_env_steps",)] == 2100
+    assert values[("ssm_metarl_iterations",)] == 3
+    assert values[("ssm_metarl_worker_restarts",)] == 3
+    assert values[("ssm_metarl_lost_tasks",)] == 3
+    assert values[("ssm_metarl_bad_episodes",)] == 5
+    assert values[("ssm_metarl_return", "1")] == -18.0
+    assert values[("ssm_metarl_phase_seconds", "update")] == 2.0
+
+
+def test_a_generation_counts_decisions_once(values: dict[tuple[str, ...], float]) -> None:
+    telemetry = Telemetry("population", "task")
+    events = [{"kind": "probation", "decision": decision} for decision in ("kept", "rolled back", "rolled back")]
+    telemetry.generation(1, 0.4, events[:2])
+    telemetry.generation(2, 0.5, [*events, {"kind": "failure", "decision": "restored"}])
+    assert values[("ssm_metarl_kept",)] == 1
+    assert values[("ssm_metarl_rollbacks",)] == 3
+    assert values[("ssm_metarl_failures",)] == 1
+    assert values[("ssm_metarl_generation",)] == 2
+    assert values[("ssm_metarl_best_composite",)] == 0.5
+
+
+def test_the_grafana_dashboard_asks_for_metrics_that_there_are() -> None:
+    dashboard = json.loads(GRAFANA.read_text())
+    asked: set[str] = set()
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", []):
+            asked |= set(re.findall(r"ray_(ssm_metarl_\w+)", target["expr"]))
+    assert {name.removesuffix("_total") for name in asked} == {*COUNTERS, *GAUGES}
