@@ -82,7 +82,7 @@ COMPARISONS = {
         options={"hidden_dim": 32, "state_dim": 16, "epochs": 3, "meta_batch": 8, "episodes": 4},
         rules={
             "population": 4,
-            "generations": 5,
+            "generations": 4,
             "generation_steps": 120_000,
             "validation_tasks": 10,
             "validation_episodes": 3,

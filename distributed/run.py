@@ -29,6 +29,7 @@ from .checkpoint import Checkpoint, checkpoints, load_checkpoint, mark_best, pru
 from .config import TrainConfig, available_cores
 from .learner import check_device
 from .pool import Pool
+from .storage import Mirror
 from .trainer import EVALUATION, MetaTrainer, check_resources, check_sizes, play
 
 SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
@@ -113,6 +114,7 @@ def train(
     resume: bool = False,
     on_iteration: Callable[[dict[str, Any]], None] | None = None,
     distribution: TaskDistribution | None = None,
+    mirror: str | None = None,
 ) -> TrainResult:
     """Meta-train in a folder: checkpoints, ``metrics.jsonl`` and TensorBoard events.
 
@@ -124,9 +126,10 @@ def train(
         resume: go on from the folder's last checkpoint, exactly as if the run had not stopped.
         on_iteration: called with each iteration's metrics.
         distribution: the family itself, instead of the registered one that ``config.task`` names.
+        mirror: URI at which the folder is copied with every checkpoint; a run is resumed from the copy if there is one.
 
     Raises:
-        ValueError: the folder is not empty or cannot be made, or has no run to resume.
+        ValueError: the folder is not empty or cannot be made, or has no run to resume; or no storage is at the URI.
         CheckpointError: the checkpoint to resume is damaged or of other sizes.
         EnvironmentFailure: the environment spoils more than a tenth of the episodes.
     """
@@ -134,6 +137,9 @@ def train(
     run = Path(run_dir)
     check_device(config.device)
     spec = config.policy_spec(distribution or make(config.task))
+    copy = Mirror(run, mirror) if mirror else None
+    if copy and resume:
+        copy.pull()
     last = _prepare(run, resume, spec)
     start_ray(config.num_workers)
     trainer = MetaTrainer({**config.to_dict(), "task_distribution": distribution})
@@ -160,8 +166,12 @@ def train(
                     on_iteration(metrics)
                 if trainer.meta_iteration % config.checkpoint_every == 0:
                     checkpoint, saved = _save(trainer, run, recent[-config.checkpoint_every :]), trainer.meta_iteration
+                    if copy:
+                        copy.push()
             if saved < trainer.meta_iteration:
                 checkpoint = _save(trainer, run, recent[-config.checkpoint_every :])
+        if copy:
+            copy.push()
     finally:
         trainer.stop()
     return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)

@@ -23,6 +23,7 @@ from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoin
 from .distributed.config import TrainConfig
 from .distributed.jobs import JobError
 from .distributed.run import auto_workers, evaluate_checkpoint, train
+from .distributed.storage import Mirror, is_uri
 from .distributed.trainer import EnvironmentFailure
 from .job_cli import COMMANDS, JobCommand, run_job
 from .plots import plot_evolution, plot_run
@@ -32,6 +33,9 @@ from .tuning.run import EvolutionFailure, evolve
 from .tuning.store import read_state, request_rollback
 
 console = Console(stderr=True)
+
+RUNS = "runs"
+"""Parent of the run folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,8 @@ class Train:
     Attributes:
         config: the run's options.
         run_dir: folder of the run; by default a new one in --storage.
-        storage: parent of the run folders; on a cluster a path that its machines share.
+        storage: parent of the run folders; or a URI such as s3://bucket/runs, where they are copied with every
+            checkpoint and resumed from.
         address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
         resume: go on from the last checkpoint in --run-dir, with the options it was started with unless given anew.
         eval_tasks: held-out tasks of the final evaluation.
@@ -65,7 +70,7 @@ class Train:
 
     config: tyro.conf.OmitArgPrefixes[UncheckedConfig]
     run_dir: Path | None = None
-    storage: Path = Path("runs")
+    storage: str = RUNS
     address: str | None = None
     resume: bool = False
     eval_tasks: int = 40
@@ -89,7 +94,8 @@ class Evolve:
         evolution: the rules.
         start: a checkpoint, or a run for its best one, that all trials start from; by default initial weights.
         run_dir: folder of the run; by default a new one in --storage.
-        storage: parent of the run folders; on a cluster a path that its machines share.
+        storage: parent of the run folders, on a cluster a path that its machines share; or a URI such as
+            s3://bucket/runs, where they are copied with every decision and resumed from.
         address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
         resume: go on from the last decision in --run-dir.
         cycles: instead of --population and --generations: as many cycles of one incumbent and its challengers.
@@ -101,7 +107,7 @@ class Evolve:
     evolution: tyro.conf.OmitArgPrefixes[UncheckedEvolution]
     start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     run_dir: Path | None = None
-    storage: Path = Path("runs")
+    storage: str = RUNS
     address: str | None = None
     resume: bool = False
     cycles: int | None = None
@@ -116,10 +122,12 @@ class Rollback:
     Attributes:
         run: the run's folder, of a run that goes on or that will be resumed.
         checkpoint: name of a folder in its rsi/checkpoints.
+        storage: the URI that was given to evolve, if one was.
     """
 
     run: tyro.conf.Positional[Path]
     checkpoint: tyro.conf.Positional[str]
+    storage: str = RUNS
 
 
 @dataclass(frozen=True)
@@ -226,11 +234,14 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
     # A missing value is left for tyro to complain about.
     peek.add_argument("--task", nargs="?", default="navigation-2d", const="navigation-2d")
     peek.add_argument("--run-dir", "--run_dir", nargs="?", type=Path)
+    peek.add_argument("--storage", nargs="?", default=RUNS, const=RUNS)
     peek.add_argument("--resume", action="store_true")
     peek.add_argument("--from", nargs="?", type=Path, dest="start")
     known, _ = peek.parse_known_args(arguments)
     if arguments[0] in ("train", "evolve") and known.resume and known.run_dir is None:
         raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
+    if known.resume and known.run_dir is not None and is_uri(known.storage):
+        Mirror(known.run_dir, _copy(known.storage, known.run_dir) or "").pull()
     config = TrainConfig()
     if arguments[0] == "train":
         config = _default_config(known)
@@ -282,12 +293,24 @@ def _checked(config: UncheckedConfig, trials: int) -> TrainConfig:
     return replace(checked, num_workers=auto_workers(trials)) if automatic else checked
 
 
+def _place(options: Train | Evolve, name: str) -> tuple[Path, str | None]:
+    """A run's folder, and the URI of its copy if it is to have one."""
+    parent = RUNS if is_uri(options.storage) else options.storage
+    run_dir = options.run_dir or Path(parent) / name
+    return run_dir, _copy(options.storage, run_dir)
+
+
+def _copy(storage: str, run: Path) -> str | None:
+    """The URI of a run's copy, if storage is a URI."""
+    return f"{storage.rstrip('/')}/{run.name}" if is_uri(storage) else None
+
+
 def _train(options: Train) -> int:
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
     config = _checked(options.config, trials=1)
     name = f"{config.task}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = options.storage / name if options.run_dir is None else options.run_dir
+    run_dir, mirror = _place(options, name)
     with _progress() as progress:
         bar = progress.add_task(config.task, total=config.iterations, returns="", speed="")
 
@@ -304,7 +327,7 @@ def _train(options: Train) -> int:
                 console.print(f"iteration {metrics['iteration']}/{config.iterations}: {returns} {speed}")
 
         show.steps = None  # type: ignore[attr-defined]
-        result = train(config, run_dir, resume=options.resume, on_iteration=show)
+        result = train(config, run_dir, resume=options.resume, on_iteration=show, mirror=mirror)
     summary: dict[str, Any] = {
         "run_dir": str(run_dir),
         "checkpoint": str(result.checkpoint),
@@ -322,6 +345,8 @@ def _train(options: Train) -> int:
         _show_evaluation(summary["evaluation"])
     if (run_dir / "metrics.jsonl").stat().st_size:
         summary["pictures"] = [str(path) for path in plot_run(run_dir, config.task)]
+    if mirror:
+        Mirror(run_dir, mirror).push()
     _say(f"Checkpoint: {result.checkpoint}")
     for path in summary.get("pictures", []):
         _say(f"Picture: {path}")
@@ -341,9 +366,9 @@ def _evolve(options: Evolve) -> int:
         rules = replace(rules, population=options.proposals + 1, generations=options.cycles, survivors=1)
     config = _checked(options.config, trials=rules.population)
     name = f"{config.task}-evolve-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = options.storage / name if options.run_dir is None else options.run_dir
+    run_dir, mirror = _place(options, name)
     with PopulationView(run_dir, console):
-        result = evolve(config, rules, run_dir, start=options.start, resume=options.resume)
+        result = evolve(config, rules, run_dir, start=options.start, resume=options.resume, mirror=mirror)
     summary = evolution_summary(result)
     if result.checkpoint is not None:
         summary["pictures"] = [str(path) for path in plot_evolution(run_dir, config.task)]
@@ -361,7 +386,7 @@ def _evolve(options: Evolve) -> int:
 
 
 def _rollback(options: Rollback) -> int:
-    request_rollback(options.run, options.checkpoint)
+    request_rollback(options.run, options.checkpoint, _copy(options.storage, options.run))
     _say(f"{options.checkpoint} will be the best and the only parent from the next generation of {options.run} on.")
     return 0
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from .distributed import jobs
 from .distributed.checkpoint import resolve_checkpoint
+from .distributed.storage import is_uri
 from .population_view import population_table
 from .tuning.store import read_state
 
@@ -171,8 +172,12 @@ def prepared(command: Sequence[str], storage: str) -> tuple[list[str], str | Non
     if run_dir is None:
         task = _value(given, "--task") or "navigation-2d"
         parent = _value(given, "--storage") or _absolute(storage)
-        run_dir = f"{parent.rstrip('/')}/{task}-{given[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
-        given += ["--run-dir", run_dir]
+        name = f"{task}-{given[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = f"{parent.rstrip('/')}/{name}"
+        if is_uri(parent):
+            given += ["--run-dir", name, *([] if _value(given, "--storage") else ["--storage", parent])]
+        else:
+            given += ["--run-dir", run_dir]
     return given, run_dir
 
 
@@ -197,7 +202,7 @@ def _value(words: Sequence[str], option: str) -> str | None:
 
 
 def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())
+    return path if is_uri(path) else str(Path(path).absolute())
 
 
 def _start(options: JobStart, command: list[str], console: Console) -> int:
@@ -274,7 +279,7 @@ def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
 def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
     state: dict[str, Any] | None = None
     metrics: dict[str, Any] | None = None
-    if view["run_dir"]:
+    if view["run_dir"] and not is_uri(view["run_dir"]):
         run = Path(view["run_dir"])
         try:
             state = read_state(run)

@@ -18,6 +18,7 @@ from ray import tune
 from builders import make_policy, make_spec
 from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.storage import is_uri, write_folder
 from ssm_metarl.tuning.metrics import Assessment
 from ssm_metarl.tuning.population import Report
 from ssm_metarl.tuning.trainer import Assignment, EvolvingTrainer
@@ -36,6 +37,8 @@ def write_faults(run: Path, *faults: dict[str, Any]) -> None:
 
 def fault_now(assignment: Assignment, when: str = "") -> str | None:
     """The kind of fault that is due for a trial in its generation; counted, so that it happens ``times`` times."""
+    if is_uri(assignment.checkpoints):
+        return None
     run = Path(assignment.checkpoints).parents[1]
     path = run / ".faults.json"
     for number, fault in enumerate(json.loads(path.read_text()) if path.exists() else []):
@@ -87,7 +90,8 @@ class ScriptedTrainer(tune.Trainable):
             report.ended, report.checkpoint = True, self.assignment.checkpoint
             report.assessment = self._assessment().to_dict()
             report.spent += 10
-            self.save_checkpoint(str(Path(self.assignment.checkpoints) / self.assignment.checkpoint))
+            place = f"{self.assignment.checkpoints}/{self.assignment.checkpoint}"
+            write_folder(place, lambda folder: self.save_checkpoint(str(folder)))
         return {"report": [asdict(report)], "composite": 0.0}
 
     def _assessment(self) -> Assessment:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -177,16 +176,16 @@ class Evolution:
             "generation": self.generation,
             "budget": slot.budget,
             "probation": slot.status == "on probation",
-            "checkpoints": str(self.store.checkpoints),
+            "checkpoints": self.store.archive,
             "seed": self.seed,
             "history": history,
             **{name: getattr(config, name) for name in _VALIDATION},
         }
 
-    def start_path(self, trial: int) -> Path | None:
-        """The checkpoint folder that a trial goes on from; None for initial weights."""
+    def start_path(self, trial: int) -> str | None:
+        """The checkpoint folder, a path or a URI, that a trial goes on from; None for initial weights."""
         start = self.slots[trial].start
-        return None if start is None else self.store.checkpoints / start
+        return None if start is None else f"{self.store.archive}/{start}"
 
     @property
     def living(self) -> list[Slot]:
@@ -483,6 +482,8 @@ class Evolution:
         for path, _ in self.store.requests():
             if path.name in self._requests:
                 path.unlink(missing_ok=True)
+        if self._requests:
+            self.store.push()
         self._requests = []
 
     def state(self) -> dict[str, Any]:

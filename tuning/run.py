@@ -21,6 +21,7 @@ from ..distributed.checkpoint import load_checkpoint, mark_best, prune, resolve_
 from ..distributed.config import TrainConfig
 from ..distributed.learner import check_device
 from ..distributed.run import interrupts, prepare_run, start_ray
+from ..distributed.storage import write_folder
 from ..distributed.telemetry import Telemetry
 from ..distributed.trainer import check_resources
 from ..tasks import TaskDistribution, make
@@ -82,6 +83,7 @@ def evolve(
     resume: bool = False,
     distribution: TaskDistribution | None = None,
     trainable: type[tune.Trainable] = EvolvingTrainer,
+    mirror: str | None = None,
 ) -> EvolveResult:
     """Evolve a population in a folder; see ``EvolveConfig`` for the rules.
 
@@ -97,6 +99,8 @@ def evolve(
         resume: go on from the last decision on disk.
         distribution: the family itself, instead of the registered one that ``config.task`` names.
         trainable: the trial's class.
+        mirror: URI of storage that all nodes reach, where the run is copied with every decision and resumed from;
+            without it ``run_dir`` must be a folder that all nodes share, unless there is only one.
 
     Raises:
         ValueError: the folder is not empty or cannot be made, or has no run to resume, or one with other options;
@@ -107,13 +111,14 @@ def evolve(
     run = Path(run_dir).resolve()
     check_device(config.device)
     family = distribution or make(config.task)
-    store = RunStore(run)
+    store = RunStore(run, mirror)
     check_reference(family)
     if config.lr_schedule != "constant":
         raise ValueError(
             f"A self-improving run has no last iteration: lr_schedule must be constant, not {config.lr_schedule}."
         )
     if resume:
+        store.pull()
         evolution = Evolution.resume(store, **_changes(run, config, evolution_config))
     else:
         if not evolution_config.generation_steps:
@@ -126,7 +131,7 @@ def evolve(
         prepare_run(run)
         store.create()
         if checkpoint:
-            save_checkpoint(store.checkpoints / START, checkpoint)
+            write_folder(f"{store.archive}/{START}", lambda folder: save_checkpoint(folder, checkpoint))
         evolution = Evolution(evolution_config, config.to_dict(), store, START if checkpoint else None)
         evolution.commit()
     start_ray(config.num_workers, always=True)
@@ -137,7 +142,9 @@ def evolve(
     seconds = time.perf_counter() - begin
     evolution.seconds["wall"] = evolution.seconds.get("wall", 0.0) + seconds
     evolution.commit()
-    return EvolveResult(run, export_best(run), evolution.state(), seconds, interrupted[0] if interrupted else None)
+    exported = export_best(run, store)
+    store.push()
+    return EvolveResult(run, exported, evolution.state(), seconds, interrupted[0] if interrupted else None)
 
 
 def default_generation_steps(config: TrainConfig, family: TaskDistribution) -> int:
@@ -192,7 +199,7 @@ def _fit(
     telemetry = Telemetry("population", str(evolution.base["task"]))
 
     def at_border() -> None:
-        export_best(run)
+        export_best(run, evolution.store)
         best = evolution.archive.get(evolution.best or "")
         telemetry.generation(evolution.generation, best.composite if best else None, evolution.store.events())
 
@@ -236,13 +243,13 @@ def _trial_name(trial: Trial) -> str:
     return f"trial-{trial.config['slot']}"
 
 
-def export_best(run: Path) -> Path | None:
+def export_best(run: Path, store: RunStore) -> Path | None:
     """Copy the best policy of the archive into the run folder as an ordinary checkpoint, and mark it as the best."""
     state = read_state(run)
     if state["best"] is None:
         return None
     record = state["archive"][state["best"]]
-    checkpoint = load_checkpoint(RunStore(run).checkpoints / record["name"])
+    checkpoint = store.checkpoint(record["name"])
     path = run / f"checkpoint_{record['generation']:06d}"
     save_checkpoint(path, checkpoint)
     mark_best(run, path, record["composite"])

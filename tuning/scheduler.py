@@ -201,7 +201,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         config = {**evolution.slots[slot].config, **self._constants}
         trial.set_config({**config, "slot": slot, "assignment": evolution.assignment(slot)})
         path = evolution.start_path(slot)
-        result = _TrainingResult(Checkpoint(str(path)), {}) if path else None
+        result = _TrainingResult(Checkpoint(path), {}) if path else None
         trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
         trial.invalidate_json_state()
 

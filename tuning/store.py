@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distributed.checkpoint import MANIFEST, load_checkpoint, replace_file
+from ..distributed.checkpoint import MANIFEST, Checkpoint, load_checkpoint, replace_file
+from ..distributed.storage import Mirror, local_folder
 
 FORMAT_VERSION = 1
 """Version of ``state.json``."""
@@ -30,10 +32,14 @@ class RunStore:
 
     Args:
         run: the run's folder.
+        mirror: URI at which it is copied with every decision; the checkpoints of the population are then there alone.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, mirror: str | None = None) -> None:
         self.folder = Path(run).resolve() / "rsi"
+        # Tune's own files are worth nothing elsewhere; checkpoints are written by the trials, wherever they run.
+        self._mirror = Mirror(self.folder.parent, mirror, ("rsi/tune", "rsi/checkpoints")) if mirror else None
+        self.archive = f"{self._mirror.uri}/rsi/checkpoints" if self._mirror else str(self.folder / "checkpoints")
         self.checkpoints = self.folder / "checkpoints"
         self._requests = self.folder / "requests"
         self._state = self.folder / "state.json"
@@ -54,6 +60,18 @@ class RunStore:
         content = json.dumps({"format": FORMAT_VERSION, **state, "events": list(events)}, indent=1)
         replace_file(self._state, content.encode())
         self._append(events)
+        if events:
+            self.push()
+
+    def push(self) -> None:
+        """Bring the copy at the URI up to date, if there is to be one."""
+        if self._mirror:
+            self._mirror.push()
+
+    def pull(self) -> None:
+        """Fetch the run from the copy at the URI, if there is one."""
+        if self._mirror:
+            self._mirror.pull()
 
     def load(self) -> dict[str, Any]:
         """The last state; the log of events is completed from it.
@@ -79,6 +97,8 @@ class RunStore:
 
         The name is that of no checkpoint, "?", where a file cannot be read.
         """
+        if self._mirror:
+            self._mirror.fetch("rsi/requests")
         found = []
         for path in sorted(self._requests.glob("*.json")) if self._requests.is_dir() else []:
             try:
@@ -97,9 +117,21 @@ class RunStore:
 
     def prune(self, keep: Collection[str]) -> None:
         """Delete every checkpoint that is not named in ``keep``, and what a crash left half written."""
+        if self._mirror:
+            self._mirror.keep("rsi/checkpoints", list(keep))
         for path in self.checkpoints.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """One of the archive.
+
+        Raises:
+            CheckpointError: it is damaged, or not there.
+            FileNotFoundError: it is not at the URI.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            return load_checkpoint(local_folder(f"{self.archive}/{name}", Path(folder)))
 
     def _append(self, events: Sequence[Mapping[str, Any]]) -> None:
         if not events:
@@ -129,12 +161,13 @@ def read_state(run: Path) -> dict[str, Any]:
     return state
 
 
-def request_rollback(run: Path, checkpoint: str) -> Path:
+def request_rollback(run: Path, checkpoint: str, mirror: str | None = None) -> Path:
     """Ask a run, going on or stopped, to make a kept checkpoint its best and the parent of the next generation.
 
     Args:
         run: folder of a run of evolve.
         checkpoint: name of a folder in its ``rsi/checkpoints``, or a path to one.
+        mirror: URI of the run's copy, if it has one: the run, wherever it goes on, looks there.
 
     Returns:
         The file of the request.
@@ -143,13 +176,19 @@ def request_rollback(run: Path, checkpoint: str) -> Path:
         ValueError: the run keeps no such checkpoint; the sentence lists those that it does.
         CheckpointError: it is damaged.
     """
-    state, store = read_state(run), RunStore(run)
+    store = RunStore(run, mirror)
+    store.pull()
+    state = read_state(run)
     name = Path(checkpoint).name
-    kept = sorted(name for name in state["archive"] if (store.checkpoints / name / MANIFEST).is_file())
+    kept = sorted(state["archive"])
+    if not mirror:
+        kept = [name for name in kept if (store.checkpoints / name / MANIFEST).is_file()]
     if name not in kept:
         raise ValueError(f"{run} keeps no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none'}.")
-    load_checkpoint(store.checkpoints / name)
-    return store.request(name)
+    store.checkpoint(name)
+    request = store.request(name)
+    store.push()
+    return request
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from ..algorithms.rollouts import Rollouts
 from ..distributed.checkpoint import Checkpoint, load_checkpoint
 from ..distributed.pool import Pool
 from ..distributed.run import evaluate_policy
+from ..distributed.storage import write_folder
 from ..distributed.trainer import ROLLOUTS, TASKS, EnvironmentFailure, MetaTrainer
 from .metrics import Assessment, normalise
 from .population import Report
@@ -32,7 +33,7 @@ class Assignment:
         trial, generation: name the checkpoint at the end.
         budget: environment steps of training, to the nearest meta-iteration; 0: assess only.
         probation: assess at half the budget, too.
-        checkpoints: folder of the run's archive.
+        checkpoints: folder of the run's archive, a path or a URI.
         seed: of the validation tasks and rollouts, equal for all trials.
         history: [lineage_steps, post-adaptation values by validation task] at the generation's start, if known.
         validation_tasks, validation_episodes, validation_steps: see ``EvolveConfig``.
@@ -93,7 +94,8 @@ class EvolvingTrainer(MetaTrainer):
                 assessment = self._assess()
                 self._checked = True
             if ended:
-                self.save_checkpoint(str(Path(self.assignment.checkpoints) / self.assignment.checkpoint))
+                place = f"{self.assignment.checkpoints}/{self.assignment.checkpoint}"
+                write_folder(place, lambda folder: self.save_checkpoint(str(folder)))
         except (FloatingPointError, EnvironmentFailure) as error:
             # A policy that diverged shows either way; an environment that is broken fails again, until all stops.
             assessment, ended, failure = None, False, str(error)

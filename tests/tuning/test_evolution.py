@@ -81,7 +81,7 @@ class Training:
         self.skill = self.world.initial(self.trial)
         start = self.evolution.start_path(self.trial)
         if start is not None:
-            saved = json.loads((start / "policy").read_text())
+            saved = json.loads((Path(start) / "policy").read_text())
             self.skill, self.lineage = saved["skill"], saved["lineage"]
         self.history = [*self.assignment["history"]]
         if self.history:
@@ -1039,7 +1039,7 @@ def test_no_trial_goes_on_from_a_checkpoint_that_is_gone(new_run: NewRun, waits:
     play_to(evolution, world, 2)
     again = Evolution.resume(evolution.store)
     for slot in again.slots:
-        assert (again.start_path(slot.id) or start).is_dir()
+        assert Path(again.start_path(slot.id) or start).is_dir()
 
 
 def test_a_trial_that_comes_back_trains_a_whole_generation(new_run: NewRun) -> None:

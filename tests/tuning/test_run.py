@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from ssm_metarl.tuning.mutation import Proposal
 from ssm_metarl.tuning.population import EvolveConfig, checkpoint_bound
 from ssm_metarl.tuning.run import EvolutionFailure, EvolveResult, evolve, export_best
 from ssm_metarl.tuning.scheduler import RecursiveSelfImprovement
-from ssm_metarl.tuning.store import RunStore, read_state
+from ssm_metarl.tuning.store import RunStore, read_state, request_rollback
 from ssm_metarl.tuning.trainer import EvolvingTrainer
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -330,6 +331,35 @@ def test_a_run_resumed_for_longer_equals_one_that_was_not_stopped(undisturbed: P
     scripted(tmp_path / "run", generations=1)
     scripted(tmp_path / "run", resume=True, generations=3)
     assert decisions(tmp_path / "run") == decisions(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_at_a_uri_goes_on_where_its_disk_is_lost(undisturbed: Path, tmp_path: Path) -> None:
+    """Trials write their checkpoints there; state, log and the best follow with every decision."""
+    uri = f"file://{tmp_path}/bucket/run"
+    config = TrainConfig.for_task("navigation-2d", **SMALL)
+
+    def go(resume: bool, **rules: Any) -> EvolveResult:
+        rules_ = EvolveConfig(**{**RULES, **rules})
+        return evolve(config, rules_, tmp_path / "run", resume=resume, trainable=ScriptedTrainer, mirror=uri)
+
+    go(False, generations=1)
+    shutil.rmtree(tmp_path / "run")
+    (name,) = {read_state(tmp_path / "bucket" / "run")["best"]}
+    request_rollback(tmp_path / "run", name, uri)
+    shutil.rmtree(tmp_path / "run")
+    result = go(True, generations=3)
+    assert result.state["finished"] == "3 generations"
+    requests = [event for event in decisions(tmp_path / "run") if event["kind"] == "request"]
+    assert [event["checkpoint"] for event in requests] == [name]
+    kept = {path.name for path in (tmp_path / "bucket" / "run" / "rsi" / "checkpoints").iterdir()}
+    assert kept == set(result.state["archive"])
+    assert not list((tmp_path / "bucket" / "run" / "rsi" / "requests").glob("*.json"))
+    assert result.checkpoint is not None
+    assert (
+        load_checkpoint(tmp_path / "bucket" / "run" / result.checkpoint.name).config
+        == (result.state["archive"][result.state["best"]]["config"])
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,70 @@
+"""A node of a cluster is killed: training gives the same numbers, and self-improvement goes on deciding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.run import train
+from ssm_metarl.tuning.store import RunStore, read_state
+from three_nodes import SMALL
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
+
+PROGRAM = Path(__file__).resolve().parents[1] / "three_nodes.py"
+VOLATILE = ("seconds", "restarts")
+
+
+def program(what: str, folder: Path) -> dict[str, Any]:
+    """What the program prints, in a process of its own: a process has one Ray."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    result = subprocess.run(
+        [sys.executable, str(PROGRAM), what, str(folder)],
+        env={**environment, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=380,
+    )
+    assert result.returncode == 0, result.stderr
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in VOLATILE} for line in lines]
+
+
+def test_training_does_not_notice_a_lost_node(tmp_path: Path) -> None:
+    answer = program("train", tmp_path / "lost")
+    assert answer["alive"] == 2
+    assert len(answer["spread"]) >= 2, "the workers were spread"
+    train(TrainConfig.for_task("navigation-2d", **SMALL, iterations=400), tmp_path / "quiet")
+    lost, quiet = metrics(tmp_path / "lost"), metrics(tmp_path / "quiet")
+    assert len(lost) == 400
+    assert lost == quiet
+    restarts = json.loads((tmp_path / "lost" / "metrics.jsonl").read_text().splitlines()[-1])["restarts"]
+    assert restarts >= 1, "a worker was on the node"
+
+
+def test_self_improvement_survives_the_node_of_a_trial(tmp_path: Path) -> None:
+    answer = program("evolve", tmp_path)
+    assert answer["code"] == 0
+    assert len(answer["killed"]) == 1
+    run = tmp_path / "storage" / "evolved"
+    assert read_state(run)["finished"] == "3 generations"
+    events = RunStore(run).events()
+    assert any(event["kind"] == "failure" and event["decision"] == "restarted" for event in events)
+    assert all(trial["status"] != "dead" for trial in read_state(run)["trials"])
+    judged = Counter(event["generation"] for event in events if event["kind"] in ("training", "probation"))
+    assert judged == {0: 4, 1: 4, 2: 4, 3: 4}
+    assert load_checkpoint(checkpoints(run)[-1]).progress["env_steps"] > 0

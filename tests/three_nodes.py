@@ -1,0 +1,108 @@
+"""A program of test_node_loss.py: a run on a cluster of three nodes on this machine, one of which is killed.
+
+    python three_nodes.py train|evolve FOLDER
+
+Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from ssm_metarl.cli import main
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.run import train
+
+SMALL = {"meta_batch": 6, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "epochs": 1, "learner_threads": 1}
+# A lost node is noticed after seconds instead of a quarter of a minute.
+IMPATIENT = {"health_check_initial_delay_ms": 2000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+
+
+def cluster_of(head_cpus: int, *node_cpus: int) -> tuple[Cluster, list[Any]]:
+    """A joined cluster, and its nodes beside the head."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": head_cpus, "include_dashboard": False, "_system_config": IMPATIENT},
+    )
+    nodes = [cluster.add_node(num_cpus=cpus) for cpus in node_cpus]
+    cluster.wait_for_nodes()
+    return cluster, nodes
+
+
+def when(condition: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
+    """Do something in the background as soon as a condition holds."""
+
+    def watch() -> None:
+        while not condition():
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def holders(name: str) -> dict[str, int]:
+    """How many live actors whose class has this name each node holds, by the node's id."""
+    found: dict[str, int] = {}
+    for actor in ray._private.state.actors().values():
+        if actor["State"] == "ALIVE" and actor["ActorClassName"].endswith(name):
+            node = actor["Address"]["NodeID"]
+            found[node] = found.get(node, 0) + 1
+    return found
+
+
+def run_train(folder: Path) -> dict[str, Any]:
+    """Four workers over three nodes; the second node is killed after two iterations."""
+    cluster, nodes = cluster_of(1, 2, 2)
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    held: dict[str, int] = {}
+
+    def kill() -> None:
+        held.update(holders("RolloutWorker"))
+        cluster.remove_node(nodes[0], allow_graceful=False)
+
+    when(lambda: len(lines(folder / "metrics.jsonl")) >= 2, kill).join(0)
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=400, num_workers=3)
+    train(config, folder, on_iteration=lambda metrics: time.sleep(0.05))
+    return {"spread": sorted(held.values()), "alive": sum(node["Alive"] for node in ray.nodes())}
+
+
+def run_evolve(folder: Path) -> dict[str, Any]:
+    """Four trials of two processors each; a node that holds one is killed in the second generation."""
+    cluster, nodes = cluster_of(4, 4, 2)
+    log = folder / "storage" / "evolved" / "rsi" / "events.jsonl"
+    killed: list[str] = []
+
+    def kill() -> None:
+        held = holders("EvolvingTrainer")
+        node = next(node for node in nodes if node.node_id in held)
+        killed.append(node.node_id)
+        cluster.remove_node(node, allow_graceful=False)
+
+    when(lambda: len(lines(log)) >= 7, kill)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    rules = ["--population=4", "--generations=3", "--generation-steps=20000", "--validation-tasks=4"]
+    storage = str(folder / "storage")
+    where = ["--address", cluster.address, "--storage", storage, "--run-dir", f"{storage}/evolved"]
+    code = main(["evolve", "--num-workers=1", *options, *rules, *where])
+    return {"code": code, "killed": killed}
+
+
+if __name__ == "__main__":
+    run = {"train": run_train, "evolve": run_evolve}[sys.argv[1]]
+    print(json.dumps(run(Path(sys.argv[2]))))
