@@ -83,7 +83,7 @@ COMPARISONS = {
         rules={
             "population": 4,
             "generations": 4,
-            "generation_steps": 120_000,
+            "generation_steps": 100_000,
             "validation_tasks": 10,
             "validation_episodes": 3,
         },
@@ -98,11 +98,11 @@ CONTROL = Setting(
 CYCLES = Setting(
     task="cartpole",
     split="test",
-    options={"epochs": 3, "meta_batch": 8, "episodes": 4},
+    options={"hidden_dim": 32, "state_dim": 16, "epochs": 3, "meta_batch": 8, "episodes": 4},
     rules={
         "population": 4,
         "generations": 3,
-        "generation_steps": 150_000,
+        "generation_steps": 120_000,
         "survivors": 1,
         "validation_episodes": 3,
     },
