@@ -9,6 +9,7 @@ a time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -307,7 +308,7 @@ def run_pbt(setting: Setting, seed: int, folder: Path, mutations: Mapping[str, A
     work = {**evolution.assignment(0), "budget": config.generation_steps, "checkpoints": str(snapshots)}
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 (Tune's samplers)
-    Tuner(
+    tuner = Tuner(
         GenerationTrainer,
         param_space={
             **evolution.slots[0].config,
@@ -335,7 +336,9 @@ def run_pbt(setting: Setting, seed: int, folder: Path, mutations: Mapping[str, A
             checkpoint_config=CheckpointConfig(num_to_keep=None),
             verbose=0,
         ),
-    ).fit()
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # Tune's table
+        tuner.fit()
     entries = [json.loads(path.read_text()) for path in snapshots.glob("*.json")]
     curve: Curve = []
     for generation in range(config.generations + 1):

@@ -1,8 +1,8 @@
 """A program of test_node_loss.py: a run on a cluster of three nodes on this machine, one of which is killed.
 
-    python three_nodes.py train|evolve FOLDER
+    python three_nodes.py train|evolve FOLDER ANSWER
 
-Prints one JSON object.
+Writes one JSON object to the file ANSWER.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run_train(folder: Path) -> dict[str, Any]:
         cluster.remove_node(nodes[0], allow_graceful=False)
 
     when(lambda: len(lines(folder / "metrics.jsonl")) >= 2, kill).join(0)
-    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=400, num_workers=3)
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, num_workers=3)
     train(config, folder, on_iteration=lambda metrics: time.sleep(0.05))
     return {"spread": sorted(held.values()), "alive": sum(node["Alive"] for node in ray.nodes())}
 
@@ -105,4 +105,5 @@ def run_evolve(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     run = {"train": run_train, "evolve": run_evolve}[sys.argv[1]]
-    print(json.dumps(run(Path(sys.argv[2]))))
+    answer = run(Path(sys.argv[2]))
+    Path(sys.argv[3]).write_text(json.dumps(answer))
