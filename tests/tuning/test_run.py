@@ -97,8 +97,8 @@ def test_the_best_is_an_ordinary_checkpoint_after_every_generation(
     """So that a run that is killed leaves it, too; and one that breaks down in Ray says so in a sentence."""
     exported = []
 
-    def export_and_note(run: Path) -> Path | None:
-        path = export_best(run)
+    def export_and_note(run: Path, store: RunStore) -> Path | None:
+        path = export_best(run, store)
         exported.append(None if path is None else resolve_checkpoint(run))
         if len(exported) == 2:
             raise OSError("the disk is full")
@@ -205,9 +205,9 @@ def test_a_gradient_that_is_not_finite_rolls_back_at_once(tmp_path: Path, monkey
 
 @pytest.mark.slow
 def test_the_real_trainer_survives_a_kill(tmp_path: Path) -> None:
-    real(tmp_path / "quiet")
+    real(tmp_path / "quiet", generation_steps=4000)
     write_faults(tmp_path / "killed", {"trial": 2, "generation": 2, "kind": "kill"})
-    real(tmp_path / "killed", MortalTrainer)
+    real(tmp_path / "killed", MortalTrainer, generation_steps=4000)
     quiet, killed = decisions(tmp_path / "quiet"), decisions(tmp_path / "killed")
     assert sum(event["kind"] == "failure" for event in killed) == 1
     for event in (*quiet, *killed):
