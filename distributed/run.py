@@ -103,7 +103,8 @@ def auto_workers(trials: int = 1) -> int:
     """
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         return available_cores() if trials == 1 else 0
-    start_ray(0, always=True)
+    if not ray.is_initialized():
+        start_ray(0, always=True)
     return max(int(ray.available_resources().get("CPU", 0.0)) // trials - 1, 0)
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
 from .distributed.config import TrainConfig
 from .distributed.jobs import JobError
+from .distributed.learner import check_device
 from .distributed.run import auto_workers, evaluate_checkpoint, train
 from .distributed.storage import Mirror, is_uri
 from .distributed.trainer import EnvironmentFailure
@@ -290,6 +291,7 @@ def _checked(config: UncheckedConfig, trials: int) -> TrainConfig:
     values = asdict(config)
     automatic = values["num_workers"] == "auto"
     checked = TrainConfig(**{**values, **({"num_workers": 0} if automatic else {})})
+    check_device(checked.device)
     return replace(checked, num_workers=auto_workers(trials)) if automatic else checked
 
 
