@@ -57,7 +57,7 @@ POLICY = PolicyConfig(hidden_dim=4, num_layers=0, inputs="observation")
 PENDING = (1, 64, 1000)
 """Numbers of calls under way among which Ray is asked for the first that has ended."""
 
-Part = Literal["throughput", "ray", "iteration", "straggler", "deaths"]
+Part = Literal["throughput", "step", "ray", "iteration", "straggler", "deaths"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Options:
         death_every_s: seconds from one death to the next.
     """
 
-    show: tuple[Part, ...] = ("throughput", "ray", "iteration", "straggler", "deaths")
+    show: tuple[Part, ...] = ("throughput", "step", "ray", "iteration", "straggler", "deaths")
     workers: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     step_ms: float = 10.0
     slower_step_ms: tuple[float, ...] = (20.0, 40.0)
@@ -295,6 +295,21 @@ def rates(calls: Calls, step_ms: float, repetitions: int) -> dict[str, Any]:
         "worker_cpu_ms_per_step": 1000 * cpu["workers"] / repetitions / tasks / HORIZON,
         "cores": {group: value / wall for group, value in cpu.items()},
     }
+
+
+def step(options: Options) -> dict[str, float]:
+    """Processor time of a step in process: with no sleep in it, and with one, after which the caches are others'."""
+    family, spec = family_and_spec(options)
+    weights = SSMPolicy(spec).numpy_weights()
+    result = {}
+    with Pool(family, spec, num_workers=0) as pool:
+        for name, step_ms in (("without_sleep", 0.0), ("after_sleep", options.step_ms)):
+            calls = Calls(pool, weights, draw(family, 1, step_ms), options.episodes)
+            calls()
+            begin = time.process_time()
+            calls(options.repetitions)
+            result[f"cpu_ms_{name}"] = 1000 * (time.process_time() - begin) / options.repetitions / HORIZON
+    return result
 
 
 # --- Ray alone --------------------------------------------------------------------------------------------
@@ -554,6 +569,7 @@ def comparable(run: Run) -> list[str]:
 
 PARTS: Mapping[Part, Callable[[Options], Any]] = {
     "throughput": throughput,
+    "step": step,
     "ray": ray_alone,
     "iteration": iteration,
     "straggler": straggler,

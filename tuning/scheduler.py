@@ -96,17 +96,20 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
         """A trial's process died. Tune has marked it as failed already if it is going to start it again."""
         slot = self._slot(trial)
-        in_reset = trial.status == Trial.PENDING and trial.run_metadata.num_failures <= trial.max_failures
-        # It died while Tune gave it another trial's process. Tune counts that as the end of the trial, even where it
-        # has just started it again, because the process took the reset with it: see _revive.
-        known = in_reset and trial not in _controller(tune_controller)._trial_to_actor
-        if (trial.status == Trial.ERROR or in_reset) and not known:
+        waits = trial.status == Trial.PENDING
+        if waits and trial not in _controller(tune_controller)._trial_to_actor:
+            # It died while Tune gave it another trial's process. Tune counts that twice, for the process and for the
+            # reset that went with it, the second time as the end of the trial that it has just had back: see _revive.
+            trial.run_metadata.num_failures -= 1
+            return
+        in_reset = waits and trial.run_metadata.num_failures <= trial.max_failures
+        if trial.status == Trial.ERROR or in_reset:
             self.evolution.crashed(slot, _last_error(trial))
             for other in tune_controller.get_trials():
                 # The processor that it had may be gone: those that only wait must not keep theirs.
                 if other.status == Trial.RUNNING and self.evolution.slots[self._slot(other)].ended:
                     tune_controller.pause_trial(other, should_checkpoint=False)
-        elif not in_reset:
+        else:
             self._remove(tune_controller, slot, _last_error(trial))
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
@@ -129,7 +132,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         return next((trial for trial in waiting if not any(trial in some for some in asked)), next(iter(waiting), None))
 
     def _revive(self, controller: Any) -> None:
-        """Have trials back that Tune gave up although their slots live on."""
+        """Have trials back that Tune gave up although their slots live on, or that wait for a process it let go."""
         for slot in self.evolution.living:
             trial = self._trials.get(slot.id)
             if trial is not None and trial.status == Trial.ERROR:
@@ -137,6 +140,10 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
                 controller._set_trial_status(trial, Trial.PENDING)
                 controller._live_trials.add(trial)
                 self._assign(slot.id)
+        for trial in [trial for trial in controller._staged_trials if trial not in controller._trial_to_actor]:
+            # Asked for, then gone with a failed reset: Tune would ask for no other, only take one that is left over.
+            controller._staged_trials.remove(trial)
+            controller._actor_cache.decrease_max(trial.placement_group_factory)
 
     def debug_string(self) -> str:
         """One line for Tune's status."""

@@ -46,7 +46,7 @@ class RunStore:
         self._events = self.folder / "events.jsonl"
 
     def create(self) -> None:
-        """Make the folders of a new run."""
+        """Make the folders of a run."""
         for folder in (self.checkpoints, self._requests):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -70,8 +70,8 @@ class RunStore:
 
     def pull(self) -> None:
         """Fetch the run from the copy at the URI, if there is one."""
-        if self._mirror:
-            self._mirror.pull()
+        if self._mirror and self._mirror.pull():
+            self.create()  # the copy has no empty folders
 
     def load(self) -> dict[str, Any]:
         """The last state; the log of events is completed from it.

@@ -289,7 +289,8 @@ def test_a_generation_ends_with_the_nearest_iteration(tmp_path: Path, budget: in
 @pytest.mark.parametrize("kind", ["kill in reset", "error in reset"])
 def test_a_process_that_dies_while_it_is_handed_on_costs_nothing(tmp_path: Path, kind: str) -> None:
     """More trials than processors: Tune gives a trial that waits the process of one at the border."""
-    write_faults(tmp_path, *({"trial": trial, "generation": 1, "kind": kind} for trial in range(6)))
+    # Twice each: then those at the border have no process left to give, and one has to be started.
+    write_faults(tmp_path, *({"trial": trial, "generation": 1, "kind": kind, "times": 2} for trial in range(6)))
     state = scripted(tmp_path, population=6, generations=2, max_failures=20).state
     assert state["finished"] == "2 generations"
     assert "dead" not in [trial["status"] for trial in state["trials"]]
