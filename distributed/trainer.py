@@ -72,7 +72,7 @@ class MetaTrainer(tune.Trainable):
             self.distribution,
             self.spec,
             num_workers=self.train_config.num_workers,
-            name=f"ssm-metarl/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
+            name=f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
             sample_timeout_s=self.train_config.sample_timeout_s,
         )
         self.telemetry = Telemetry(self.trial_name, self.train_config.task)

@@ -247,7 +247,7 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
     if arguments[0] == "train":
         config = _default_config(known)
     trials, rules = _default_evolution(known) if arguments[0] == "evolve" else (config, EvolveConfig())
-    options = {**asdict(config), **({} if known.resume else {"num_workers": "auto"})}
+    options = {**asdict(config), **({} if known.resume else {"num_workers": "auto", "device": "auto"})}
     default = Train(config=UncheckedConfig(**options))
     population = Evolve(config=UncheckedConfig(**asdict(trials)), evolution=UncheckedEvolution(**asdict(rules)))
     commands = [
@@ -275,7 +275,7 @@ def _default_config(known: argparse.Namespace) -> TrainConfig:
 def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveConfig]:
     """Options of the trials and the rules: the task's own, those of a checkpoint to start from or a run to resume."""
     # A trial is one process on one processor, so that a population fits a laptop.
-    single = {"num_workers": 0, "learner_threads": 1}
+    single = {"num_workers": 0, "learner_threads": 1, "device": "cpu"}
     if known.resume:
         state = read_state(known.run_dir)
         rules = {f.name: state["config"][f.name] for f in fields(EvolveConfig)}

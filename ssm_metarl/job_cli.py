@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from .distributed import jobs
 from .distributed.checkpoint import resolve_checkpoint
-from .distributed.storage import is_uri
+from .distributed.storage import Mirror, is_uri
 from .population_view import population_table
 from .tuning.store import read_state
 
@@ -276,16 +277,21 @@ def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
     return 0
 
 
-def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
-    state: dict[str, Any] | None = None
-    metrics: dict[str, Any] | None = None
-    if view["run_dir"] and not is_uri(view["run_dir"]):
-        run = Path(view["run_dir"])
+def _progress(place: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The population of a run, or else its last iteration, as far as this machine can read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder if is_uri(place) else place)
         try:
-            state = read_state(run)
-        except ValueError:
+            if is_uri(place):
+                Mirror(run, place, ("rsi/tune", "rsi/checkpoints")).fetch()
+            return read_state(run), None
+        except (OSError, ValueError):
             lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
-            metrics = json.loads(lines[-1]) if lines else None
+            return None, json.loads(lines[-1]) if lines else None
+
+
+def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
+    state, metrics = _progress(view["run_dir"]) if view["run_dir"] else (None, None)
     if as_json:
         print(json.dumps({**view, "state": state, "metrics": metrics}))
         return 0

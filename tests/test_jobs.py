@@ -188,3 +188,16 @@ def test_another_process_under_the_number_of_a_head_is_not_taken_for_it(record: 
     assert not path.exists()
     path.write_text("{")
     assert jobs.recorded_head() is None
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_the_status_of_a_run_is_read_where_the_run_is(tmp_path: Path, prefix: str) -> None:
+    place = f"{prefix}{tmp_path}/run"
+    assert job_cli._progress(place) == (None, None)
+    (tmp_path / "run" / "rsi").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n')
+    assert job_cli._progress(place) == (None, {"iteration": 2})
+    state = {"format": 1, "generation": 3}
+    (tmp_path / "run" / "rsi" / "state.json").write_text(json.dumps(state))
+    assert job_cli._progress(place) == (state, None)
+    assert job_cli._progress("nowhere://bucket/run") == (None, None)
