@@ -127,6 +127,8 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         controller = _controller(tune_controller)
         self._revive(controller)
         waiting = [trial for trial in controller.get_trials() if self._has_work(trial)]
+        # The largest first, so that a generation does not end with one processor busy and the others idle.
+        waiting.sort(key=lambda trial: -_work(self.evolution.slots[self._slot(trial)].config))
         # Those for which Tune has not asked for a process yet come first: processes start side by side.
         asked = (controller._staged_trials, controller._trial_to_actor)
         return next((trial for trial in waiting if not any(trial in some for some in asked)), next(iter(waiting), None))
@@ -216,6 +218,12 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
 def _controller(tune_controller: TuneController) -> Any:
     """Tune hands its controller to some methods in a wrapper that hides what is private."""
     return getattr(tune_controller, "_tune_controller", tune_controller)
+
+
+def _work(config: Mapping[str, Any]) -> float:
+    """About how long a policy takes for a step, in any unit: multiplications in its blocks and, as one more, its heads."""
+    width, state, layers = (int(config[name]) for name in ("hidden_dim", "state_dim", "num_layers"))
+    return float(width * (width + 2 * state) * layers + width)
 
 
 def _last_error(trial: Trial) -> str:
