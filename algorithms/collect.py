@@ -33,9 +33,10 @@ def collect(
     tasks: Sequence[Any],
     horizon: int,
     *,
+    trial_episodes: int = 1,
     deterministic: bool = False,
 ) -> Rollouts:
-    """Let the policy act for one episode in every column of ``env``.
+    """Let the policy act for one episode, or one trial of several, in every column of ``env``.
 
     Args:
         env: M·K sub-environments, column k of task m at index m·K + k, autoreset in the same step.
@@ -44,7 +45,9 @@ def collect(
         seeds: one node of the seed tree for each of the M tasks; environment seeds and action noise come from it
             alone.
         tasks: the M tasks' parameters, kept in the record.
-        horizon: most steps of an episode; longer episodes are cut.
+        horizon: most steps of an episode; a trial of ``trial_episodes`` times as many is cut.
+        trial_episodes: episodes that follow each other in a column, with the recurrent state, the previous action and
+            the previous reward carried over (Duan et al. 2016, arXiv 1611.02779); ``env`` must end them itself.
         deterministic: take the most likely action instead of sampling.
 
     Returns:
@@ -52,10 +55,11 @@ def collect(
         column has no valid step, and ``errors`` says where it happened.
     """
     shape = (len(seeds), env.num_envs // len(seeds))
+    horizon *= trial_episodes
     env_seeds, noise = _draw(seeds, spec, horizon, shape[1])
     policy = NumpyPolicy(spec, weights)
     state = policy.initial_state(*shape)
-    record = _Record(spec, tasks, shape, horizon)
+    record = _Record(spec, tasks, shape, horizon, trial_episodes)
     size = spec.observation_size
     inputs = np.zeros((*shape, spec.input_size), np.float32)
     full = spec.inputs == "full"
@@ -77,6 +81,8 @@ def collect(
         ended, done = ended.reshape(shape), (ended | cut).reshape(shape)
         final = _final_observations(observation, info) if done.any() else observation
         screened, reward = record.screen(final, reward, steps + 1)
+        if final is not observation and trial_episodes > 1:  # what the next episode begins with counts, too
+            observation, reward = record.screen(observation, reward, steps + 1)
         if screened is not final:
             observation = np.where(np.isfinite(observation), observation, np.float32(0))
         record.after(steps, screened, reward, ended, done)
@@ -84,7 +90,7 @@ def collect(
         if full:
             inputs[..., size:-2] = one_hot[action] if spec.discrete else action
             inputs[..., -2] = reward
-            inputs[..., -1] = 0.0
+            inputs[..., -1] = done
     return record.rollouts()
 
 
@@ -97,6 +103,7 @@ def collect_tasks(
     columns: int,
     horizon: int,
     *,
+    trial_episodes: int = 1,
     deterministic: bool = False,
 ) -> Rollouts:
     """Make the tasks' environments and :func:`collect`; a task whose environment raises is dropped, the others are
@@ -107,7 +114,7 @@ def collect_tasks(
 
     Args:
         make_env: ``TaskDistribution.make_vector_env``.
-        columns: episodes K a task.
+        columns: episodes, or trials, K a task.
 
     Returns:
         One record of the M tasks; ``errors`` holds the traceback of each environment that raised, once an episode
@@ -119,7 +126,10 @@ def collect_tasks(
         try:
             shared = weights["encoder.weight"].ndim == 2
             own = weights if shared else {name: value[part] for name, value in weights.items()}
-            return collect(env, spec, own, seeds[part], tasks[part], horizon, deterministic=deterministic)
+            return collect(
+                env, spec, own, seeds[part], tasks[part], horizon,
+                trial_episodes=trial_episodes, deterministic=deterministic,
+            )  # fmt: skip
         finally:
             env.close()
 
@@ -159,12 +169,16 @@ def _draw(
 class _Record:
     """What ``collect`` has seen so far: arrays [T, M, K, ...] that it fills, and the columns still ``alive``."""
 
-    def __init__(self, spec: PolicySpec, tasks: Sequence[Any], shape: tuple[int, int], horizon: int) -> None:
+    def __init__(
+        self, spec: PolicySpec, tasks: Sequence[Any], shape: tuple[int, int], horizon: int, episodes: int
+    ) -> None:
         self._tasks = tasks
+        self._left = np.full(shape, episodes)  # episodes of the trial that have not ended
         self._observations = np.zeros((horizon, *shape, spec.observation_size), np.float32)
         self._actions: Array = np.zeros((horizon, *_action_shape(spec, shape)), _action_type(spec))
         self._rewards, self._log_probs = np.zeros((2, horizon, *shape), np.float32)
-        self._terminated, self._valid = np.zeros((2, horizon, *shape), bool)
+        self._terminated, self._valid, self._starts = np.zeros((3, horizon, *shape), bool)
+        self._starts[0] = True
         self._last = np.zeros((*shape, spec.observation_size), np.float32)
         self._broken: dict[tuple[int, int], str] = {}
         self.alive = np.ones(shape, bool)
@@ -192,11 +206,15 @@ class _Record:
     def after(self, t: int, final: Array, reward: Array, ended: Array, done: Array) -> None:
         """Record the environment's side of step t: what it observed before any autoreset, reward and ends."""
         self._rewards[t] = reward
-        self._terminated[t] = ended & self.alive
-        finishing = self.alive if t + 1 == len(self._valid) else self.alive & done
+        self._left -= done
+        over = done & (self._left <= 0)
+        self._terminated[t] = ended & over & self.alive
+        finishing = self.alive if t + 1 == len(self._valid) else self.alive & over
         if finishing.any():
             self._last[finishing] = final[finishing]
-        self.alive = self.alive & ~done
+        self.alive = self.alive & ~over
+        if t + 1 < len(self._valid):
+            self._starts[t + 1] = done & self.alive
 
     def rollouts(self) -> Rollouts:
         """The record by task, without the steps that no column took."""
@@ -211,15 +229,16 @@ class _Record:
             kept = np.where(mask[..., None] if array.ndim == 4 else mask, array, np.zeros((), array.dtype))
             return np.ascontiguousarray(kept)  # the order in memory decides the last bits of a later sum
 
-        starts = np.zeros(mask.shape, bool)
-        starts[:, 0] = True
+        resets = np.zeros(mask.shape, bool)
+        resets[:, 0] = True
+        starts = np.ascontiguousarray(self._starts[:longest].swapaxes(0, 1))
         return Rollouts(
             observations=by_task(self._observations),
             actions=by_task(self._actions),
             rewards=by_task(self._rewards),
             log_probs=by_task(self._log_probs),
             starts=starts,
-            resets=starts.copy(),
+            resets=resets,
             terminated=by_task(self._terminated),
             valid=mask,
             last_observations=np.where(np.logical_or.reduce(valid, 0)[..., None], self._last, np.float32(0)),

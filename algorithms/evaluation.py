@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.func import functional_call
 
-from .maml import Batch, MetaConfig, for_tasks, inner_step, make_batch, task_shards
+from .maml import Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, task_shards
 from .policy import SSMPolicy, numpy_weights
 from .rollouts import Array, Rollouts
 
 Weights = dict[str, Array]
+Result = TypeVar("Result")
 
 
 class Collect(Protocol):
@@ -93,7 +95,6 @@ def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int
     """
     begin = time.perf_counter()
     weights = policy.numpy_weights()
-    device = next(policy.parameters()).device
     returns, lengths, environment_steps = [], [], 0
     for step in range(steps + 1):
         rollouts = collect(weights, step)
@@ -102,9 +103,44 @@ def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int
         lengths.append(_task_means(np.where(rollouts.kept(), rollouts.lengths(), np.nan)))
         if step < steps:
             step_config = config if step < config.inner_steps else replace(config, inner_lr=config.inner_lr / 2)
-            weights = adapt_weights(policy, weights, make_batch(policy.spec, rollouts, config, device), step_config)
+            batch = batch_for(policy, weights, rollouts, config)
+            weights = adapt_weights(policy, weights, batch, step_config)
     seconds = time.perf_counter() - begin
     return Evaluation(np.stack(returns, 1), np.stack(lengths, 1), environment_steps, seconds)
+
+
+class Run(Protocol):
+    """Applies a function to each shard of the tasks, such as on several threads, each with a module of its own."""
+
+    def __call__(self, work: Callable[[SSMPolicy, slice], Result], shards: Sequence[slice]) -> list[Result]:
+        """The results in the shards' order."""
+
+
+def batch_for(
+    policy: SSMPolicy, weights: Mapping[str, Array], rollouts: Rollouts, config: MetaConfig, run: Run | None = None
+) -> Batch:
+    """Rollouts as the objectives read them, with the critic's values where it is the baseline.
+
+    Args:
+        weights: that acted, shared or [M, ...].
+        run: see ``Run``; None: one shard after the other with ``policy``.
+    """
+    device = next(policy.parameters()).device
+    if config.baseline != "critic":
+        return make_batch(policy.spec, rollouts, config, device)
+    inputs, resets = critic_inputs(policy.spec, rollouts)
+    own = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
+    shared = own["encoder.weight"].dim() == 2
+
+    def value(module: SSMPolicy, part: slice) -> Array:
+        parameters = own if shared else {name: value[part] for name, value in own.items()}
+        arguments = (torch.as_tensor(array[part], device=device) for array in (inputs, resets))
+        with torch.no_grad():
+            return functional_call(module, parameters, tuple(arguments)).values.cpu().numpy()
+
+    shards = task_shards(resets.shape)
+    values = run(value, shards) if run else [value(policy, part) for part in shards]
+    return make_batch(policy.spec, rollouts, config, device, np.concatenate(values), policy.reward_scaling)
 
 
 def adapt_weights(
@@ -112,14 +148,13 @@ def adapt_weights(
     current: Mapping[str, Tensor] | Mapping[str, Array],
     batch: Batch,
     config: MetaConfig,
-    run: Callable[[Callable[[SSMPolicy, slice], Weights], Sequence[slice]], list[Weights]] | None = None,
+    run: Run | None = None,
 ) -> Weights:
     """One inner step of every task of ``batch``, for acting with afterwards.
 
     Args:
         current: shared meta-parameters, or the tasks' own weights [M, ...] from the step before.
-        run: applies a function to each shard of the tasks, such as on several threads, each with a module of its own;
-            None: one after the other with ``policy``.
+        run: see ``Run``; None: one shard after the other with ``policy``.
 
     Returns:
         Weights by name, [M, ...] float32 each.
@@ -128,14 +163,15 @@ def adapt_weights(
     tensors = {name: torch.as_tensor(value, device=device) for name, value in current.items()}
     if tensors["encoder.weight"].dim() == 2:
         tensors = for_tasks(tensors, batch.share.shape[0])
+    fixed = numpy_weights({name: tensors.pop(name) for name, _ in policy.named_buffers()})  # the normaliser
 
     def adapt(module: SSMPolicy, part: slice) -> Weights:
         own = {name: value[part] for name, value in tensors.items()}
         return numpy_weights(inner_step(module, own, batch.tasks(part), config, differentiable=False)[0])
 
-    shards = task_shards(batch)
+    shards = task_shards(batch.share.shape)
     parts = run(adapt, shards) if run else [adapt(policy, part) for part in shards]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | fixed
 
 
 def _task_means(values: Array) -> Array:

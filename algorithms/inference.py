@@ -36,6 +36,10 @@ class PolicyConfig:
         gated: gate a block's output by its input instead of mixing it by a linear layer (see ``SSMBlock``).
         inputs: "full" (observation, previous action, previous reward, start flag) or "observation" alone.
         initial_std: standard deviation of continuous actions before training.
+        learned_step_sizes: every parameter has an inner step size of its own, ``inner_lr`` times a factor that is
+            meta-learned from 1 (Li et al. 2017, arXiv 1707.09835).
+        normalize_observations: observations less their running mean, divided by their running standard deviation.
+        scale_rewards: rewards, as input and for the critic, divided by the running standard deviation of returns.
     """
 
     hidden_dim: int = 64
@@ -44,6 +48,9 @@ class PolicyConfig:
     gated: bool = False
     inputs: Literal["full", "observation"] = "full"
     initial_std: float = 0.5
+    learned_step_sizes: bool = False
+    normalize_observations: bool = False
+    scale_rewards: bool = False
 
     def __post_init__(self) -> None:
         check_count("hidden_dim", self.hidden_dim, 1)
@@ -51,7 +58,8 @@ class PolicyConfig:
         check_count("num_layers", self.num_layers, 0)
         if self.state_dim % 2:
             raise ValueError(f"state_dim must be even (complex modes are pairs), not {self.state_dim}.")
-        check_flag("gated", self.gated)
+        for name in ("gated", "learned_step_sizes", "normalize_observations", "scale_rewards"):
+            check_flag(name, getattr(self, name))
         if self.inputs not in ("full", "observation"):
             raise ValueError(f"inputs must be 'full' or 'observation', not {self.inputs!r}.")
         check_number("initial_std", self.initial_std, above=0.0)
@@ -84,6 +92,11 @@ class PolicySpec(PolicyConfig):
             return self.observation_size
         return self.observation_size + self.action_size + 2
 
+    @property
+    def normalizes(self) -> bool:
+        """Whether inputs are normalised."""
+        return self.normalize_observations or self.scale_rewards
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)
@@ -101,6 +114,11 @@ class PolicySpec(PolicyConfig):
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"Incomplete policy description: {error}.") from None
+
+
+def step_size(name: str) -> str:
+    """Name of the step sizes of a parameter."""
+    return "step_sizes." + name.replace(".", "/")  # a parameter's own name cannot have a dot
 
 
 def check_count(name: str, value: object, least: int) -> None:
@@ -198,6 +216,8 @@ class NumpyPolicy:
         # tanh is made of 1 - 2 / (exp(2z) + 1); its factor 2, which rounds nothing, is in the weights that make z.
         self._encoder = (np.ascontiguousarray(weights["encoder.weight"] * _TWO), vector(weights["encoder.bias"] * _TWO))
         head, head_bias = weights["policy.weight"], weights["policy.bias"]
+        # [I], or [M, 1, I]
+        self._normalizer = (vector(weights["input_mean"]), vector(weights["input_scale"])) if spec.normalizes else None
         self._blocks = []
         for i in range(spec.num_layers):
             name = f"blocks.{i}."
@@ -247,6 +267,8 @@ class NumpyPolicy:
             [M, K, A] float32, and the new state.
         """
         weight, bias = self._encoder
+        if self._normalizer is not None:
+            inputs = (inputs - self._normalizer[0]) / self._normalizer[1]
         hidden = np.matmul(inputs, weight)
         hidden += bias
         _tanh_of_half(hidden)

@@ -1,4 +1,4 @@
-"""Model-agnostic meta-learning for reinforcement learning: inner adaptation and the meta-objective.
+"""Meta-learning for reinforcement learning: inner adaptation and the meta-objective, of MAML's family and of RL².
 
 The inner step is written once. The meta-objective differentiates through it, evaluation and the collection of query
 rollouts use its value. All tasks of a meta-batch adapt in one call: parameters carry a leading task axis [M, ...],
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
 
-from .inference import PolicySpec, check_count, check_number, policy_inputs
+from .inference import PolicySpec, check_count, check_number, policy_inputs, step_size
 from .policy import SSMPolicy
-from .returns import policy_gradient_advantages
-from .rollouts import Rollouts
+from .returns import advantages as estimate
+from .returns import normalized
+from .rollouts import Array, Rollouts
 
 Parameters = dict[str, Tensor]
 
@@ -46,10 +47,31 @@ class Algorithm(NamedTuple):
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     "promp": Algorithm(inner_ratio=True, second_order=True, clipped=True),
+    "rl2": Algorithm(inner_ratio=True, second_order=True, clipped=True),
     "maml": Algorithm(inner_ratio=False, second_order=True, clipped=False),
     "fomaml": Algorithm(inner_ratio=False, second_order=False, clipped=False),
 }
-"""ProMP (Rothfuss et al. 2019, arXiv 1810.06784), MAML and first-order MAML (Finn et al. 2017, arXiv 1703.03400)."""
+"""ProMP (Rothfuss et al. 2019, arXiv 1810.06784), RL² (Duan et al. 2016, arXiv 1611.02779), MAML and first-order MAML
+(Finn et al. 2017, arXiv 1703.03400). RL² is ProMP that may do without inner steps: PPO on a policy that learns in its
+recurrent state."""
+
+IN_CONTEXT: Mapping[str, object] = {
+    "inner_steps": 0,
+    "baseline": "critic",
+    "epochs": 4,
+    "minibatches": 8,
+    "clip": 0.2,
+    "kl_penalty": 0.0,
+    "lr_schedule": "linear",
+    "gated": True,
+    "num_layers": 2,
+    "state_dim": 64,
+}
+"""Options with which "rl2" is known to train, where they differ from the defaults."""
+
+BASELINES = ("linear", "critic", "time")
+"""What advantages are measured against: a linear function of observation and time fitted to each task's returns, the
+policy's value head, or the mean return of the time step over the whole batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +79,20 @@ class MetaConfig:
     """How the policy adapts and how it is meta-trained.
 
     Attributes:
-        algorithm: "promp", "maml" or "fomaml".
+        algorithm: "promp", "maml", "fomaml" or "rl2".
         inner_lr: step size of the inner policy gradient steps.
-        inner_steps: number S of inner steps.
+        inner_steps: number S of inner steps; "rl2" alone can do without (0).
         step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; two numbers: before
             adaptation and after the last step; empty: all on the last.
         outer_lr: Adam's learning rate at the first iteration.
         lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
+        minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
+        baseline: of the advantages, see ``BASELINES``; "critic" also bootstraps where a column was cut.
+        value_weight: weight of the critic's squared error, in units of its returns' standard deviation.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
-        entropy_bonus: weight of the policy's entropy after adaptation.
+        entropy_bonus: weight of the policy's entropy after adaptation at first; it falls with the learning rate.
         max_grad_norm: the meta-gradient is scaled down to this norm.
         discount: of rewards, a step.
         gae_lambda: of the generalized advantage estimator.
@@ -80,6 +105,9 @@ class MetaConfig:
     outer_lr: float = 1e-3
     lr_schedule: str = "constant"
     epochs: int = 5
+    minibatches: int = 1
+    baseline: str = "linear"
+    value_weight: float = 0.5
     clip: float = 0.3
     kl_penalty: float = 0.01
     entropy_bonus: float = 0.0
@@ -90,20 +118,24 @@ class MetaConfig:
     def __post_init__(self) -> None:
         _one_of("algorithm", self.algorithm, ALGORITHMS)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        _one_of("baseline", self.baseline, dict.fromkeys(BASELINES))
         for name in ("inner_lr", "outer_lr", "clip", "max_grad_norm"):
             check_number(name, getattr(self, name), above=0.0)
-        for name in ("kl_penalty", "entropy_bonus"):
+        for name in ("kl_penalty", "entropy_bonus", "value_weight"):
             check_number(name, getattr(self, name), low=0.0)
         for name in ("discount", "gae_lambda"):
             check_number(name, getattr(self, name), low=0.0, high=1.0)
-        check_count("inner_steps", self.inner_steps, 1)
+        check_count("inner_steps", self.inner_steps, 0)
+        if self.inner_steps == 0 and self.algorithm != "rl2":
+            raise ValueError(f"inner_steps must be 1 or more for {self.algorithm}: only rl2 learns without.")
         check_count("epochs", self.epochs, 1)
+        check_count("minibatches", self.minibatches, 1)
         weights = self.step_weights
         if not isinstance(weights, tuple | list):
             raise ValueError(f"step_weights must be a tuple of numbers, not {weights!r}.")
         for weight in weights:
             check_number("step_weights", weight, low=0.0)
-        if len(weights) not in (0, 2, self.inner_steps + 1):
+        if len(weights) not in (0, *([2] if self.inner_steps else []), self.inner_steps + 1):
             raise ValueError(
                 f"step_weights needs one weight for each of 0..{self.inner_steps} inner steps, "
                 f"that is {self.inner_steps + 1}, or two for before and after, not {len(weights)}."
@@ -114,6 +146,8 @@ class MetaConfig:
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights w_0..w_S, normalised to sum 1."""
+        if self.inner_steps == 0:
+            return (1.0,)
         first, *_, last = self.step_weights or (0.0, 1.0)
         between = self.step_weights[1:-1] or [0.0] * (self.inner_steps - 1)
         weights = (first, *between, last)
@@ -141,9 +175,12 @@ class Batch(NamedTuple):
         resets: [M, T, K] bool, or None where the only reset is at the first step (which starts from zero anyway).
         actions: [M, T, K, A] float32 or [M, T, K] int64.
         log_probs: [M, T, K] float32, of the policy that acted.
-        advantages: [M, T, K] float32, 0 where not valid.
+        advantages: [M, T, K] float32, 0 where not valid: for the inner step, normalised in each task.
         share: [M, T, K] float32, each valid step's share of its task's mean; 0 where not valid, sums to 1 a task (to
             0 for a task without any step).
+        outer_advantages: the same for the outer objective; with the linear baseline the same numbers. With the others
+            they are normalised over all tasks, which are told apart by what is expected of them.
+        targets: [M, T, K] float32, what the value head should have said; None without a critic.
     """
 
     inputs: Tensor
@@ -152,16 +189,36 @@ class Batch(NamedTuple):
     log_probs: Tensor
     advantages: Tensor
     share: Tensor
+    outer_advantages: Tensor
+    targets: Tensor | None = None
 
-    def tasks(self, part: slice) -> Batch:
-        """The batch of a slice of its tasks."""
+    def tasks(self, part: slice | Tensor) -> Batch:
+        """The batch of some of its tasks: a slice, or indices [n]."""
         return Batch(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
 
-def make_batch(spec: PolicySpec, rollouts: Rollouts, config: MetaConfig, device: torch.device | str = "cpu") -> Batch:
-    """Rollouts with inputs rebuilt and advantages estimated."""
+def make_batch(
+    spec: PolicySpec,
+    rollouts: Rollouts,
+    config: MetaConfig,
+    device: torch.device | str = "cpu",
+    values: Array | None = None,
+    reward_scale: float = 1.0,
+) -> Batch:
+    """Rollouts with inputs rebuilt and advantages estimated.
+
+    Args:
+        values: with the critic as baseline, what it says of :func:`critic_inputs`, [M, T + 1, K].
+        reward_scale: what rewards are divided by for the critic.
+    """
     rollouts = rollouts.masked()
-    advantages = policy_gradient_advantages(rollouts, config.discount, config.gae_lambda)
+    valid = rollouts.valid
+    raw, expected = estimate(rollouts, config.discount, config.gae_lambda, config.baseline, values, reward_scale)
+    outer = normalized(raw, valid, (1, 2) if config.baseline == "linear" else (0, 1, 2))
+    if config.baseline == "time":  # of all tasks, but how a task adapts must not depend on the others
+        own = normalized(estimate(rollouts, config.discount, config.gae_lambda)[0], valid)
+    else:
+        own = normalized(raw, valid)
     count = rollouts.valid.sum((1, 2), keepdims=True)
     share = (rollouts.valid / np.maximum(count, 1)).astype(np.float32)
 
@@ -173,9 +230,29 @@ def make_batch(spec: PolicySpec, rollouts: Rollouts, config: MetaConfig, device:
         resets=tensor(rollouts.resets) if rollouts.resets[:, 1:].any() else None,
         actions=tensor(rollouts.actions),
         log_probs=tensor(rollouts.log_probs),
-        advantages=tensor(advantages),
+        advantages=tensor(own),
         share=tensor(share),
+        outer_advantages=tensor(outer),
+        targets=tensor((raw + expected).astype(np.float32)) if values is not None else None,
     )
+
+
+def critic_inputs(spec: PolicySpec, rollouts: Rollouts) -> tuple[Array, Array]:
+    """What the critic reads of a record, and one step more: what the policy would have read after the last valid step.
+
+    Returns:
+        Inputs [M, T + 1, K, I] float32 and resets [M, T + 1, K] bool. The extra input of a column stands after its last
+        valid step; what follows it means nothing.
+    """
+    rollouts = rollouts.masked()
+    padded = {
+        name: np.concatenate([array := getattr(rollouts, name), np.zeros_like(array[:, :1])], 1)
+        for name in ("observations", "actions", "rewards", "log_probs", "starts", "resets", "terminated", "valid")
+    }
+    task, column = np.indices(rollouts.lengths().shape)
+    padded["observations"][task, rollouts.lengths(), column] = rollouts.last_observations
+    longer = replace(rollouts, **padded)
+    return policy_inputs(spec, longer), longer.resets
 
 
 def for_tasks(parameters: Mapping[str, Tensor], tasks: int) -> Parameters:
@@ -215,15 +292,16 @@ def inner_step(
         parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
     losses, actions = inner_loss(policy, parameters, batch, algorithm)
     second_order = differentiable and algorithm.second_order
-    # The value head takes no part in the policy gradient.
+    # Neither the value head nor a step size takes part in the policy gradient.
     gradients = torch.autograd.grad(
         losses.sum(), list(parameters.values()), create_graph=second_order, allow_unused=True,
         retain_graph=differentiable,
     )  # fmt: skip
-    adapted = {
-        name: value if gradient is None else value - config.inner_lr * gradient
-        for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
-    }
+    adapted = {}
+    for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
+        if gradient is not None:
+            gradient = gradient * parameters.get(step_size(name), 1.0)
+        adapted[name] = value if gradient is None else value - config.inner_lr * gradient
     if not differentiable:
         adapted = {name: value.detach() for name, value in adapted.items()}
     return adapted, actions
@@ -237,16 +315,19 @@ def outer_loss(
     Returns:
         [M] losses, and the action distribution over the batch's steps.
     """
-    actions = functional_call(policy, parameters, (batch.inputs, batch.resets)).actions
+    output = functional_call(policy, parameters, (batch.inputs, batch.resets))
+    actions, advantages = output.actions, batch.outer_advantages
     log_probs = actions.log_prob(batch.actions)
     if ALGORITHMS[config.algorithm].clipped:
         ratio = torch.exp(log_probs - batch.log_probs)
         clipped = torch.clamp(ratio, 1 - config.clip, 1 + config.clip)
-        gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
     else:
-        gain = log_probs * batch.advantages
+        gain = log_probs * advantages
     if config.entropy_bonus:
         gain = gain + config.entropy_bonus * actions.entropy()
+    if batch.targets is not None:
+        gain = gain - config.value_weight * torch.square(output.values - batch.targets)
     return -(gain * batch.share).sum((1, 2)), actions
 
 
@@ -256,7 +337,8 @@ class MetaLoss(NamedTuple):
     Attributes:
         losses: [M], Σ_s w_s L(θ_s) plus the penalty.
         before: detached action distribution of the meta-parameters on the first batch: the reference of later epochs.
-        kl_before: [M], detached divergence of the meta-policy from the reference on the first batch.
+        kl_before: [M], detached divergence of the meta-policy from the reference on the first batch; in minibatches or
+            without inner steps an unbiased estimate from the actions taken.
         log_ratio: largest |log π_new/π_old| on the query batch over valid steps.
         entropy: mean entropy of the adapted policies on the query batch.
     """
@@ -287,7 +369,8 @@ def meta_loss(
     """
     algorithm = ALGORITHMS[config.algorithm]
     weights = config.weights
-    current = for_tasks(parameters, stages[0].share.shape[0])
+    # Without inner steps no task has parameters of its own, and none gets a gradient of its own.
+    current = for_tasks(parameters, stages[0].share.shape[0]) if len(stages) > 1 else dict(parameters)
     total = torch.zeros((), device=stages[0].share.device)
     before: Distribution | None = None
     for stage, weight in zip(stages[:-1], weights[:-1], strict=True):
@@ -297,10 +380,15 @@ def meta_loss(
         before = actions if before is None else before
     last, adapted = outer_loss(policy, current, stages[-1], config)
     total = total + weights[-1] * last
-    assert before is not None
     first = stages[0]
-    old = detached(before) if reference is None else reference
-    divergence = (kl_divergence(old, before) * first.share).sum((1, 2))
+    before = adapted if before is None else before
+    if config.minibatches > 1 or len(stages) == 1:
+        # The policy that acted has changed since in other minibatches; its log-probabilities are known.
+        change = before.log_prob(first.actions) - first.log_probs
+        pointwise = torch.exp(change) - 1 - change
+    else:
+        pointwise = kl_divergence(detached(before) if reference is None else reference, before)
+    divergence = (pointwise * first.share).sum((1, 2))
     if algorithm.clipped and config.kl_penalty:
         total = total + config.kl_penalty * divergence
     with torch.no_grad():
@@ -320,13 +408,17 @@ def detached(distribution: Distribution) -> Distribution:
     return Independent(normal, 1, validate_args=False)
 
 
-def task_shards(batch: Batch, steps: int = 20_000) -> list[slice]:
+def task_shards(shape: Sequence[int], steps: int = 20_000) -> list[slice]:
     """Slices of the tasks, equal to one task and even in number, of at most about ``steps`` environment steps each.
 
     Fewer and larger ones pay less for each operation's start, smaller ones need less memory. Two are the least, so that
     two cores can share the work.
+
+    Args:
+        shape: of the batch, [M, T, K].
+        steps: about the most of a shard.
     """
-    tasks, *per_task = batch.share.shape
+    tasks, *per_task = shape
     count = min(tasks, 2 * math.ceil(tasks * math.prod(per_task) / (2 * steps)))
     borders = [tasks * i // count for i in range(count + 1)]
     return [slice(*pair) for pair in pairwise(borders)]

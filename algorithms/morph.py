@@ -46,10 +46,13 @@ AXES: dict[str, tuple[str, ...]] = {
     "policy.log_std": ("action",),
     "value.weight": ("unit", "value"),
     "value.bias": ("value",),
+    "input_mean": ("input",),
+    "input_scale": ("input",),
+    "reward_scale": ("reward",),
 }
 """What lies along each axis of a parameter (its name without ``blocks.i.``). Resizing changes units (of the residual
 stream, and of the same number in a block), real state variables, and complex modes, two state variables each. Moments
-have the axes of their parameter."""
+and learned step sizes have the axes of their parameter."""
 
 READERS = ("B", "C", "out.weight", "policy.weight", "value.weight")
 """Parameters whose row j is how unit (for C: state variable) j is read: zero where j is new. Whatever else a unit or
@@ -62,7 +65,7 @@ RIDGE = 1e-3
 """Damping of the regression on what stays, in units of its mean square. Far less gives large weights of opposite signs:
 as good before adaptation, worse after."""
 
-_KEY = re.compile(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.(step|exp_avg|exp_avg_sq))?")
+_KEY = re.compile(r"(step_sizes\.)?(?:blocks[./](\d+)[./])?(.+?)(?:\.(step|exp_avg|exp_avg_sq))?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,18 +155,26 @@ def _check(spec: PolicySpec, target: PolicySpec, probe: Array, resets: Array | N
 
 
 class _Key(NamedTuple):
-    """A name taken apart: its block's number (or None), the parameter's name in there, and its moment (or "")."""
+    """A name taken apart.
+
+    Attributes:
+        block: number of its block, or None.
+        leaf: the parameter's name in there.
+        moment: which of Adam's numbers it is, or "".
+        step_sizes: whether it is of the parameter's step sizes instead of the parameter.
+    """
 
     block: int | None
     leaf: str
     moment: str
+    step_sizes: bool
 
 
 def _parse(key: str) -> _Key:
     match = _KEY.fullmatch(key)
     assert match is not None
-    block, leaf, moment = match.groups()
-    return _Key(None if block is None else int(block), leaf, moment or "")
+    step_sizes, block, leaf, moment = match.groups()
+    return _Key(None if block is None else int(block), leaf.replace("/", "."), moment or "", bool(step_sizes))
 
 
 def _select(arrays: Arrays, kept: Mapping[str, Array], block: int | None = None) -> Arrays:
@@ -223,7 +234,7 @@ def _activities(spec: PolicySpec, arrays: Arrays, probe: _Probe) -> Arrays:
         return before_forward
 
     for name in model.state_dict():
-        if _parse(name).leaf in READERS:
+        if _parse(name).leaf in READERS and not _parse(name).step_sizes:
             model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(note(name))
     model(*probe)
     return met
@@ -262,7 +273,7 @@ def _without_block(spec: PolicySpec, arrays: Arrays, block: int, hidden: Array, 
         if own is None or own < block:
             rest[key] = value
         elif own > block:
-            rest[key.replace(f"blocks.{own}.", f"blocks.{own - 1}.")] = value
+            rest[re.sub(rf"(blocks[./]){own}([./])", rf"\g<1>{own - 1}\2", key)] = value
     present = _activities(spec, rest, probe)["policy.weight"]
     for name in ("policy.weight", "value.weight"):
         rest |= _absorb(rest, name, np.arange(spec.hidden_dim), present, rest[name], hidden - present)
@@ -376,11 +387,13 @@ def _grow(target: PolicySpec, arrays: Arrays, seed: int) -> Arrays:
     rng = np.random.default_rng(seed)
     grown = {}
     for name, fresh in SSMPolicy(target, seed).numpy_weights().items():
-        leaf = _parse(name).leaf
+        leaf, step_sizes = _parse(name).leaf, _parse(name).step_sizes
+        if step_sizes:
+            fresh[...] = 0.0  # what is new adapts only when meta-training has it adapt
         if name not in arrays:
             grown[name] = np.zeros_like(fresh) if leaf in SILENT[target.gated] else fresh
             continue
-        if leaf == "nu":
+        if leaf == "nu" and not step_sizes:
             # A block starts with modes spread evenly over memories of 1 to 1000 steps; more are drawn from there.
             fresh = -np.log(1000.0) * rng.random(fresh.shape)
         if leaf in READERS:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from .inference import PolicySpec
+from .inference import PolicySpec, step_size
 from .rollouts import Array
 from .ssm import Affine, SSMBlock, along
 
@@ -53,6 +53,14 @@ class SSMPolicy(nn.Module):
             log_std = torch.full((spec.action_size,), math.log(spec.initial_std))
             self.policy.log_std = nn.Parameter(log_std)
         self.value = Affine(width, 1, 0.01 * width**-0.5, generator)
+        if spec.learned_step_sizes:
+            adapted = {name: value for name, value in self.named_parameters() if not name.startswith("value.")}
+            factors = {step_size(name).partition(".")[2]: torch.ones_like(value) for name, value in adapted.items()}
+            self.step_sizes = nn.ParameterDict(factors)
+        if spec.normalizes:
+            self.register_buffer("input_mean", torch.zeros(spec.input_size))
+            self.register_buffer("input_scale", torch.ones(spec.input_size))
+            self.register_buffer("reward_scale", torch.ones(1))
 
     def forward(self, inputs: Tensor, resets: Tensor | None = None, state: list[Tensor] | None = None) -> PolicyOutput:
         """Run over a whole sequence.
@@ -65,7 +73,7 @@ class SSMPolicy(nn.Module):
         Returns:
             Distributions and values over [M, T, K], and the state after the last step.
         """
-        hidden = torch.tanh(self.encoder(inputs))
+        hidden = torch.tanh(self.encoder(self._normalized(inputs)))
         after = []
         for i, block in enumerate(self.blocks):
             hidden, last = block(hidden, resets, None if state is None else state[i])
@@ -74,7 +82,7 @@ class SSMPolicy(nn.Module):
 
     def step(self, inputs: Tensor, state: list[Tensor]) -> PolicyOutput:
         """Run over one step: as :meth:`forward` with inputs [M, K, I], distributions and values over [M, K]."""
-        hidden = torch.tanh(self.encoder(inputs))
+        hidden = torch.tanh(self.encoder(self._normalized(inputs)))
         after = []
         for block, before in zip(self.blocks, state, strict=True):
             assert isinstance(block, SSMBlock)
@@ -82,10 +90,20 @@ class SSMPolicy(nn.Module):
             after.append(last)
         return PolicyOutput(self._distribution(hidden), self.value(hidden).squeeze(-1), after)
 
+    @property
+    def reward_scaling(self) -> float:
+        """What rewards are divided by for the critic."""
+        return float(self.reward_scale) if self.spec.normalizes else 1.0
+
     def initial_state(self, *lead: int) -> list[Tensor]:
         """Zero state, for each block [*lead, N/2, 2]."""
         size = (*lead, self.spec.state_dim // 2, 2)
         return [torch.zeros(size, device=self.encoder.weight.device) for _ in self.blocks]
+
+    def _normalized(self, inputs: Tensor) -> Tensor:
+        if not self.spec.normalizes:
+            return inputs
+        return (inputs - along(self.input_mean, inputs)) / along(self.input_scale, inputs)
 
     def _distribution(self, hidden: Tensor) -> Distribution:
         head = self.policy(hidden)
@@ -95,8 +113,8 @@ class SSMPolicy(nn.Module):
         return Independent(Normal(head, std, validate_args=False), 1, validate_args=False)
 
     def numpy_weights(self) -> dict[str, Array]:
-        """Copies of the parameters as float32 arrays by name: what workers act with and checkpoints keep."""
-        return numpy_weights(dict(self.named_parameters()))
+        """Copies of parameters and normaliser as float32 arrays by name: what workers act with and checkpoints keep."""
+        return numpy_weights(dict(self.named_parameters()) | dict(self.named_buffers()))
 
 
 class ActionHead(Affine):

@@ -90,37 +90,69 @@ def linear_baseline(rollouts: Rollouts, targets: Array, regularisation: float = 
     return np.zeros((tasks, steps, columns))
 
 
-def normalized(advantages: Array, valid: Array) -> Array:
+def advantages(
+    rollouts: Rollouts,
+    discount: float,
+    gae_lambda: float,
+    baseline: str = "linear",
+    values: Array | None = None,
+    reward_scale: float = 1.0,
+) -> tuple[Array, Array]:
+    """Generalized advantage estimates against a baseline, not normalised.
+
+    Args:
+        rollouts: M tasks.
+        discount: in [0, 1].
+        gae_lambda: in [0, 1].
+        baseline: "linear", fitted to each task's returns; "time", the time step's mean return over all tasks; both take
+            columns to end at a known horizon. "critic": ``values``, which bootstrap where a column was cut.
+        values: [M, T + 1, K], the critic's, for each column up to the one after its last valid step.
+        reward_scale: rewards are divided by it.
+
+    Returns:
+        Advantages and the baseline, [M, T, K] float64 each, 0 where not valid.
+    """
+    rewards, valid = rollouts.rewards / np.float32(reward_scale), rollouts.valid
+    following = np.zeros_like(rewards[:, 0])
+    if baseline == "critic":
+        assert values is not None
+        last = np.take_along_axis(values, rollouts.lengths()[:, None], 1)[:, 0]
+        following = np.where((rollouts.terminated & valid).any(1), 0.0, last)
+        expected = np.where(valid, values[:, :-1], 0.0)
+    else:
+        returns = discounted_returns(rewards, valid, discount)
+        expected = linear_baseline(rollouts, returns) if baseline == "linear" else time_baseline(returns, valid)
+    return generalized_advantages(rewards, expected, following, valid, discount, gae_lambda), expected
+
+
+def time_baseline(targets: Array, valid: Array) -> Array:
+    """Mean target of each time step over all tasks and columns.
+
+    Args:
+        targets: [M, T, K], any number where not ``valid``.
+        valid: [M, T, K] bool.
+
+    Returns:
+        [M, T, K] float64, 0 where not valid.
+    """
+    count = np.maximum(valid.sum((0, 2), keepdims=True), 1)
+    return np.where(valid, np.where(valid, targets, 0.0).sum((0, 2), keepdims=True) / count, 0.0)
+
+
+def normalized(advantages: Array, valid: Array, axes: tuple[int, ...] = (1, 2)) -> Array:
     """Advantages with mean 0 and standard deviation 1 over each task's valid steps; 0 for a task without any.
 
     Args:
         advantages: [M, T, K], any number where not ``valid``.
         valid: [M, T, K] bool.
+        axes: over which they are normalised; (0, 1, 2): over all tasks together.
 
     Returns:
         [M, T, K] float32.
     """
-    count = np.maximum(valid.sum((1, 2), keepdims=True), 1)
+    count = np.maximum(valid.sum(axes, keepdims=True), 1)
     advantages = np.where(valid, advantages, 0.0)
-    mean = advantages.sum((1, 2), keepdims=True) / count
+    mean = advantages.sum(axes, keepdims=True) / count
     centred = (advantages - mean) * valid
-    std = np.sqrt((centred**2).sum((1, 2), keepdims=True) / count)
+    std = np.sqrt((centred**2).sum(axes, keepdims=True) / count)
     return (centred / (std + 1e-8)).astype(np.float32)
-
-
-def policy_gradient_advantages(rollouts: Rollouts, discount: float, gae_lambda: float) -> Array:
-    """Normalised advantages with the linear baseline, the weights of every policy gradient of the MAML family.
-
-    Args:
-        rollouts: M tasks of episodes that all end at a known horizon or before.
-        discount: in [0, 1].
-        gae_lambda: in [0, 1].
-
-    Returns:
-        [M, T, K] float32, mean 0 and standard deviation 1 over each task's valid steps.
-    """
-    returns = discounted_returns(rollouts.rewards, rollouts.valid, discount)
-    values = linear_baseline(rollouts, returns)
-    nothing = np.zeros_like(values[:, 0])
-    raw = generalized_advantages(rollouts.rewards, values, nothing, rollouts.valid, discount, gae_lambda)
-    return normalized(raw, rollouts.valid)

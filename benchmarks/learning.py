@@ -47,6 +47,7 @@ class Target:
         min_gain: least lower bound of the 95 % interval, over tasks, of the gain by adaptation: the return
             after ``after`` steps less the return before; None: no limit.
         num_tasks: held-out tasks.
+        episodes: episodes, or trials, a held-out task; None: as in training.
         steps: inner steps evaluated and reported.
     """
 
@@ -60,6 +61,7 @@ class Target:
     max_untrained: float | None = None
     min_gain: float | None = None
     num_tasks: int = 200
+    episodes: int | None = None
     steps: int = 3
 
 
@@ -95,6 +97,36 @@ TARGETS = {
         goal=450.0,
         max_seconds=300.0,
         max_untrained=60.0,
+    ),
+    "navigation-2d-in-context": Target(
+        claim="Within one episode, without any gradient step, the policy finds the goal from its rewards.",
+        task="navigation-2d",
+        options={"algorithm": "rl2"},
+        goal=-12.0,
+        after=0,
+        steps=0,
+        max_env_steps=8_000_000,
+    ),
+    "bandit": Target(
+        claim="100 pulls of 5 arms, played in context.",
+        task="bandit",
+        options={"algorithm": "rl2"},
+        goal=76.0,
+        after=0,
+        steps=0,
+        max_seconds=600.0,
+        num_tasks=20_000,
+        episodes=1,
+    ),
+    "tabular-mdp": Target(
+        claim="Ten episodes in an unknown Markov decision process, played in context.",
+        task="tabular-mdp",
+        options={"algorithm": "rl2", "trial_episodes": 10},
+        goal=145.0,
+        after=0,
+        steps=0,
+        num_tasks=2_000,
+        episodes=1,
     ),
 }
 
@@ -162,7 +194,12 @@ def evaluate_untrained(target: Target, config: TrainConfig, checkpoint: Path) ->
 def evaluate_seed(target: Target, config: TrainConfig, checkpoint: Path, steps: int) -> Evaluation:
     """The same held-out tasks for every seed and target of a family."""
     return evaluate_checkpoint(
-        checkpoint, split="test", num_tasks=target.num_tasks, steps=steps, num_workers=config.num_workers
+        checkpoint,
+        split="test",
+        num_tasks=target.num_tasks,
+        steps=steps,
+        episodes=target.episodes,
+        num_workers=config.num_workers,
     )
 
 
@@ -265,7 +302,7 @@ def main(options: Options) -> None:
     for seed in options.seeds:
         how = {"seed": seed, "num_workers": options.num_workers, "learner_threads": options.learner_threads}
         config = TrainConfig.for_task(target.task, **{**target.options, **how})
-        protocol = (target.max_env_steps, target.num_tasks, target.steps)
+        protocol = (target.max_env_steps, target.num_tasks, target.steps, target.episodes)
         key = json.dumps([config.to_dict(), protocol], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         results.append(run_seed(target, config, options.out / options.target / f"seed-{seed}-{digest}"))

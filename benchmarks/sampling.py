@@ -4,6 +4,10 @@ One call of the pool is a meta-batch as in training, the family's default policy
 the headline all tasks act with the same weights, as for support rollouts; under ``own_weights`` each has its
 own, as for query rollouts; under ``large_batch`` there are four times as many tasks with the same weights, so
 that what a call costs whatever its size weighs less.
+
+For a family that runs on MuJoCo, ``mujoco_rollout`` has the steps a second of the bare ``mujoco.rollout``, measured
+in turns with the pools: as many environments and threads, whole episodes of drawn actions in one call, so without
+policy, observations, rewards or episode ends. ``pool_vs_rollout`` is what of it each pool reaches.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import count
+from typing import Any
 
 import numpy as np
 import tyro
@@ -24,8 +30,7 @@ from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.run import start_ray
 from ssm_metarl.tasks import Task, make
-
-WORKERS = (0, 1, 2)
+from ssm_metarl.tasks.mujoco import MujocoFamily, load_model
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,14 @@ class Options:
         meta_batch: tasks of a call.
         episodes: a task.
         repetitions: measured turns.
+        workers: of each pool; 0 is in process, and without any other there is no Ray.
     """
 
     task: str = "navigation-2d"
     meta_batch: int = 20
     episodes: int = 20
     repetitions: int = 15
+    workers: tuple[int, ...] = (0, 1, 2)
 
 
 class Sampling:
@@ -90,31 +97,87 @@ def main(options: Options) -> None:
     batch = tasks[: options.meta_batch]
     shared = SSMPolicy(spec).numpy_weights()
     own = {name: np.stack([value] * options.meta_batch) for name, value in shared.items()}
-    log("starting Ray …")
-    start_ray(sum(WORKERS))
+    if any(options.workers):
+        log("starting Ray …")
+        start_ray(sum(options.workers))
     results = {}
+    facts: dict[str, Any] = {"task": options.task, "meta_batch": options.meta_batch, "episodes": options.episodes}
     with ExitStack() as stack:
-        pools = {n: Pool(family, spec, num_workers=n, name=f"sampling/{n}") for n in WORKERS}
+        pools = {n: Pool(family, spec, num_workers=n, name=f"sampling/{n}") for n in options.workers}
         for pool in pools.values():
             stack.enter_context(pool)
         for kind, weights, played in (("shared", shared, batch), ("own", own, batch), ("large", shared, tasks)):
             log(f"{len(played)} tasks of {options.episodes} episodes, {kind} …")
             samplings = {n: Sampling(pool, weights, played, options.episodes) for n, pool in pools.items()}
             results[kind] = rates(samplings, options.repetitions)
-    facts = {"task": options.task, "meta_batch": options.meta_batch, "episodes": options.episodes}
+        if isinstance(family, MujocoFamily):
+            log("against mujoco.rollout …")
+            samplings = {n: Sampling(pool, shared, batch, options.episodes) for n, pool in pools.items()}
+            facts |= against_rollout(family, samplings, options.repetitions)
     others = {"own_weights": figures(results["own"]), "large_batch": figures(results["large"])}
     report("sampling", {**figures(results["shared"]), **others, **facts})
 
 
 def figures(rate: Mapping[int, Mapping[str, float]]) -> dict[str, object]:
-    """The headline and the ratios."""
+    """The headline, of most workers, and the ratios of the usual pools."""
+    ratios = {"two_vs_one": (2, 1), "one_vs_in_process": (1, 0)}
     return {
-        "steps_per_second": rate[2]["median"],
-        "steps_per_second_by_workers": {n: rate[n]["median"] for n in WORKERS},
-        "best_steps_per_second_by_workers": {n: rate[n]["max"] for n in WORKERS},
-        "two_vs_one": rate[2]["median"] / rate[1]["median"],
-        "one_vs_in_process": rate[1]["median"] / rate[0]["median"],
+        "steps_per_second": rate[max(rate)]["median"],
+        "steps_per_second_by_workers": {n: rate[n]["median"] for n in rate},
+        "best_steps_per_second_by_workers": {n: rate[n]["max"] for n in rate},
+        **{name: rate[n]["median"] / rate[m]["median"] for name, (n, m) in ratios.items() if {n, m} <= rate.keys()},
     }
+
+
+class BareRollout:
+    """Episodes of ``mujoco.rollout`` with nothing around it.
+
+    Args:
+        family: whose robot and horizon.
+        num_envs: episodes.
+        threads: that share them.
+    """
+
+    def __init__(self, family: MujocoFamily, num_envs: int, threads: int) -> None:
+        mujoco = import_module("mujoco")
+        model = load_model(family.robot.file)
+        self.steps = num_envs * family.horizon
+        self.arguments = [model] * num_envs, [mujoco.MjData(model) for _ in range(threads)]
+        self.rollout = import_module("mujoco.rollout").Rollout(nthread=0 if threads == 1 else threads)
+        self.control = mujoco.mjtState.mjSTATE_CTRL.value
+        rng = np.random.default_rng(0)
+        self.start = np.zeros((num_envs, 1 + model.nq + model.nv))
+        self.start[:, 1 : 1 + model.nq] = model.qpos0
+        self.start[:, 1:] += rng.uniform(-0.1, 0.1, (num_envs, model.nq + model.nv))
+        actions = rng.normal(0.0, 0.5, (num_envs, family.horizon, model.nu)).clip(-1, 1)
+        self.controls = actions.repeat(family.robot.frame_skip, axis=1)
+        self.states = np.empty((*self.controls.shape[:2], self.start.shape[1]))
+
+    def __call__(self) -> None:
+        self.rollout.rollout(
+            *self.arguments,
+            self.start,
+            self.controls,
+            control_spec=self.control,
+            skip_checks=True,
+            nstep=self.controls.shape[1],
+            state=self.states,
+        )
+
+
+def against_rollout(
+    family: MujocoFamily, samplings: Mapping[int, Sampling], repetitions: int
+) -> dict[str, dict[int, float]]:
+    """Steps a second of the bare simulator by its threads, and each pool's share of what its threads could do."""
+    threads = {n: max(1, n) * family.threads for n in samplings}
+    sampling = next(iter(samplings.values()))
+    num_envs = len(sampling.tasks) * sampling.episodes
+    bare = {t: BareRollout(family, num_envs, t) for t in sorted(set(threads.values()))}
+    works: dict[str, Callable[[], object]] = {f"rollout/{t}": work for t, work in bare.items()}
+    times = timings(works | {f"pool/{n}": sampling for n, sampling in samplings.items()}, repetitions)
+    rollout = {t: work.steps / times[f"rollout/{t}"]["median"] for t, work in bare.items()}
+    pool = {n: float(np.mean(s.steps[1:])) / times[f"pool/{n}"]["median"] for n, s in samplings.items()}
+    return {"mujoco_rollout": rollout, "pool_vs_rollout": {n: pool[n] / rollout[threads[n]] for n in samplings}}
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from ..algorithms.inference import PolicySpec
+from ..algorithms.inference import PolicySpec, step_size
 from ..algorithms.rollouts import Array
 
 FORMAT_VERSION = 1
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
-    """Shape of each parameter of such a policy by name, ordered as ``SSMPolicy.named_parameters()``."""
+    """Shape of each array of such a policy by name, ordered as in ``SSMPolicy.numpy_weights()``."""
     width, state, actions = spec.hidden_dim, spec.state_dim, spec.action_size
     shapes: dict[str, tuple[int, ...]] = {}
     shapes |= {"encoder.weight": (spec.input_size, width), "encoder.bias": (width,)}
@@ -92,7 +92,15 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
     shapes |= {"policy.weight": (width, actions), "policy.bias": (actions,)}
     if not spec.discrete:
         shapes["policy.log_std"] = (actions,)
-    return shapes | {"value.weight": (width, 1), "value.bias": (1,)}
+    if spec.learned_step_sizes:
+        sizes = {step_size(name): shape for name, shape in shapes.items()}
+        sizes = dict(sorted(sizes.items()))
+    else:
+        sizes = {}
+    shapes |= {"value.weight": (width, 1), "value.bias": (1,), **sizes}
+    if spec.normalizes:
+        shapes |= {"input_mean": (spec.input_size,), "input_scale": (spec.input_size,), "reward_scale": (1,)}
+    return shapes
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:

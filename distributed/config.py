@@ -10,7 +10,7 @@ from typing import Any
 from gymnasium import spaces
 
 from ..algorithms.inference import PolicyConfig, PolicySpec, check_count, check_keys, check_number
-from ..algorithms.maml import MetaConfig
+from ..algorithms.maml import IN_CONTEXT, MetaConfig
 from ..tasks import TaskDistribution, make
 
 
@@ -28,10 +28,13 @@ class TrainConfig(MetaConfig, PolicyConfig):
         config = TrainConfig.for_task("cartpole", iterations=20, hidden_dim=32)
 
     Attributes:
-        task: name of the task family.
+        task: name of the task family, gym:ID, or module:attribute for your own.
+        task_options: of the family, such as ``{"arms": 10}`` for bandit; JSON values.
+        task_ranges: for ``gym:ID``, the numbers that differ between tasks, ``{"gravity": [5, 15]}``.
         iterations: meta-iterations of the whole run; the learning-rate schedule spans them.
         meta_batch: tasks M of an iteration.
-        episodes: episodes K a task, for each inner step and for the query.
+        episodes: episodes K a task, for each inner step and for the query; trials, where a trial has several episodes.
+        trial_episodes: episodes of a trial, over which the policy keeps its recurrent state and sums its return.
         seed: of everything random in the run.
         num_workers: Ray actors that collect rollouts; 0 collects in process, without Ray.
         learner_threads: threads that share the learner's tasks (on a CPU).
@@ -42,9 +45,12 @@ class TrainConfig(MetaConfig, PolicyConfig):
     """
 
     task: str = "navigation-2d"
+    task_options: Mapping[str, Any] = field(default_factory=dict)
+    task_ranges: Mapping[str, Any] = field(default_factory=dict)
     iterations: int = 30
     meta_batch: int = 20
     episodes: int = 20
+    trial_episodes: int = 1
     seed: int = 0
     num_workers: int = 0
     learner_threads: int = field(default_factory=available_cores)
@@ -55,13 +61,21 @@ class TrainConfig(MetaConfig, PolicyConfig):
     def __post_init__(self) -> None:
         PolicyConfig.__post_init__(self)
         MetaConfig.__post_init__(self)
-        for name in ("iterations", "meta_batch", "episodes", "learner_threads", "checkpoint_every"):
+        for name in ("iterations", "meta_batch", "episodes", "trial_episodes", "learner_threads", "checkpoint_every"):
             check_count(name, getattr(self, name), 1)
         for name in ("seed", "num_workers"):
             check_count(name, getattr(self, name), 0)
         if self.sample_timeout_s is not None:
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
-        make(self.task)
+        self.family()
+
+    def family(self) -> TaskDistribution:
+        """A new instance of the task family.
+
+        Raises:
+            ValueError: it is unknown, or an option or range is; one sentence.
+        """
+        return make(self.task, self.task_options, self.task_ranges)
 
     @classmethod
     def for_task(cls, task: str, **options: Any) -> TrainConfig:
@@ -70,7 +84,10 @@ class TrainConfig(MetaConfig, PolicyConfig):
         Raises:
             ValueError: for an unknown task, an unknown option or an impossible value, in one sentence.
         """
-        return cls.from_dict({**make(task).recommended, "task": task, **options})
+        family = make(task, options.get("task_options", {}), options.get("task_ranges", {}))
+        if options.get("algorithm", family.recommended.get("algorithm")) == "rl2":
+            return cls.from_dict({"algorithm": "rl2", **IN_CONTEXT, **family.in_context, "task": task, **options})
+        return cls.from_dict({**family.recommended, "task": task, **options})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

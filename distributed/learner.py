@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
-from ..algorithms.evaluation import adapt_weights
+from ..algorithms.evaluation import adapt_weights, batch_for
 from ..algorithms.inference import PolicySpec
-from ..algorithms.maml import SCHEDULES, Batch, MetaLoss, make_batch, meta_loss, task_shards
+from ..algorithms.maml import SCHEDULES, Batch, MetaConfig, MetaLoss, meta_loss, task_shards
+from ..algorithms.normalize import Normalizer
 from ..algorithms.policy import SSMPolicy
 from ..algorithms.rollouts import Array, Rollouts
 from .config import TrainConfig
@@ -26,8 +29,9 @@ class Learner:
     """Holds the policy and improves it; the trainer calls it between rollouts::
 
         weights = learner.weights()
-        support = learner.batch(pool.collect(weights, ...))
-        query = learner.batch(pool.collect(learner.adapt(weights, support), ...))
+        support = learner.batch(weights, pool.collect(weights, ...))
+        adapted = learner.adapt(weights, support)
+        query = learner.batch(adapted, pool.collect(adapted, ...))
         statistics = learner.update([support, query], done=iteration / iterations)
 
     On a CPU the tasks of a batch are cut into shards, ``learner_threads`` Python threads work on
@@ -44,6 +48,7 @@ class Learner:
         self.config = config
         self.device = torch.device(resolve_device(config.device))
         self.policy = SSMPolicy(spec, seed).to(self.device)
+        self.normalizer = Normalizer(spec, config.discount)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.outer_lr)
         self._threads = 1
         if self.device.type == "cpu":
@@ -51,27 +56,43 @@ class Learner:
             self._threads = config.learner_threads
         # functional_call lends its parameters to the module for the time of the call: a module a thread.
         self._modules: SimpleQueue[SSMPolicy] = SimpleQueue()
-        for _ in range(self._threads):
-            self._modules.put(SSMPolicy(spec).to(self.device))
+        self._lent = [SSMPolicy(spec).to(self.device) for _ in range(self._threads)]
+        for module in self._lent:
+            self._modules.put(module)
+
+    def observe(self, rollouts: Sequence[Rollouts]) -> None:
+        """Take an iteration's rollouts into the running moments, with which the next one is normalised."""
+        if self.policy.spec.normalizes:
+            for each in rollouts:
+                self.normalizer.update(each)
+            self._normalize(self.normalizer.arrays())
+
+    def _normalize(self, arrays: Mapping[str, Array]) -> None:
+        for module in (self.policy, *self._lent):
+            for name, buffer in module.named_buffers():
+                buffer.copy_(torch.as_tensor(arrays[name]))
 
     def weights(self) -> dict[str, Array]:
         """Copies of the meta-parameters for workers."""
         return self.policy.numpy_weights()
 
-    def batch(self, rollouts: Rollouts) -> Batch:
-        """Rollouts as the objectives read them, on the learner's device."""
-        return make_batch(self.policy.spec, rollouts, self.config, self.device)
+    def batch(self, weights: Mapping[str, Array], rollouts: Rollouts) -> Batch:
+        """Rollouts as the objectives read them, on the learner's device; ``weights`` (shared, or [M, ...]) acted."""
+        return batch_for(self.policy, weights, rollouts, self.config, self._run)
 
     def adapt(self, weights: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
         """The tasks' weights [M, ...] after one inner step from ``weights`` (shared, or [M, ...])."""
         return adapt_weights(self.policy, weights, batch, self.config, self._run)
 
-    def update(self, stages: Sequence[Batch], done: float = 0.0) -> dict[str, float]:
-        """One meta-update: ``epochs`` Adam steps on the meta-objective over one iteration's rollouts.
+    def update(
+        self, stages: Sequence[Batch], done: float = 0.0, seed: np.random.SeedSequence | None = None
+    ) -> dict[str, float]:
+        """One meta-update: ``epochs`` × ``minibatches`` Adam steps on the meta-objective over one iteration's rollouts.
 
         Args:
             stages: S+1 batches, the s-th collected after s inner steps.
             done: fraction of the run's iterations done, in [0, 1), for the learning-rate schedule.
+            seed: of the minibatches' tasks; needed where there are several.
 
         Returns:
             ``loss`` (last epoch), ``entropy`` of the adapted policies and ``kl`` of the policy before adaptation
@@ -79,53 +100,85 @@ class Learner:
             |log ratio| on the first epoch, 0 but for rounding; and ``learning_rate``.
 
         Raises:
-            FloatingPointError: the meta-gradient is not finite; parameters are as before that epoch.
+            FloatingPointError: the meta-gradient is not finite; parameters are as before that step.
         """
         config = self.config
-        learning_rate = config.outer_lr * SCHEDULES[config.lr_schedule](done)
+        factor = SCHEDULES[config.lr_schedule](done)
+        learning_rate = config.outer_lr * factor
+        objective = replace(config, entropy_bonus=config.entropy_bonus * factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        names, parameters = zip(*self.policy.named_parameters(), strict=True)
+        parameters = list(self.policy.parameters())
         # A task that lost all its episodes at some stage has no meta-gradient.
         whole = torch.stack([stage.share.sum((1, 2)) > 0 for stage in stages]).all(0).float()
-        active = max(float(whole.sum()), 1.0)
-        shards = task_shards(stages[-1])
-        parts = [[stage.tasks(shard) for stage in stages] for shard in shards]
-        references: list = [None] * len(shards)
-
-        def differentiate(module: SSMPolicy, index: int) -> tuple[tuple[Tensor | None, ...], MetaLoss]:
-            shared = dict(zip(names, parameters, strict=True))
-            loss = meta_loss(module, shared, parts[index], config, references[index])
-            total = (loss.losses * whole[shards[index]]).sum() / active
-            return torch.autograd.grad(total, parameters, allow_unused=True), loss
-
+        tasks = len(whole)
+        minibatches = min(config.minibatches, tasks)
+        if minibatches > 1:
+            rng = np.random.default_rng(seed)
         norms, ratio_error = [], 0.0
+        references: list[Distribution | None] = []
         for epoch in range(config.passes):
-            results = self._run(differentiate, range(len(shards)))
-            for index, parameter in enumerate(parameters):
-                shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
-                # The value head has no part in a policy gradient.
-                parameter.grad = torch.stack(shares).sum(0) if shares else None
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-            if not np.isfinite(norm):
-                raise FloatingPointError(
-                    f"The meta-gradient is not finite in epoch {epoch + 1}; lower inner_lr ({config.inner_lr:g}) or "
-                    f"outer_lr ({config.outer_lr:g})."
-                )
-            norms.append(norm)
-            self.optimizer.step()
-            if epoch == 0:
-                references = [loss.before for _, loss in results]
-                ratio_error = max(float(loss.log_ratio) for _, loss in results)
-        losses = [loss for _, loss in results]
+            if minibatches == 1:
+                groups = [(stages, whole)]
+            else:
+                parts = [torch.from_numpy(part) for part in np.array_split(rng.permutation(tasks), minibatches)]
+                groups = [([stage.tasks(part) for stage in stages], whole[part]) for part in parts]
+            epoch_losses: list[MetaLoss] = []
+            for number, (group, complete) in enumerate(groups):
+                results = self._differentiate(objective, group, complete, references)
+                for index, parameter in enumerate(parameters):
+                    shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
+                    # Without a critic the value head has no part in a policy gradient.
+                    parameter.grad = torch.stack(shares).sum(0) if shares else None
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                if not np.isfinite(norm):
+                    raise FloatingPointError(
+                        f"The meta-gradient is not finite in epoch {epoch + 1}; lower inner_lr ({config.inner_lr:g}) "
+                        f"or outer_lr ({config.outer_lr:g})."
+                    )
+                norms.append(norm)
+                self.optimizer.step()
+                epoch_losses += [loss for _, loss in results]
+                if epoch == number == 0:
+                    ratio_error = max(float(loss.log_ratio) for _, loss in results)
+            if epoch == 0 and minibatches == 1:
+                references = [loss.before for loss in epoch_losses]
+        order = torch.cat([complete for _, complete in groups])
+        losses = epoch_losses
         return {
-            "loss": float((torch.cat([loss.losses.detach() for loss in losses]) * whole).sum()) / active,
+            "loss": float((torch.cat([loss.losses.detach() for loss in losses]) * order).sum())
+            / max(float(order.sum()), 1.0),
             "entropy": float(np.mean([float(loss.entropy) for loss in losses])),
             "kl": float(torch.cat([loss.kl_before for loss in losses]).mean()),
             "grad_norm": float(np.mean(norms)),
             "ratio_error": ratio_error,
             "learning_rate": learning_rate,
         }
+
+    def _differentiate(
+        self, config: MetaConfig, stages: Sequence[Batch], complete: Tensor, references: Sequence[Distribution | None]
+    ) -> list[tuple[tuple[Tensor | None, ...], MetaLoss]]:
+        """The meta-gradient of a minibatch and its diagnostics, shard by shard.
+
+        Args:
+            config: of the objective.
+            stages: S+1 batches.
+            complete: [M], 1 for the tasks that count, 0 for the others.
+            references: see ``meta_loss``, a shard each; empty: none.
+        """
+        names, parameters = zip(*self.policy.named_parameters(), strict=True)
+        active = max(float(complete.sum()), 1.0)
+        shards = task_shards(stages[-1].share.shape)
+        parts = [[stage.tasks(shard) for stage in stages] for shard in shards]
+
+        def differentiate(module: SSMPolicy, index: int) -> tuple[tuple[Tensor | None, ...], MetaLoss]:
+            shared = dict(zip(names, parameters, strict=True))
+            reference = references[index] if references else None
+            loss = meta_loss(module, shared, parts[index], config, reference)
+            total = (loss.losses * complete[shards[index]]).sum() / active
+            return torch.autograd.grad(total, parameters, allow_unused=True), loss
+
+        return self._run(differentiate, range(len(shards)))
 
     def _run(self, work: Callable[[SSMPolicy, Shard], Result], shards: Sequence[Shard]) -> list[Result]:
         """``work`` on every shard, in order, on the learner's threads, with a module that no other thread uses."""
@@ -158,7 +211,7 @@ class Learner:
         Raises:
             ValueError: a name or shape does not fit; nothing is changed.
         """
-        own = dict(self.policy.named_parameters())
+        own = dict(self.policy.named_parameters()) | dict(self.policy.named_buffers())
         misfit = {name for name in own.keys() | weights.keys() if name not in own or name not in weights}
         misfit |= {name for name in own.keys() & weights.keys() if tuple(own[name].shape) != weights[name].shape}
         # Adam keeps all three of its numbers for a parameter, or, without a gradient so far, none.
@@ -174,6 +227,7 @@ class Learner:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(torch.as_tensor(weights[name]))
+        self._normalize(weights)
         self.optimizer.state.clear()
         for key, value in optimizer.items():
             name, moment = key.rsplit(".", 1)

@@ -46,6 +46,7 @@ class Pool:
         distribution: the family of the tasks.
         spec: the policy's sizes.
         num_workers: n, Ray actors of one CPU each; 0 collects in this process and needs no Ray.
+        trial_episodes: episodes that follow each other in a column, see ``collect``.
         name: the actors are named ``{name}/rollout-worker-{i}``, unique among the open pools of a driver.
         sample_timeout_s: seconds after which a worker is replaced and the tasks that it holds are given up;
             None: never. When it fires, the run is no longer reproducible. Has no effect in process.
@@ -67,6 +68,7 @@ class Pool:
         spec: PolicySpec,
         *,
         num_workers: int,
+        trial_episodes: int = 1,
         name: str = "local",
         sample_timeout_s: float | None = None,
     ) -> None:
@@ -80,6 +82,7 @@ class Pool:
         self.ray_seconds = 0.0
         self._distribution = distribution
         self._spec = spec
+        self._trial_episodes = trial_episodes
         self._timeout_s = sample_timeout_s
         self._put: tuple[Mapping[str, Array], Any] | None = None  # the last shared weights, their reference
         self._workers: list[WorkerHandle] = []
@@ -88,7 +91,7 @@ class Pool:
             from .worker import WorkerHandle
 
             names = [f"{name}/rollout-worker-{i}" for i in range(num_workers)]
-            self._workers = [WorkerHandle(worker_name, distribution, spec) for worker_name in names]
+            self._workers = [WorkerHandle(worker_name, distribution, spec, trial_episodes) for worker_name in names]
         else:
             self._threads = ThreadpoolController()
 
@@ -102,7 +105,7 @@ class Pool:
         label: str = "",
         deterministic: bool = False,
     ) -> Rollouts:
-        """Play ``columns`` episodes of every task.
+        """Play ``columns`` episodes, or trials, of every task.
 
         Args:
             weights: float32 arrays by parameter name, shared by all tasks or with a leading task axis [M, …].
@@ -175,6 +178,7 @@ class Pool:
                 tasks,
                 columns,
                 family.horizon,
+                trial_episodes=self._trial_episodes,
                 deterministic=deterministic,
             )
         return _owned(rollouts)

@@ -137,7 +137,7 @@ def train(
     begin = time.perf_counter()
     run = Path(run_dir)
     check_device(config.device)
-    spec = config.policy_spec(distribution or make(config.task))
+    spec = config.policy_spec(distribution or config.family())
     copy = Mirror(run, mirror) if mirror else None
     if copy and resume:
         copy.pull()
@@ -290,9 +290,11 @@ def evaluate_checkpoint(
     path: str | Path,
     *,
     task: str | None = None,
+    task_options: Mapping[str, Any] | None = None,
+    task_ranges: Mapping[str, Any] | None = None,
     split: str = "test",
     num_tasks: int = 100,
-    steps: int = 3,
+    steps: int | None = None,
     episodes: int | None = None,
     seed: int = 0,
     num_workers: int = 0,
@@ -305,9 +307,10 @@ def evaluate_checkpoint(
     Args:
         path: a checkpoint, or a run folder for its best one.
         task: family of the tasks; None: the one it was trained on.
+        task_options, task_ranges: of the family; None: as in training if it is the same one, else none.
         split: of that family.
         num_tasks: how many tasks.
-        steps: adaptation steps S.
+        steps: adaptation steps S; None: 3, or 0 for a policy that was trained without.
         episodes: episodes a task and step; None: as in training.
         seed: of tasks and rollouts: equal seeds give equal tasks and common random numbers.
         num_workers: Ray actors; 0: in process.
@@ -322,7 +325,8 @@ def evaluate_checkpoint(
     """
     policy, checkpoint = load_policy(path)
     config = TrainConfig.from_dict({**checkpoint.config, **({} if inner_lr is None else {"inner_lr": inner_lr})})
-    family = distribution or make(task or config.task)
+    family = distribution or _family(config, task, task_options, task_ranges)
+    steps = (3 if config.inner_steps else 0) if steps is None else steps
     for name, value, least in (("num_tasks", num_tasks, 1), ("steps", steps, 0), ("seed", seed, 0)):
         check_count(name, value, least)
     check_count("num_workers", num_workers, 0)
@@ -337,7 +341,13 @@ def evaluate_checkpoint(
     family.sample(0, np.random.default_rng(), split)  # refuses an unknown split, before Ray starts
     start_ray(num_workers)
     check_resources(num_workers)
-    with Pool(family, policy.spec, num_workers=num_workers, name=f"ssm-metarl/evaluate/{time.time_ns()}") as pool:
+    with Pool(
+        family,
+        policy.spec,
+        num_workers=num_workers,
+        trial_episodes=config.trial_episodes,
+        name=f"ssm-metarl/evaluate/{time.time_ns()}",
+    ) as pool:
         return evaluate_policy(
             policy,
             config,
@@ -350,6 +360,17 @@ def evaluate_checkpoint(
             seed=seed,
             deterministic=deterministic,
         )
+
+
+def _family(
+    config: TrainConfig, task: str | None, options: Mapping[str, Any] | None, ranges: Mapping[str, Any] | None
+) -> TaskDistribution:
+    """The family of an evaluation: that of training but for what is given."""
+    if task is not None and task != config.task:
+        return make(task, options or {}, ranges or {})
+    same = {"options": config.task_options, "ranges": config.task_ranges}
+    given = {"options": options, "ranges": ranges}
+    return make(config.task, **{**same, **{name: value for name, value in given.items() if value is not None}})
 
 
 def evaluate_policy(

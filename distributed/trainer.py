@@ -17,7 +17,7 @@ from ray.tune import PlacementGroupFactory
 from ..algorithms.collect import seed_for
 from ..algorithms.inference import PolicySpec
 from ..algorithms.rollouts import Array, Rollouts
-from ..tasks import Task, TaskDistribution, make, names, register
+from ..tasks import Task, TaskDistribution, names, register
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .learner import Learner
@@ -25,7 +25,7 @@ from .pool import Pool
 from .telemetry import Telemetry
 
 # Branches of the seed tree: SeedSequence(seed, spawn_key=(branch, ...)).
-ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION = range(4)
+ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION, MINIBATCHES = range(5)
 
 BAD_EPISODES_ALLOWED = 0.1
 """Share of a collection's episodes that may be lost to a faulty environment before the run stops."""
@@ -62,7 +62,7 @@ class MetaTrainer(tune.Trainable):
         if self._trial_info is not None:  # under Tune, where the learner has the one CPU that was requested for it
             config["learner_threads"] = 1
         self.train_config = TrainConfig.from_dict(config)
-        self.distribution: TaskDistribution = distribution or make(self.train_config.task)
+        self.distribution: TaskDistribution = distribution or self.train_config.family()
         self.spec = self.train_config.policy_spec(self.distribution)
         if self._trial_info is None:
             check_resources(self.train_config.num_workers)
@@ -73,6 +73,7 @@ class MetaTrainer(tune.Trainable):
             self.spec,
             num_workers=self.train_config.num_workers,
             name=f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
+            trial_episodes=self.train_config.trial_episodes,
             sample_timeout_s=self.train_config.sample_timeout_s,
         )
         self.telemetry = Telemetry(self.trial_name, self.train_config.task)
@@ -108,12 +109,17 @@ class MetaTrainer(tune.Trainable):
             collected.append(rollouts)
             seconds["sample"] += time.perf_counter() - start
             start = time.perf_counter()
-            stages.append(learner.batch(rollouts))
+            stages.append(learner.batch(weights, rollouts))
             if stage < config.inner_steps:
                 weights = learner.adapt(weights, stages[-1])
             seconds["adapt"] += time.perf_counter() - start
         start = time.perf_counter()
-        statistics = learner.update(stages, done=min(self.meta_iteration / config.iterations, 1.0))
+        statistics = learner.update(
+            stages,
+            done=min(self.meta_iteration / config.iterations, 1.0),
+            seed=seed_for(config.seed, MINIBATCHES, self.meta_iteration),
+        )
+        learner.observe(collected)
         seconds["update"] = time.perf_counter() - start
         seconds["ray"] = self.pool.ray_seconds - overhead
         seconds["sample"] -= seconds["ray"]
@@ -143,7 +149,11 @@ class MetaTrainer(tune.Trainable):
         checkpoint = Checkpoint(
             spec=self.spec,
             config=self.train_config.to_dict(),
-            progress={"iteration": self.meta_iteration, "env_steps": self.env_steps},
+            progress={
+                "iteration": self.meta_iteration,
+                "env_steps": self.env_steps,
+                **({"normalizer": moments} if (moments := self.learner.normalizer.to_dict()) else {}),
+            },
             policy=self.learner.weights(),
             optimizer=self.learner.optimizer_arrays(),
         )
@@ -164,6 +174,7 @@ class MetaTrainer(tune.Trainable):
     def _continue_from(self, checkpoint: Checkpoint) -> None:
         """Take parameters, moments and counters of a checkpoint of this trainer's sizes."""
         self.learner.load(checkpoint.policy, checkpoint.optimizer)
+        self.learner.normalizer.load(checkpoint.progress.get("normalizer", {}))
         self.meta_iteration = int(checkpoint.progress["iteration"])
         self.env_steps = int(checkpoint.progress["env_steps"])
 

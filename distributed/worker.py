@@ -41,13 +41,15 @@ class RolloutWorker:
     Args:
         distribution: the family whose environments it makes.
         spec: the policy's sizes.
+        trial_episodes: episodes that follow each other in a column.
     """
 
-    def __init__(self, distribution: TaskDistribution, spec: PolicySpec) -> None:
+    def __init__(self, distribution: TaskDistribution, spec: PolicySpec, trial_episodes: int = 1) -> None:
         # Ray sets OMP_NUM_THREADS in a worker, but not over a value that the user's environment has.
         threadpool_limits(limits=1)
         self._distribution = distribution
         self._spec = spec
+        self._trial_episodes = trial_episodes
 
     # Unlike any other call this one is repeated by Ray until the actor runs: its answer ends a restart.
     @ray.method(max_task_retries=-1)
@@ -78,6 +80,7 @@ class RolloutWorker:
             tasks,
             columns,
             family.horizon,
+            trial_episodes=self._trial_episodes,
             deterministic=deterministic,
         )
         return rollouts, time.perf_counter() - start
@@ -99,15 +102,15 @@ class WorkerHandle:
 
     Args:
         name: the actor's name in Ray, unique in the driver's namespace.
-        distribution, spec: the worker's.
+        distribution, spec, trial_episodes: the worker's.
 
     Attributes:
         call: the reference of the call under way, None when there is none: the worker is free.
     """
 
-    def __init__(self, name: str, distribution: TaskDistribution, spec: PolicySpec) -> None:
+    def __init__(self, name: str, distribution: TaskDistribution, spec: PolicySpec, trial_episodes: int = 1) -> None:
         self._name = name
-        self._arguments = (distribution, spec)
+        self._arguments = (distribution, spec, trial_episodes)
         self.call: Any = None
         self._create()
 

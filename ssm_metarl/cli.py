@@ -8,9 +8,8 @@ import os
 import shlex
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .algorithms.maml import ALGORITHMS
 from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
 from .distributed.config import TrainConfig
 from .distributed.jobs import JobError
@@ -26,7 +26,7 @@ from .distributed.learner import check_device
 from .distributed.run import auto_workers, evaluate_checkpoint, train
 from .distributed.storage import Mirror, is_uri
 from .distributed.trainer import EnvironmentFailure
-from .job_cli import COMMANDS, JobCommand, run_job
+from .job_cli import COMMANDS, JobCommand, run_job, run_name
 from .plots import plot_evolution, plot_run
 from .population_view import PopulationView, evolution_summary
 from .tuning.population import EvolveConfig
@@ -39,6 +39,33 @@ RUNS = "runs"
 """Parent of the run folders."""
 
 
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object of the command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object, such as '{{\"gravity\": [5, 15]}}'.")
+    return value
+
+
+JsonObject = Annotated[
+    Mapping[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda words: _object(words[0]),
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class UncheckedConfig(TrainConfig):
     """A ``TrainConfig`` that is checked when the command runs, where a mistake becomes one sentence of ours.
@@ -49,6 +76,8 @@ class UncheckedConfig(TrainConfig):
     """
 
     num_workers: int | Literal["auto"] = "auto"  # type: ignore[assignment]
+    task_options: JsonObject = field(default_factory=dict)
+    task_ranges: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pass
@@ -138,9 +167,11 @@ class Evaluate:
     Attributes:
         checkpoint: a checkpoint's folder, or a run's for its best checkpoint.
         task: family of the tasks; by default the one of training.
+        task_options: of the family; by default as in training.
+        task_ranges: of gym:ID; by default as in training.
         split: train, validation, test, or outside the training range shifted and shifted-test.
         num_tasks: number of tasks.
-        steps: inner steps.
+        steps: inner steps; by default 3, or none for a policy that was trained without.
         episodes: episodes a task and step; by default as in training.
         inner_lr: step size of the inner steps; by default as in training.
         seed: of tasks and rollouts.
@@ -152,9 +183,11 @@ class Evaluate:
 
     checkpoint: tyro.conf.Positional[Path]
     task: str | None = None
+    task_options: JsonObject | None = None
+    task_ranges: JsonObject | None = None
     split: str = "test"
     num_tasks: int = 100
-    steps: int = 3
+    steps: int | None = None
     episodes: int | None = None
     inner_lr: float | None = None
     seed: int = 0
@@ -234,6 +267,9 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is left for tyro to complain about.
     peek.add_argument("--task", nargs="?", default="navigation-2d", const="navigation-2d")
+    peek.add_argument("--task-options", "--task_options", nargs="?", default="{}", const="{}")
+    peek.add_argument("--task-ranges", "--task_ranges", nargs="?", default="{}", const="{}")
+    peek.add_argument("--algorithm", nargs="?")
     peek.add_argument("--run-dir", "--run_dir", nargs="?", type=Path)
     peek.add_argument("--storage", nargs="?", default=RUNS, const=RUNS)
     peek.add_argument("--resume", action="store_true")
@@ -265,7 +301,7 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
 def _default_config(known: argparse.Namespace) -> TrainConfig:
     """Options of ``train``: the task's own, or those of the run to resume."""
     if not known.resume:
-        return TrainConfig.for_task(known.task)
+        return TrainConfig.for_task(known.task, **_family_options(known))
     found = checkpoints(known.run_dir) if known.run_dir.is_dir() else []
     if not found:
         raise ValueError(f"There is no checkpoint in {known.run_dir} to resume from.")
@@ -282,8 +318,16 @@ def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveCo
         return TrainConfig.from_dict(state["base"]), EvolveConfig(**rules)
     if known.start is not None:
         config = load_checkpoint(resolve_checkpoint(known.start)).config
-        return TrainConfig.from_dict({**config, **single}), EvolveConfig()
-    return TrainConfig.for_task(known.task, **single), EvolveConfig()
+        trials = TrainConfig.from_dict({**config, **single})
+    else:
+        trials = TrainConfig.for_task(known.task, **_family_options(known), **single)
+    return trials, EvolveConfig() if trials.inner_steps else EvolveConfig(validation_steps=0)
+
+
+def _family_options(known: argparse.Namespace) -> dict[str, Any]:
+    """What decides on the other options' defaults beside the task's name."""
+    options = {"task_options": _object(known.task_options), "task_ranges": _object(known.task_ranges)}
+    return options | ({"algorithm": known.algorithm} if known.algorithm in ALGORITHMS else {})
 
 
 def _checked(config: UncheckedConfig, trials: int) -> TrainConfig:
@@ -311,7 +355,7 @@ def _train(options: Train) -> int:
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
     config = _checked(options.config, trials=1)
-    name = f"{config.task}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = run_name(config.task, config.algorithm)
     run_dir, mirror = _place(options, name)
     with _progress() as progress:
         bar = progress.add_task(config.task, total=config.iterations, returns="", speed="")
@@ -323,7 +367,7 @@ def _train(options: Train) -> int:
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
             speed = f"{steps / metrics['seconds']['total'] / 1000:.0f}k steps/s" if steps else ""
-            returns = f"return {before:.1f} → {after:.1f}"
+            returns = f"return {before:.1f} → {after:.1f}" if config.inner_steps else f"return {after:.1f}"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
             if not console.is_terminal:
                 console.print(f"iteration {metrics['iteration']}/{config.iterations}: {returns} {speed}")
@@ -367,7 +411,7 @@ def _evolve(options: Evolve) -> int:
             raise ValueError(f"proposals must be 1 or more, not {options.proposals}.")
         rules = replace(rules, population=options.proposals + 1, generations=options.cycles, survivors=1)
     config = _checked(options.config, trials=rules.population)
-    name = f"{config.task}-evolve-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = run_name(config.task, "evolve")
     run_dir, mirror = _place(options, name)
     with PopulationView(run_dir, console):
         result = evolve(config, rules, run_dir, start=options.start, resume=options.resume, mirror=mirror)
@@ -399,6 +443,8 @@ def _evaluate(options: Evaluate) -> int:
     report = evaluate_checkpoint(
         options.checkpoint,
         task=options.task,
+        task_options=options.task_options,
+        task_ranges=options.task_ranges,
         split=options.split,
         num_tasks=options.num_tasks,
         steps=options.steps,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shlex
 import tempfile
 import time
@@ -173,13 +174,18 @@ def prepared(command: Sequence[str], storage: str) -> tuple[list[str], str | Non
     if run_dir is None:
         task = _value(given, "--task") or "navigation-2d"
         parent = _value(given, "--storage") or _absolute(storage)
-        name = f"{task}-{given[0]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = run_name(task, given[0])
         run_dir = f"{parent.rstrip('/')}/{name}"
         if is_uri(parent):
             given += ["--run-dir", name, *([] if _value(given, "--storage") else ["--storage", parent])]
         else:
             given += ["--run-dir", run_dir]
     return given, run_dir
+
+
+def run_name(task: str, kind: str) -> str:
+    """Name of a new run's folder: its task, without what a path could not have, what it does, and the time."""
+    return f"{re.sub('[^A-Za-z0-9._-]+', '-', task)}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _improve(storage: str) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import difflib
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class TaskDistribution(abc.ABC):
         enumerable: the family is finite, so that the splits share tasks and differ in seeds only.
         reference: the returns of a random and of the best player.
         recommended: training options that learn on this family, where they differ from the defaults.
+        in_context: the same for the algorithm "rl2".
     """
 
     name: str
@@ -78,6 +80,7 @@ class TaskDistribution(abc.ABC):
     enumerable: bool = False
     reference: ReferenceReturns
     recommended: Mapping[str, Any] = {}
+    in_context: Mapping[str, Any] = {}
 
     @abc.abstractmethod
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
@@ -115,11 +118,17 @@ class TaskDistribution(abc.ABC):
 
 # --- The registry -----------------------------------------------------------------------------------------
 
-_FACTORIES: dict[str, Callable[[], TaskDistribution]] = {}
+_FACTORIES: dict[str, Callable[..., TaskDistribution]] = {}
+_PREFIXES: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, Any]], TaskDistribution]] = {}
 
 
-def register(name: str, factory: Callable[[], TaskDistribution]) -> None:
-    """Let ``make(name)`` call `factory`; a module does this for its own family when it is imported.
+def register_prefix(prefix: str, factory: Callable[..., TaskDistribution]) -> None:
+    """Let ``make`` call ``factory(name, options, ranges)`` for names with this beginning; ":": with a colon."""
+    _PREFIXES[prefix] = factory
+
+
+def register(name: str, factory: Callable[..., TaskDistribution]) -> None:
+    """Let ``make(name, options)`` call `factory`; a module does this for its own family when it is imported.
 
     Registering a name again replaces its factory. The registry belongs to the process: workers receive a
     distribution, not its name.
@@ -132,13 +141,28 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES))
 
 
-def make(name: str) -> TaskDistribution:
-    """Make a new instance of the family registered under `name`.
+def make(name: str, options: Mapping[str, Any] = {}, ranges: Mapping[str, Any] = {}) -> TaskDistribution:
+    """Make a new instance of the family registered under `name`, or of one that a name with a colon describes.
+
+    Args:
+        name: registered; or ``gym:ID``, ``module:attribute``, see ``tasks.adapter``.
+        options: keyword arguments of the family.
+        ranges: for ``gym:ID``, the attributes that differ between tasks.
 
     Raises:
-        ValueError: nothing is; the sentence gives the nearest name and lists all.
+        ValueError: nothing has that name (the sentence gives the nearest and lists all), or there is no such option.
     """
-    return lookup(_FACTORIES, name, "task family")()
+    if isinstance(name, str) and ":" in name and name not in _FACTORIES:
+        prefix = name.partition(":")[0] + ":"
+        return _PREFIXES.get(prefix, _PREFIXES[":"])(name, options, ranges)
+    factory = lookup(_FACTORIES, name, "task family")
+    if ranges:
+        raise ValueError(f"Only gym:ID takes task ranges, not {name!r}, whose options are its own.")
+    if options:
+        known = {key: key for key, value in inspect.signature(factory).parameters.items()}
+        for key in options:
+            lookup(known, key, f"option of {name!r}")
+    return factory(**options)
 
 
 def lookup(entries: Mapping[str, Value], key: str, noun: str) -> Value:

@@ -97,6 +97,14 @@ class Navigation2D(TaskDistribution):
     # oracle: knows the goal and moves each axis to it by at most 0.1 a step, which no player can better.
     reference = ReferenceReturns(random=-88.20, random_sd=36.34, oracle=-0.507)
     recommended: Mapping[str, Any] = {"step_weights": [0.2, 0.8]}
+    in_context: Mapping[str, Any] = {
+        "meta_batch": 200,
+        "episodes": 4,
+        "iterations": 98,
+        "discount": 0.95,
+        "gae_lambda": 0.95,
+        "scale_rewards": True,
+    }
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n goals of a split; see ``TaskDistribution.sample``."""

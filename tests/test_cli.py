@@ -257,10 +257,10 @@ def test_plot_names_the_pictures_that_it_drew(command: Command, trained: Path) -
         ("--eval-tasks 0", "eval_tasks must be 1 or more, not 0."),
         (
             "--task cartpol",
-            "There is no task family 'cartpol', did you mean 'cartpole'? (valid: cartpole, navigation-2d).",
+            "There is no task family 'cartpol', did you mean 'cartpole'? (valid: ant-dir, ",
         ),
         ("train --help --task cartpol", "There is no task family 'cartpol', did you mean 'cartpole'?"),
-        ("--algorithm mamlet", "algorithm must be one of promp, maml, fomaml, not 'mamlet'."),
+        ("--algorithm mamlet", "algorithm must be one of promp, rl2, maml, fomaml, not 'mamlet'."),
         ("--step-weights 1 2 3", "step_weights needs one weight for each of 0..1 inner steps"),
         ("--device abacus", "device 'abacus' cannot be used here"),
         ("--resume", "--resume needs --run-dir"),
@@ -349,7 +349,7 @@ def test_a_checkpoint_with_corrupt_json_is_refused_in_one_sentence(
             ["--task STR", "--iterations INT", "--num-workers INT", "--seed INT", "--run-dir", "--resume"],
         ),
         ("train --help --task cartpole", ["(default: cartpole)", "(default: 0.3)"]),
-        ("evaluate --help", ["--split STR", "--num-tasks INT", "--steps INT", "--json"]),
+        ("evaluate --help", ["--split STR", "--num-tasks INT", "--steps", "--json"]),
         ("plot --help", ["PATH"]),
     ],
 )

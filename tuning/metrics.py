@@ -93,8 +93,6 @@ class Assessment:
 
     def __post_init__(self) -> None:
         validation, history = _unit_values("validation", self.validation), _unit_values("history", self.history)
-        if validation.shape[1] < 2:
-            raise ValueError("An assessment needs at least one adaptation step.")
         if not np.array_equal(history[-1], validation[:, -1], equal_nan=True):
             raise ValueError("The last row of history must be the last column of validation.")
         steps = np.array(self.history_steps)
@@ -146,7 +144,7 @@ def metrics(assessment: Assessment, tasks: Array | None = None, shifted_tasks: A
     generation's evaluation e, when the policy had n[e] ``lineage_steps``::
 
         average_return    mean_i v[i, S]
-        adaptation_speed  mean_i 1/S Σ_s ½ (v[i, s−1] + v[i, s]),  s = 1..S
+        adaptation_speed  mean_i 1/S Σ_s ½ (v[i, s−1] + v[i, s]),  s = 1..S; v[i, 0] where S = 0
         generalisation    mean_i v[i, S] on the shifted tasks
         meta_efficiency   mean_i Σ_e (n[e] − n[e−1]) ½ (h[e−1, i] + h[e, i]) / (n[−1] − n[0]);
                           mean_i h[−1, i] where no steps lie between the evaluations
@@ -265,7 +263,8 @@ def _task_scores(assessment: Assessment) -> list[Array]:
         [1, W] of the shifted tasks, if there are any: return after adaptation.
     """
     validation, history, steps = assessment.validation, assessment.history, assessment.history_steps
-    speed = np.trapezoid(validation, axis=1) / (validation.shape[1] - 1)
+    adapts = validation.shape[1] > 1
+    speed = np.trapezoid(validation, axis=1) / (validation.shape[1] - 1) if adapts else validation[:, 0]
     width = steps[-1] - steps[0]
     efficiency = np.trapezoid(history, steps[:, None], axis=0) / width if width else history[-1]
     scores = [np.stack([validation[:, -1], speed, efficiency])]

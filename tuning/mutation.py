@@ -95,6 +95,8 @@ def propose(
     for name in BOUNDS:
         if name == "state_dim" and config["num_layers"] == 0:
             continue  # without a block, the size of its state says nothing
+        if name in ("inner_lr", "inner_steps") and config["inner_steps"] == 0:
+            continue  # a policy that learns in its state alone stays one
         for value in alternatives(name, config):
             choices.setdefault(moves({name: config[name]}, {name: value})[0], []).append(value)
     for _ in range(100 if choices else 0):

@@ -22,7 +22,8 @@ class EvolveConfig(SafetyConfig):
         mutate: False makes the others plain copies: what selection and training do alone.
         validation_tasks: fixed tasks on which every trial is assessed, of each of two splits.
         validation_episodes: episodes a task and adaptation step of an assessment.
-        validation_steps: adaptation steps S of every assessment, whatever a trial's own ``inner_steps``.
+        validation_steps: adaptation steps S of every assessment, whatever a trial's own ``inner_steps``; 0 for policies
+            that learn in their recurrent state alone.
         keep_generations: a generation's best checkpoint is kept for as many generations, for manual rollbacks.
     """
 
@@ -39,7 +40,8 @@ class EvolveConfig(SafetyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("population", self.population, 2)
-        for name in ("validation_tasks", "validation_episodes", "validation_steps"):
+        check_count("validation_steps", self.validation_steps, 0)
+        for name in ("validation_tasks", "validation_episodes"):
             check_count(name, getattr(self, name), 1)
         for name in ("generations", "generation_steps", "survivors", "keep_generations"):
             check_count(name, getattr(self, name), 0)

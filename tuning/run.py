@@ -24,7 +24,7 @@ from ..distributed.run import interrupts, prepare_run, start_ray
 from ..distributed.storage import write_folder
 from ..distributed.telemetry import Telemetry
 from ..distributed.trainer import check_resources
-from ..tasks import TaskDistribution, make
+from ..tasks import TaskDistribution
 from .evolution import Evolution
 from .metrics import normalise
 from .population import EvolveConfig
@@ -110,7 +110,7 @@ def evolve(
     begin = time.perf_counter()
     run = Path(run_dir).resolve()
     check_device(config.device)
-    family = distribution or make(config.task)
+    family = distribution or config.family()
     store = RunStore(run, mirror)
     check_reference(family)
     if config.lr_schedule != "constant":
@@ -149,7 +149,8 @@ def evolve(
 
 def default_generation_steps(config: TrainConfig, family: TaskDistribution) -> int:
     """Five meta-iterations with episodes of full length: trials then differ by a tenth of a generation at most."""
-    return 5 * config.meta_batch * config.episodes * family.horizon * (config.inner_steps + 1)
+    trial = config.trial_episodes * family.horizon
+    return 5 * config.meta_batch * config.episodes * trial * (config.inner_steps + 1)
 
 
 def check_reference(family: TaskDistribution) -> None:

@@ -221,7 +221,7 @@ def _controller(tune_controller: TuneController) -> Any:
 
 
 def _work(config: Mapping[str, Any]) -> float:
-    """About how long a policy takes for a step, in any unit: multiplications in its blocks and, as one more, its heads."""
+    """About how long a policy takes for a step, in any unit: the multiplications in its blocks."""
     width, state, layers = (int(config[name]) for name in ("hidden_dim", "state_dim", "num_layers"))
     return float(width * (width + 2 * state) * layers + width)
 

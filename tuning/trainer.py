@@ -168,7 +168,8 @@ class EvolvingTrainer(MetaTrainer):
             PROBE_TASKS, np.random.default_rng(seed_for(self.train_config.seed, TASKS, *key, 0)), "train"
         )
         seeds = [seed_for(self.train_config.seed, ROLLOUTS, *key, 0, 0, task) for task in range(PROBE_TASKS)]
-        with Pool(self.distribution, loaded.spec, num_workers=0) as pool:
+        episodes = self.train_config.trial_episodes
+        with Pool(self.distribution, loaded.spec, num_workers=0, trial_episodes=episodes) as pool:
             rollouts = pool.collect(loaded.policy, tasks, seeds, PROBE_EPISODES)
         self._spent += rollouts.num_steps
         return rollouts
@@ -201,4 +202,6 @@ class EvolvingTrainer(MetaTrainer):
         )
         self._spent += evaluation.environment_steps
         # A task that a policy lost altogether counts as played at random: diverging must not make a comparison easier.
-        return np.nan_to_num(normalise(evaluation.returns, self.distribution.reference), nan=0.0)
+        return np.nan_to_num(
+            normalise(evaluation.returns / self.train_config.trial_episodes, self.distribution.reference), nan=0.0
+        )

@@ -264,7 +264,7 @@ def test_beyond_the_clip_there_is_no_gradient(ratio: float, advantage: float) ->
     actions = functional_call(policy, for_tasks(parameters, TASKS), (batch.inputs,)).actions
     batch = batch._replace(
         log_probs=(actions.log_prob(batch.actions) - math.log(ratio)).detach(),
-        advantages=torch.full_like(batch.advantages, advantage),
+        outer_advantages=torch.full_like(batch.advantages, advantage),
     )
     losses, _ = outer_loss(policy, for_tasks(parameters, TASKS), batch, config)
     too_far = (ratio > 1) == (advantage > 0)
@@ -281,7 +281,7 @@ def test_a_step_makes_an_action_likelier_where_its_advantage_is_positive(algorit
     policy, parameters, (batch, _) = exact(config, make_spec(discrete=True))
     only = torch.zeros_like(batch.share)
     only[:, 0, 0] = 1.0
-    batch = batch._replace(share=only, advantages=advantage * only)
+    batch = batch._replace(share=only, advantages=advantage * only, outer_advantages=advantage * only)
 
     def log_prob(at: Any) -> Any:
         actions = functional_call(policy, for_tasks(at, TASKS), (batch.inputs,)).actions
@@ -431,7 +431,7 @@ def test_a_task_without_a_valid_step_stays_where_it_is(algorithm: str) -> None:
 
 @given(st.integers(1, 30), st.integers(1, 100), st.integers(1, 20), st.integers(1, 10_000))
 def test_shards_hold_every_task_once(tasks: int, steps: int, columns: int, budget: int) -> None:
-    shards = task_shards(Batch(*[torch.zeros(tasks, steps, columns)] * 6), budget)
+    shards = task_shards((tasks, steps, columns), budget)
     assert [task for shard in shards for task in range(shard.start, shard.stop)] == list(range(tasks))
 
 
@@ -494,7 +494,7 @@ def test_step_weights_are_normalised(weights: list[float]) -> None:
 
 def test_only_the_clipped_objective_is_good_for_several_epochs() -> None:
     passes = {name: MetaConfig(algorithm=name, epochs=7).passes for name in ALGORITHMS}
-    assert passes == {"promp": 7, "maml": 1, "fomaml": 1}
+    assert passes == {"promp": 7, "rl2": 7, "maml": 1, "fomaml": 1}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

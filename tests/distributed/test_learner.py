@@ -33,7 +33,7 @@ def experience(learner: Learner, seed: int = 0, columns: int = COLUMNS) -> list[
     """The batches of every stage of an iteration."""
     weights, stages = learner.weights(), []
     for stage in range(learner.config.inner_steps + 1):
-        stages.append(learner.batch(rollouts(learner, weights, 10 * seed + stage, columns)))
+        stages.append(learner.batch(weights, rollouts(learner, weights, 10 * seed + stage, columns)))
         weights = learner.adapt(weights, stages[-1])
     return stages
 
@@ -59,7 +59,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """One task a shard, in the update and in adaptation."""
     for user in (module, evaluation):
-        monkeypatch.setattr(user, "task_shards", lambda batch: [slice(i, i + 1) for i in range(len(batch.share))])
+        monkeypatch.setattr(user, "task_shards", lambda shape: [slice(i, i + 1) for i in range(shape[0])])
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -82,7 +82,7 @@ def test_shards_change_only_the_rounding(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = make_learner()
     stages = experience(whole)
     expected = whole.update(stages)
-    monkeypatch.setattr(module, "task_shards", lambda batch: [slice(0, 1), slice(1, 4), slice(4, TASKS)])
+    monkeypatch.setattr(module, "task_shards", lambda shape: [slice(0, 1), slice(1, 4), slice(4, TASKS)])
     parts = make_learner()
     statistics = parts.update(stages)
     assert_close(snapshot(parts), snapshot(whole))
@@ -232,7 +232,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters(stage: int) -
     learner = make_learner()
     learner.update(experience(learner))
     stages = experience(learner, 1)
-    stages[stage].advantages[0, 0, 0] = float("nan")
+    batch = stages[stage]
+    for advantages in (batch.advantages, batch.outer_advantages):
+        advantages[0, 0, 0] = float("nan")
     before = snapshot(learner)
     with pytest.raises(FloatingPointError, match="not finite"):
         learner.update(stages)
@@ -248,7 +250,7 @@ def test_a_task_lost_at_one_stage_has_no_influence(stage: int, algorithm: str) -
     weights, batches, rest = learner.weights(), [], []
     for index in range(2):
         record = rollouts(learner, weights, index)
-        batch = learner.batch(drop(record, 2) if index == stage else record)
+        batch = learner.batch(weights, drop(record, 2) if index == stage else record)
         weights = learner.adapt(weights, batch)
         batches.append(batch)
         keep = [0, 1, 3, 4, 5]
@@ -264,7 +266,7 @@ def test_an_iteration_without_any_whole_task_changes_no_number_to_nan() -> None:
     record = rollouts(learner, learner.weights(), 0)
     for task in range(TASKS):
         record = drop(record, task)
-    batch = learner.batch(record)
+    batch = learner.batch(learner.weights(), record)
     assert all(np.isfinite(value) for value in learner.update([batch, batch]).values())
     assert all(np.isfinite(value).all() for value in snapshot(learner).values())
 

@@ -10,6 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from ssm_metarl.tasks import Task, TaskDistribution, make
+from ssm_metarl.tasks.bandit import Bandit
+from ssm_metarl.tasks.tabular_mdp import START, TabularMDP, backward_induction, measure_reference
 
 Floats = NDArray[np.float32]
 Returns = NDArray[np.float64]
@@ -30,6 +32,14 @@ def either_push(observations: Floats, tasks: list[Task], rng: np.random.Generato
     return rng.integers(0, 2, len(observations))
 
 
+def any_of_five(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
+    return rng.integers(0, 5, len(observations))
+
+
+def best_arm(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
+    return np.argmax([task["probabilities"] for task in tasks], axis=1)
+
+
 def first_returns(distribution: TaskDistribution, play: Player, episodes: int, seed: int) -> Returns:
     """Returns [episodes] of one episode on each of as many training tasks."""
     rng = np.random.default_rng(seed)
@@ -44,7 +54,12 @@ def first_returns(distribution: TaskDistribution, play: Player, episodes: int, s
     return returns
 
 
-RANDOM: dict[str, Player] = {"navigation-2d": gaussian, "cartpole": either_push}
+RANDOM: dict[str, Player] = {
+    "navigation-2d": gaussian,
+    "cartpole": either_push,
+    "bandit": any_of_five,
+    "tabular-mdp": any_of_five,
+}
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -71,6 +86,39 @@ def test_cartpole_oracle_is_the_most_there_is() -> None:
     assert distribution.reference.oracle == distribution.horizon  # a reward of 1 a step
 
 
+@pytest.mark.parametrize("options", [{}, {"arms": 2, "pulls": 7}, {"arms": 9, "pulls": 30}])
+def test_bandit_reference_is_exact_for_all_sizes(options: dict[str, int]) -> None:
+    distribution = Bandit(**options)
+    best = first_returns(distribution, best_arm, 10_000, seed=2)
+    assert best.mean() == pytest.approx(distribution.reference.oracle, abs=4 * best.std() / 100)
+
+    def any_arm(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
+        return rng.integers(0, distribution.arms, len(observations))
+
+    chance = first_returns(distribution, any_arm, 10_000, seed=3)
+    assert chance.mean() == pytest.approx(distribution.reference.random, abs=4 * chance.std() / 100)
+    assert chance.std() == pytest.approx(distribution.reference.random_sd, rel=0.04)
+
+
+def test_tabular_mdp_oracle() -> None:
+    """Of other tasks than those that the printed figure comes from."""
+    distribution = TabularMDP()
+    tasks = distribution.sample(4000, np.random.default_rng(2))
+    values = backward_induction(*distribution.dynamics(tasks), distribution.horizon)[1][:, START]
+    assert values.mean() == pytest.approx(distribution.reference.oracle, abs=4 * values.std() / 4000**0.5)
+
+
+def test_tabular_mdp_reference_for_other_sizes() -> None:
+    distribution = TabularMDP(states=3, actions=4, episode_length=6)
+
+    def any_action(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
+        return rng.integers(0, distribution.actions, len(observations))
+
+    chance = first_returns(distribution, any_action, 10_000, seed=3)
+    assert chance.mean() == pytest.approx(distribution.reference.random, abs=4 * chance.std() / 100)
+    assert chance.std() == pytest.approx(distribution.reference.random_sd, rel=0.06)
+
+
 @pytest.mark.parametrize("name", RANDOM)
 def test_the_oracle_beats_chance(name: str) -> None:
     reference = make(name).reference
@@ -86,6 +134,7 @@ def _print_references(batches: int = 250, batch: int = 4000) -> None:
         returns = measured(name, play)
         print(f"{name}: random={returns.mean():.2f}, random_sd={returns.std():.2f}")
     print(f"navigation-2d: oracle={measured('navigation-2d', straight_to_goal).mean():.3f}")
+    print(f"tabular-mdp: {measure_reference(TabularMDP(), 400_000, np.random.default_rng(0))}")
 
 
 if __name__ == "__main__":

@@ -231,7 +231,6 @@ def test_json_keeps_every_bit(seed: int, shifted: bool, lost: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"validation": [[0.5]], "history": [[0.5]]}, "at least one adaptation step"),
         ({"validation": [[0.5, 1.5]]}, "validation must be normalised"),
         ({"validation": np.zeros((0, 2))}, "validation must be a matrix"),
         ({"history": [[0.4]]}, "last row"),
@@ -400,3 +399,9 @@ def test_other_tasks_cannot_be_compared() -> None:
         compare(three, three, rng, level=1.2)
     with pytest.raises(ValueError, match="resamples"):
         composite_interval(three, rng, resamples=0)
+
+
+def test_a_policy_that_takes_no_adaptation_step_is_as_fast_as_it_is_good() -> None:
+    returns = np.array([[0.2], [0.6]])
+    found = metrics(Assessment(returns, None, returns.T, np.array([0])))
+    assert found["adaptation_speed"] == found["average_return"] == pytest.approx(0.4)

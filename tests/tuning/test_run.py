@@ -232,7 +232,7 @@ def test_only_the_evolving_trainer_takes_another_size(tmp_path: Path, changes: d
     options = TrainConfig.for_task("navigation-2d", **REAL).to_dict()
     state = {"config": {"validation_tasks": 4, "validation_episodes": 2, "validation_steps": 1}, "seed": 0}
     old = EvolvingTrainer({**options, "assignment": assignment(tmp_path, state)})
-    old.learner.update([old.learner.batch(_rollouts(old)) for _ in range(2)])
+    old.learner.update([old.learner.batch(old.learner.weights(), _rollouts(old)) for _ in range(2)])
     old.save_checkpoint(str(tmp_path / "small"))
     other = {**options, **changes, "outer_lr": 0.0123, "inner_lr": 0.3}
     with pytest.raises(CheckpointError, match="instead of"):

@@ -1,0 +1,99 @@
+"""Running moments of observations and returns, with which a policy's inputs and its critic's rewards are scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .inference import PolicySpec
+from .returns import discounted_returns
+from .rollouts import Array, Rollouts
+
+SMALLEST = 1e-6
+"""Below this a standard deviation is taken for rounding: what does not vary is not scaled."""
+
+
+class RunningMoments:
+    """Mean and standard deviation of all samples so far, in float64 (Chan et al. 1979, eq. 2.1).
+
+    Args:
+        size: numbers of a sample.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.count, self.mean, self._squares = 0, np.zeros(size), np.zeros(size)
+
+    def update(self, samples: Array) -> None:
+        """Take in samples [n, size]."""
+        if not len(samples):
+            return
+        samples = samples.astype(np.float64)
+        mean, total = samples.mean(0), self.count + len(samples)
+        difference = mean - self.mean
+        self._squares += np.square(samples - mean).sum(0) + difference**2 * self.count * len(samples) / total
+        self.mean = self.mean + difference * len(samples) / total
+        self.count = total
+
+    @property
+    def scale(self) -> Array:
+        """Standard deviation [size]; 1 where there is none."""
+        std = np.sqrt(self._squares / max(self.count, 1))
+        return np.where(std > SMALLEST, std, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"count": self.count, "mean": self.mean.tolist(), "squares": self._squares.tolist()}
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`to_dict`."""
+        self.count = int(values["count"])
+        self.mean, self._squares = np.array(values["mean"]), np.array(values["squares"])
+
+
+class Normalizer:
+    """What a policy's normaliser is set to: moments of the observations, and of the discounted returns.
+
+    The learner updates it after every iteration; at test time a policy keeps what it was trained with.
+
+    Args:
+        spec: says what is normalised.
+        discount: of the returns, a step.
+    """
+
+    def __init__(self, spec: PolicySpec, discount: float) -> None:
+        self._spec, self._discount = spec, discount
+        self._observations, self._returns = RunningMoments(spec.observation_size), RunningMoments(1)
+
+    def update(self, rollouts: Rollouts) -> None:
+        """Take in the valid steps of a record."""
+        valid = rollouts.valid
+        self._observations.update(rollouts.observations[valid])
+        returns = discounted_returns(rollouts.rewards, valid, self._discount)
+        self._returns.update(returns[valid][:, None])
+
+    def arrays(self) -> dict[str, Array]:
+        """The policy's ``input_mean`` and ``input_scale`` [I], and ``reward_scale`` [1], float32."""
+        spec = self._spec
+        mean, scale = np.zeros(spec.input_size), np.ones(spec.input_size)
+        if spec.normalize_observations:
+            mean[: spec.observation_size] = self._observations.mean
+            scale[: spec.observation_size] = self._observations.scale
+        reward_scale = self._returns.scale if spec.scale_rewards else np.ones(1)
+        if spec.inputs == "full":
+            scale[-2] = reward_scale[0]  # the previous reward
+        found = {"input_mean": mean, "input_scale": scale, "reward_scale": reward_scale}
+        return {name: value.astype(np.float32) for name, value in found.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; empty where nothing is normalised."""
+        if not self._spec.normalizes:
+            return {}
+        return {"observations": self._observations.to_dict(), "returns": self._returns.to_dict()}
+
+    def load(self, values: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`to_dict`."""
+        if values:
+            self._observations.load(values["observations"])
+            self._returns.load(values["returns"])

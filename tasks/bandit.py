@@ -1,0 +1,140 @@
+"""``bandit``: slot machines of unknown odds, the smallest problem of exploring and exploiting.
+
+The bandits of RL² (Duan et al. 2016, arXiv 1611.02779): every arm pays 1 with a probability of its
+own, uniform in [0, 1], and else 0; an episode is a fixed number of pulls. Nothing is observed but the payments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from numpy.typing import NDArray
+
+from .base import (
+    BatchedEnv,
+    Parameter,
+    ReferenceReturns,
+    Task,
+    TaskDistribution,
+    lookup,
+    register,
+    stack_parameters,
+)
+
+OBSERVATION_SPACE = Box(0.0, 0.0, (1,), np.float32)
+SPLITS = ("train", "validation", "test")
+
+
+def check_option(name: str, value: object, least: int) -> int:
+    """Return an option of a family that must be a whole number of at least `least`.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    return int(value)
+
+
+def check_actions(actions: NDArray[Any], count: int, family: str) -> NDArray[np.integer[Any]]:
+    """Return actions [N] that must be whole numbers from 0 to `count` - 1: an index below 0 would not fail by itself.
+
+    Raises:
+        ValueError: one is anything else.
+    """
+    if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() >= count:
+        raise ValueError(f"An action of {family} must be a whole number from 0 to {count - 1}.")
+    return actions
+
+
+class BanditEnv(BatchedEnv):
+    """N bandits.
+
+    Args:
+        probabilities: [N, arms], of a reward of 1.
+        pulls: pulls an episode.
+    """
+
+    def __init__(self, probabilities: NDArray[np.float64], pulls: int) -> None:
+        num_envs, self._arms = probabilities.shape
+        super().__init__(OBSERVATION_SPACE, Discrete(self._arms), num_envs, pulls)
+        self._probabilities = probabilities
+        self._rows = np.arange(num_envs)
+        # One number a pull, drawn when the episode starts: a pull pays where it is below the arm's probability.
+        self._luck = np.zeros((pulls, num_envs))
+        self._pull = 0  # of all columns: their episodes are equally long, and start and end together
+
+    def _start(self, columns: NDArray[np.intp]) -> None:
+        pulls = len(self._luck)
+        self._luck[:, columns] = np.transpose([self._generator(column).random(pulls) for column in columns.tolist()])
+        self._pull = 0
+
+    def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        arms = check_actions(actions, self._arms, "bandit")
+        paid = self._luck[self._pull] < self._probabilities[self._rows, arms]
+        self._pull += 1
+        return paid.astype(np.float32), np.full(self.num_envs, self._pull == len(self._luck))
+
+    def _observe(self) -> NDArray[np.float32]:
+        return np.zeros((self.num_envs, 1), dtype=np.float32)
+
+
+class Bandit(TaskDistribution):
+    """Bernoulli bandits; a task is ``{"probabilities": [p_1, ..., p_arms]}``.
+
+    The last pull ends the problem truly: it returns terminated (and, being at the horizon, truncated).
+
+    Args:
+        arms: 2 or more.
+        pulls: pulls an episode, 1 or more.
+
+    Raises:
+        ValueError: an option is no such number.
+    """
+
+    name = "bandit"
+    observation_space = OBSERVATION_SPACE
+    splits = SPLITS
+    recommended: Mapping[str, Any] = {"algorithm": "rl2"}
+    in_context: Mapping[str, Any] = {
+        "meta_batch": 400,
+        "episodes": 2,
+        "iterations": 150,
+        "discount": 1.0,
+        "gae_lambda": 0.3,
+        "entropy_bonus": 0.01,
+        "scale_rewards": True,
+    }
+
+    def __init__(self, *, arms: int = 5, pulls: int = 100) -> None:
+        self.arms = check_option("arms", arms, 2)
+        self.horizon = check_option("pulls", pulls, 1)
+        self.action_space: Discrete[np.int64] = Discrete(self.arms)
+        self._parameters = {"probabilities": Parameter(0.0, 1.0, size=self.arms)}
+        self.reference = _reference(self.arms, self.horizon)
+
+    def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
+        """Draw the odds of n bandits; see ``TaskDistribution.sample``."""
+        lookup(dict.fromkeys(SPLITS), split, "split")
+        return [{"probabilities": odds} for odds in rng.random((n, self.arms)).tolist()]
+
+    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> BanditEnv:
+        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        return BanditEnv(stack_parameters(tasks, self._parameters, columns)["probabilities"], self.horizon)
+
+
+def _reference(arms: int, pulls: int) -> ReferenceReturns:
+    """Exact: the arms at random against always the best arm, whose probability is the largest of `arms` uniforms.
+
+    A pull of a random arm pays with the probability p̄, the mean over the task's arms, whose variance is
+    v = 1/(12 arms). The return is binomial given p̄, hence its variance pulls · E[p̄(1 − p̄)] + pulls² · v.
+    """
+    v = 1 / (12 * arms)
+    variance = pulls * (1 / 4 - v) + pulls**2 * v
+    return ReferenceReturns(random=pulls / 2, random_sd=variance**0.5, oracle=pulls * arms / (arms + 1))
+
+
+register(Bandit.name, Bandit)

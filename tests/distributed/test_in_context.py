@@ -1,0 +1,169 @@
+"""RL² end to end: a trial whose optimum needs memory across its episodes, and returns over the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Discrete
+
+from ssm_metarl.distributed.checkpoint import load_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.run import evaluate_checkpoint, train
+from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.tasks import BatchedEnv, Task, TaskDistribution, base
+from ssm_metarl.tasks.base import Parameter, stack_parameters
+
+SAFE, GOOD, BAD = 0.3, 1.0, -1.0
+
+
+class LookEnv(BatchedEnv):
+    """Episodes of one step: action 0 is safe, of the others one wins and one loses."""
+
+    def __init__(self, winning: Any) -> None:
+        super().__init__(Look.observation_space, Look.action_space, len(winning), Look.horizon)
+        self._winning = winning.astype(np.int64)
+
+    def _start(self, columns: Any) -> None:
+        pass
+
+    def _advance(self, actions: Any) -> Any:
+        rewards = np.where(actions == 0, SAFE, np.where(actions == self._winning, GOOD, BAD))
+        return rewards.astype(np.float32), np.ones(self.num_envs, bool)
+
+    def _observe(self) -> Any:
+        return np.zeros((self.num_envs, 1), np.float32)
+
+
+class Look(TaskDistribution):
+    """Over one episode the safe action is best (0.3); over two it is to try an action and to do the right one then.
+
+    Over two episodes, safe play brings 0.6; whoever tries first wins or loses 1 and then wins 1: 1 on average.
+    """
+
+    name = "look"
+    horizon = 1
+    observation_space = Box(0.0, 0.0, (1,), np.float32)
+    action_space = Discrete(3)
+    splits = ("train", "test")
+    parameters = {"winning": Parameter(1.0, 2.0, choices=(1.0, 2.0))}  # noqa: RUF012
+
+    def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
+        return [{"winning": int(winning)} for winning in rng.integers(1, 3, n)]
+
+    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> LookEnv:
+        return LookEnv(stack_parameters(tasks, self.parameters, columns)["winning"])
+
+
+@pytest.fixture
+def look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(base._FACTORIES, "look", Look)
+
+
+def options(**changes: Any) -> TrainConfig:
+    return TrainConfig.for_task(
+        "look",
+        **{
+            "algorithm": "rl2",
+            "iterations": 60,
+            "meta_batch": 40,
+            "episodes": 5,
+            "trial_episodes": 2,
+            "hidden_dim": 16,
+            "state_dim": 8,
+            "num_layers": 1,
+            "minibatches": 2,
+            "outer_lr": 1e-2,
+            "entropy_bonus": 0.02,
+            "discount": 1.0,
+            "learner_threads": 1,
+            **changes,
+        },
+    )
+
+
+def returns(run: Path, config: TrainConfig) -> float:
+    result = train(config, run)
+    assert result.checkpoint is not None
+    evaluation = evaluate_checkpoint(result.checkpoint, num_tasks=200, steps=0, deterministic=True)
+    return float(evaluation.returns.mean())
+
+
+@pytest.mark.usefixtures("look")
+@pytest.mark.parametrize("baseline", ["critic", pytest.param("time", marks=pytest.mark.slow)])
+def test_a_trial_is_played_for_its_whole_return(tmp_path: Path, baseline: str) -> None:
+    assert returns(tmp_path / "run", options(baseline=baseline)) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("look")
+def test_episodes_apart_are_played_safely(tmp_path: Path) -> None:
+    assert returns(tmp_path / "run", options(trial_episodes=1)) == pytest.approx(SAFE, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("look")
+def test_a_policy_without_memory_cannot_do_it(tmp_path: Path) -> None:
+    config = options(num_layers=0, inputs="observation")
+    assert returns(tmp_path / "run", config) == pytest.approx(2 * SAFE, abs=0.1)
+
+
+def changed(**options: Any) -> dict[str, Any]:
+    small = {
+        "algorithm": "rl2",
+        "meta_batch": 6,
+        "episodes": 2,
+        "trial_episodes": 2,
+        "hidden_dim": 8,
+        "state_dim": 4,
+        "num_layers": 1,
+        "minibatches": 3,
+        "epochs": 2,
+        "learner_threads": 1,
+        "normalize_observations": True,
+        "scale_rewards": True,
+    }
+    return TrainConfig.for_task("cartpole", **{**small, **options}).to_dict()
+
+
+@pytest.mark.parametrize("inner_steps", [0, 1])
+def test_going_on_from_a_checkpoint_is_going_on(tmp_path: Path, inner_steps: int) -> None:
+    """Normaliser, learned step sizes and minibatches included, to the bit."""
+    config = changed(inner_steps=inner_steps, learned_step_sizes=bool(inner_steps))
+    trainer, other = MetaTrainer(config), MetaTrainer(config)
+    for _ in range(2):
+        trainer.step()
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_000002"))
+    other.load_checkpoint(str(tmp_path / "checkpoint_000002"))
+    metrics = [dict(each.step()) for each in (trainer, other)]
+    for each in metrics:
+        each.pop("seconds")
+        assert each["ratio_error"] < 1e-3
+    assert metrics[0] == metrics[1]
+    for name, value in trainer.learner.weights().items():
+        np.testing.assert_array_equal(value, other.learner.weights()[name], err_msg=name)
+    assert load_checkpoint(tmp_path / "checkpoint_000002").policy["input_scale"][0] != 1.0
+    moved = [value for name, value in trainer.learner.weights().items() if name.startswith("step_sizes.")]
+    assert bool(moved) == bool(inner_steps)
+    assert all((value != 1).any() for value in moved if value.size)
+
+
+def test_in_context_experience_does_not_depend_on_workers(ray_session: None) -> None:
+    found = []
+    for workers in (0, 2):
+        trainer = MetaTrainer(changed(num_workers=workers))
+        metrics = [trainer.step() for _ in range(2)]
+        found.append([{name: value for name, value in each.items() if name != "seconds"} for each in metrics])
+        trainer.stop()
+    assert found[0] == found[1]
+
+
+def test_one_policy_before_and_after_adaptation() -> None:
+    """In-context learning and gradient steps on top of it, weighed by step_weights."""
+    trainer = MetaTrainer(changed(inner_steps=1, step_weights=[1.0, 1.0]))
+    metrics = trainer.step()
+    assert len(metrics["return_by_step"]) == 2
+    assert np.isfinite(metrics["loss"])
