@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -245,7 +245,7 @@ def critic_inputs(spec: PolicySpec, rollouts: Rollouts) -> tuple[Array, Array]:
         valid step; what follows it means nothing.
     """
     rollouts = rollouts.masked()
-    padded = {
+    padded: dict[str, Any] = {
         name: np.concatenate([array := getattr(rollouts, name), np.zeros_like(array[:, :1])], 1)
         for name in ("observations", "actions", "rewards", "log_probs", "starts", "resets", "terminated", "valid")
     }

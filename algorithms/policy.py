@@ -39,6 +39,11 @@ class SSMPolicy(nn.Module):
         seed: seed of the initial weights.
     """
 
+    # With ``spec.normalizes``; set by the learner, see ``normalize.py``.
+    input_mean: Tensor
+    input_scale: Tensor
+    reward_scale: Tensor
+
     def __init__(self, spec: PolicySpec, seed: int = 0) -> None:
         super().__init__()
         self.spec = spec

@@ -121,11 +121,11 @@ class Learner:
             if minibatches == 1:
                 groups = [(stages, whole)]
             else:
-                parts = [torch.from_numpy(part) for part in np.array_split(rng.permutation(tasks), minibatches)]
-                groups = [([stage.tasks(part) for stage in stages], whole[part]) for part in parts]
+                chosen = map(torch.from_numpy, np.array_split(rng.permutation(tasks), minibatches))
+                groups = [([stage.tasks(index) for stage in stages], whole[index]) for index in chosen]
             epoch_losses: list[MetaLoss] = []
-            for number, (group, complete) in enumerate(groups):
-                results = self._differentiate(objective, group, complete, references)
+            for number, (part, complete) in enumerate(groups):
+                results = self._differentiate(objective, part, complete, references)
                 for index, parameter in enumerate(parameters):
                     shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
                     # Without a critic the value head has no part in a policy gradient.

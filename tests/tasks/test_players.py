@@ -181,6 +181,7 @@ def test_psrl(player: str, episodes: int, figure: float, tolerance: float) -> No
     assert returns.mean() == pytest.approx(figure, abs=tolerance)
 
 
+@pytest.mark.slow
 def test_psrl_comes_to_play_the_best_policy() -> None:
     distribution = TabularMDP(states=3, actions=2, episode_length=5)
 
