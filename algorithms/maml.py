@@ -67,7 +67,7 @@ IN_CONTEXT: Mapping[str, object] = {
     "num_layers": 2,
     "state_dim": 64,
 }
-"""Options with which "rl2" is known to train, where they differ from the defaults."""
+"""Options that "rl2" starts from, where they differ from the defaults."""
 
 BASELINES = ("linear", "critic", "time")
 """What advantages are measured against: a linear function of observation and time fitted to each task's returns, the

@@ -69,7 +69,7 @@ class TaskDistribution(abc.ABC):
         enumerable: the family is finite, so that the splits share tasks and differ in seeds only.
         reference: the returns of a random and of the best player.
         recommended: training options that learn on this family, where they differ from the defaults.
-        in_context: the same for the algorithm "rl2".
+        in_context: options that the algorithm "rl2" starts from on this family.
     """
 
     name: str
