@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from faulty_tasks import FaultyNavigation
-from ssm_metarl.cli import main
+from ssm_metarl.cli import _parse, main
 from ssm_metarl.distributed import run as run_module
 from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
@@ -447,3 +447,15 @@ def until(stream: Any, beginning: str) -> list[str]:
         if line.startswith(beginning):
             return lines
     raise AssertionError(f"ended before {beginning!r}: {lines}")
+
+
+def test_train_takes_a_gpu_where_there_is_one_and_trials_do_not_queue_for_it() -> None:
+    assert [_parse([command]).config.device for command in ("train", "evolve")] == ["auto", "cpu"]  # type: ignore[union-attr]
+
+
+def test_the_algorithm_decides_on_the_other_options_defaults() -> None:
+    def steps(*words: str) -> int:
+        return _parse(["train", *words]).config.inner_steps  # type: ignore[union-attr]
+
+    assert (steps("--task", "bandit"), steps("--task", "bandit", "--algorithm", "promp")) == (0, 1)
+    assert (steps("--task", "cartpole"), steps("--task", "cartpole", "--algorithm", "rl2")) == (1, 0)
