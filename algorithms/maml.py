@@ -89,7 +89,7 @@ class MetaConfig:
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
         minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
         baseline: of the advantages, see ``BASELINES``; "critic" also bootstraps where a column was cut.
-        value_weight: weight of the critic's squared error, in units of its returns' standard deviation.
+        value_weight: weight of the critic's squared error.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
         entropy_bonus: weight of the policy's entropy after adaptation at first; it falls with the learning rate.

@@ -298,7 +298,9 @@ def rates(calls: Calls, step_ms: float, repetitions: int) -> dict[str, Any]:
 
 
 def step(options: Options) -> dict[str, float]:
-    """Processor time of a step in process: with no sleep in it, and with one, after which the caches are others'."""
+    """Processor time of a step in process: with no sleep in it, and with one, after which the caches are others'; and
+    of the sleep alone.
+    """
     family, spec = family_and_spec(options)
     weights = SSMPolicy(spec).numpy_weights()
     result = {}
@@ -309,6 +311,11 @@ def step(options: Options) -> dict[str, float]:
             begin = time.process_time()
             calls(options.repetitions)
             result[f"cpu_ms_{name}"] = 1000 * (time.process_time() - begin) / options.repetitions / HORIZON
+    for name, seconds in (("no_sleep", 0.0), ("sleep", options.step_ms / 1000)):
+        begin = time.process_time()
+        for _ in range(HORIZON):
+            time.sleep(seconds)
+        result[f"cpu_ms_{name}_alone"] = 1000 * (time.process_time() - begin) / HORIZON
     return result
 
 

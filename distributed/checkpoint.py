@@ -92,12 +92,8 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
     shapes |= {"policy.weight": (width, actions), "policy.bias": (actions,)}
     if not spec.discrete:
         shapes["policy.log_std"] = (actions,)
-    if spec.learned_step_sizes:
-        sizes = {step_size(name): shape for name, shape in shapes.items()}
-        sizes = dict(sorted(sizes.items()))
-    else:
-        sizes = {}
-    shapes |= {"value.weight": (width, 1), "value.bias": (1,), **sizes}
+    sizes = {step_size(name): shape for name, shape in shapes.items()} if spec.learned_step_sizes else {}
+    shapes |= {"value.weight": (width, 1), "value.bias": (1,), **dict(sorted(sizes.items()))}
     if spec.normalizes:
         shapes |= {"input_mean": (spec.input_size,), "input_scale": (spec.input_size,), "reward_scale": (1,)}
     return shapes

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -46,6 +46,7 @@ class Learner:
 
     def __init__(self, spec: PolicySpec, config: TrainConfig, seed: int) -> None:
         self.config = config
+        self._objective = MetaConfig(**{field.name: getattr(config, field.name) for field in fields(MetaConfig)})
         self.device = torch.device(resolve_device(config.device))
         self.policy = SSMPolicy(spec, seed).to(self.device)
         self.normalizer = Normalizer(spec, config.discount)
@@ -105,26 +106,19 @@ class Learner:
         config = self.config
         factor = SCHEDULES[config.lr_schedule](done)
         learning_rate = config.outer_lr * factor
-        objective = replace(config, entropy_bonus=config.entropy_bonus * factor)
+        objective = replace(self._objective, entropy_bonus=config.entropy_bonus * factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = list(self.policy.parameters())
         # A task that lost all its episodes at some stage has no meta-gradient.
         whole = torch.stack([stage.share.sum((1, 2)) > 0 for stage in stages]).all(0).float()
-        tasks = len(whole)
-        minibatches = min(config.minibatches, tasks)
-        if minibatches > 1:
-            rng = np.random.default_rng(seed)
+        assert seed is not None or config.minibatches == 1, "several minibatches need a seed"
+        rng = None if config.minibatches == 1 else np.random.default_rng(seed)
         norms, ratio_error = [], 0.0
         references: list[Distribution | None] = []
         for epoch in range(config.passes):
-            if minibatches == 1:
-                groups = [(stages, whole)]
-            else:
-                chosen = map(torch.from_numpy, np.array_split(rng.permutation(tasks), minibatches))
-                groups = [([stage.tasks(index) for stage in stages], whole[index]) for index in chosen]
-            epoch_losses: list[MetaLoss] = []
-            for number, (part, complete) in enumerate(groups):
+            losses, order = list[MetaLoss](), list[Tensor]()
+            for part, complete in self._minibatches(stages, whole, rng):
                 results = self._differentiate(objective, part, complete, references)
                 for index, parameter in enumerate(parameters):
                     shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
@@ -138,22 +132,33 @@ class Learner:
                     )
                 norms.append(norm)
                 self.optimizer.step()
-                epoch_losses += [loss for _, loss in results]
-                if epoch == number == 0:
-                    ratio_error = max(float(loss.log_ratio) for _, loss in results)
-            if epoch == 0 and minibatches == 1:
-                references = [loss.before for loss in epoch_losses]
-        order = torch.cat([complete for _, complete in groups])
-        losses = epoch_losses
+                losses += [loss for _, loss in results]
+                order.append(complete)
+                if len(norms) == 1:
+                    ratio_error = max(float(loss.log_ratio) for loss in losses)
+            if epoch == 0 and rng is None:
+                references = [loss.before for loss in losses]
+        counted = torch.cat(order)
         return {
-            "loss": float((torch.cat([loss.losses.detach() for loss in losses]) * order).sum())
-            / max(float(order.sum()), 1.0),
+            "loss": float((torch.cat([loss.losses.detach() for loss in losses]) * counted).sum())
+            / max(float(counted.sum()), 1.0),
             "entropy": float(np.mean([float(loss.entropy) for loss in losses])),
             "kl": float(torch.cat([loss.kl_before for loss in losses]).mean()),
             "grad_norm": float(np.mean(norms)),
             "ratio_error": ratio_error,
             "learning_rate": learning_rate,
         }
+
+    def _minibatches(
+        self, stages: Sequence[Batch], whole: Tensor, rng: np.random.Generator | None
+    ) -> Iterator[tuple[Sequence[Batch], Tensor]]:
+        """The meta-batch, or (given ``rng``) its tasks in random order in parts, with what ``whole`` says of them."""
+        if rng is None:
+            yield stages, whole
+            return
+        for index in np.array_split(rng.permutation(len(whole)), min(self.config.minibatches, len(whole))):
+            part = torch.from_numpy(index)
+            yield [stage.tasks(part) for stage in stages], whole[part]
 
     def _differentiate(
         self, config: MetaConfig, stages: Sequence[Batch], complete: Tensor, references: Sequence[Distribution | None]

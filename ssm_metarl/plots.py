@@ -10,7 +10,11 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+LISTED = 12
+"""Mutations that are listed beside a lineage, the last ones that were kept."""
 
 _COLOURS = ("#7f8c8d", "#0b6fa4", "#c0392b", "#27ae60", "#8e44ad")
 
@@ -36,7 +40,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_run(run: Path, title: str) -> list[Path]:
-    """Draw ``learning_curve.png`` from a run's metrics and, where it was evaluated, ``adaptation_curve.png``.
+    """Draw ``learning_curve.png`` from a run's metrics and, where adaptation was evaluated, ``adaptation_curve.png``.
 
     Args:
         run: the run's folder.
@@ -49,9 +53,10 @@ def plot_run(run: Path, title: str) -> list[Path]:
         ValueError: the folder holds no metrics.
     """
     files = [_learning_curve(read_metrics(run), run / "learning_curve.png", title)]
-    evaluation = run / "evaluation.json"
-    if evaluation.is_file():
-        files.append(_adaptation_curve(json.loads(evaluation.read_text()), run / "adaptation_curve.png", title))
+    path = run / "evaluation.json"
+    evaluation = json.loads(path.read_text()) if path.is_file() else {"return": []}
+    if len(evaluation["return"]) > 1:
+        files.append(_adaptation_curve(evaluation, run / "adaptation_curve.png", title))
     return files
 
 
@@ -111,6 +116,7 @@ def plot_evolution(run: Path, title: str) -> list[Path]:
 def _lineage(ends: list[dict[str, Any]], path: Path, title: str) -> Path:
     """Every trial of every generation: where it came from, where it got to, and what became of it."""
     figure, axes = _axes()
+    kept: list[str] = []
     place = {event["checkpoint"]: (event["generation"], event["composite"]) for event in ends}
     styles = {"continued": (_COLOURS[0], "o"), "kept": (_COLOURS[3], "^"), "rolled back": (_COLOURS[2], "x")}
     for event in ends:
@@ -121,16 +127,21 @@ def _lineage(ends: list[dict[str, Any]], path: Path, title: str) -> Path:
             axes.plot([start_x, x], [start_y, y], color=colour, linewidth=1, alpha=0.6)
         axes.plot([x], [y], color=colour, marker=marker, linestyle="")
         if event["decision"] == "kept":
-            changes = "\n".join(
-                f"{name} {value:g} → {event['after'][name]:g}" for name, value in event["before"].items()
-            )
-            axes.annotate(changes, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            # A number here and the text beside the picture: kept trials are close to each other.
+            changes = [f"{name} {value:g} → {event['after'][name]:g}" for name, value in event["before"].items()]
+            kept.append(f"{len(kept) + 1}  " + "\n     ".join(changes))
+            side = 6 if len(kept) % 2 else -6  # two of one generation can be in the same place
+            axes.annotate(str(len(kept)), (x, y), xytext=(side, 4), textcoords="offset points", fontsize=8, ha="center")
     for name, (colour, marker) in styles.items():
         axes.plot([], [], color=colour, marker=marker, label=name)
     axes.set(xlabel="generation", ylabel="composite on validation tasks", title=f"Lineage of a population on {title}")
-    axes.margins(x=0.12)
+    axes.margins(y=0.1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="lower right")
+    if kept:
+        figure.set_size_inches(9, 4.2)
+        texts = [Line2D([], [], linestyle="", label=text) for text in kept[-LISTED:]]
+        figure.legend(handles=texts, loc="outside right upper", title="kept", fontsize=7, frameon=False, handlelength=0)
     return _write(figure, path)
 
 

@@ -14,40 +14,20 @@ from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
 from .base import (
+    SPLITS,
     BatchedEnv,
     Parameter,
     ReferenceReturns,
     Task,
     TaskDistribution,
+    check_actions,
+    check_option,
     lookup,
     register,
     stack_parameters,
 )
 
 OBSERVATION_SPACE = Box(0.0, 0.0, (1,), np.float32)
-SPLITS = ("train", "validation", "test")
-
-
-def check_option(name: str, value: object, least: int) -> int:
-    """Return an option of a family that must be a whole number of at least `least`.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}.")
-    return int(value)
-
-
-def check_actions(actions: NDArray[Any], count: int, family: str) -> NDArray[np.integer[Any]]:
-    """Return actions [N] that must be whole numbers from 0 to `count` - 1: an index below 0 would not fail by itself.
-
-    Raises:
-        ValueError: one is anything else.
-    """
-    if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() >= count:
-        raise ValueError(f"An action of {family} must be a whole number from 0 to {count - 1}.")
-    return actions
 
 
 class BanditEnv(BatchedEnv):

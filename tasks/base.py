@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 import difflib
 import functools
+import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -119,11 +120,16 @@ class TaskDistribution(abc.ABC):
 # --- The registry -----------------------------------------------------------------------------------------
 
 _FACTORIES: dict[str, Callable[..., TaskDistribution]] = {}
-_PREFIXES: dict[str, Callable[[str, Mapping[str, Any], Mapping[str, Any]], TaskDistribution]] = {}
+_PREFIXES: dict[str, Callable[..., TaskDistribution]] = {}
 
 
 def register_prefix(prefix: str, factory: Callable[..., TaskDistribution]) -> None:
-    """Let ``make`` call ``factory(name, options, ranges)`` for names with this beginning; ":": with a colon."""
+    """Let ``make`` call `factory` with the rest of a name that begins with `prefix`.
+
+    Args:
+        prefix: ends with a colon; ":" itself is for all other names with a colon, which are passed whole.
+        factory: its other arguments are the family's options, and the task ranges if it has an argument ``ranges``.
+    """
     _PREFIXES[prefix] = factory
 
 
@@ -154,15 +160,19 @@ def make(name: str, options: Mapping[str, Any] = {}, ranges: Mapping[str, Any] =
     """
     if isinstance(name, str) and ":" in name and name not in _FACTORIES:
         prefix = name.partition(":")[0] + ":"
-        return _PREFIXES.get(prefix, _PREFIXES[":"])(name, options, ranges)
-    factory = lookup(_FACTORIES, name, "task family")
-    if ranges:
+        if prefix in _PREFIXES:
+            factory: Callable[..., TaskDistribution] = functools.partial(_PREFIXES[prefix], name.removeprefix(prefix))
+        else:
+            factory = functools.partial(_PREFIXES[":"], name)
+    else:
+        factory = lookup(_FACTORIES, name, "task family")
+    known = dict(inspect.signature(factory).parameters) if options or ranges else {}
+    if ranges and "ranges" not in known:
         raise ValueError(f"Only gym:ID takes task ranges, not {name!r}, whose options are its own.")
-    if options:
-        known = {key: key for key, value in inspect.signature(factory).parameters.items()}
-        for key in options:
-            lookup(known, key, f"option of {name!r}")
-    return factory(**options)
+    known.pop("ranges", None)
+    for key in options:
+        lookup(known, key, f"option of {name!r}")
+    return factory(**options, **({"ranges": ranges} if ranges else {}))
 
 
 def lookup(entries: Mapping[str, Value], key: str, noun: str) -> Value:
@@ -188,6 +198,51 @@ def _unknown(noun: str, key: object, valid: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(str(key).lower(), valid, n=1, cutoff=0.5)
     hint = f", did you mean {nearest[0]!r}?" if nearest else ""
     return f"no {noun} {key!r}{hint} (valid: {', '.join(valid)})."
+
+
+def load_extra(module: str, title: str, family: str) -> Any:
+    """The module of an extra with the module's name; loaded when a family is made, so that others do without it.
+
+    Args:
+        module: its name.
+        title: what people call it, for the error.
+        family: who needs it, for the error.
+
+    Raises:
+        ValueError: it is not installed; the sentence says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{family} needs {title}: pip install 'ssm-metarl[{module}]'") from None
+
+
+# --- Options and actions ----------------------------------------------------------------------------------
+
+SPLITS = ("train", "validation", "test")
+"""Of a family that offers no tasks outside its training range."""
+
+
+def check_option(name: str, value: object, least: int) -> int:
+    """Return an option of a family that must be a whole number of at least `least`.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    return int(value)
+
+
+def check_actions(actions: NDArray[Any], count: int, family: str) -> NDArray[np.integer[Any]]:
+    """Return actions [N] that must be whole numbers from 0 to `count` - 1: an index below 0 would not fail by itself.
+
+    Raises:
+        ValueError: one is anything else.
+    """
+    if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() >= count:
+        raise ValueError(f"An action of {family} must be a whole number from 0 to {count - 1}.")
+    return actions
 
 
 # --- Task parameters --------------------------------------------------------------------------------------

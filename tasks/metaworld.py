@@ -13,7 +13,6 @@ its own ``set_task`` reads them.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from .base import BatchedEnv, ReferenceReturns, Task, TaskDistribution, lookup
+from .base import BatchedEnv, ReferenceReturns, Task, TaskDistribution, load_extra, lookup
 
 HORIZON = 500  # Meta-World's; it ends every episode there
 SEED = 0  # of Meta-World's placements
@@ -55,25 +54,10 @@ class Placements:
     tasks: dict[str, dict[str, list[Any]]]
 
 
-def package(family: str) -> Any:
-    """The module ``metaworld``; loaded when a family is made, so that others do without it.
-
-    Args:
-        family: who needs it, for the error.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module("metaworld")
-    except ImportError:
-        raise ValueError(f"{family} needs Meta-World: pip install 'ssm-metarl[metaworld]'") from None
-
-
 @functools.cache
 def draw_placements(family: str) -> Placements:
     """Let Meta-World draw a benchmark, once a process: about 2 s for ``ml1:…``, 15 s for ``ml10``."""
-    metaworld = package(family)
+    metaworld = load_extra("metaworld", "Meta-World", family)
     if family.startswith(ML1_PREFIX):
         benchmark = metaworld.ML1(family.removeprefix(ML1_PREFIX), seed=SEED)
     else:
@@ -165,7 +149,7 @@ class MetaWorld(TaskDistribution):
     splits = tuple(SPLITS)
 
     def __init__(self, name: str, *, horizon: int = HORIZON) -> None:
-        package(name)
+        load_extra("metaworld", "Meta-World", name)
         if not isinstance(horizon, int) or isinstance(horizon, bool) or not 1 <= horizon <= HORIZON:
             raise ValueError(f"horizon must be a whole number from 1 to {HORIZON}, not {horizon!r}.")
         self.name = name
@@ -245,7 +229,7 @@ class ML1(MetaWorld):
 
     def __init__(self, env: str, *, horizon: int = HORIZON) -> None:
         name = f"{ML1_PREFIX}{env}"
-        lookup(dict.fromkeys(package(name).ML1.ENV_NAMES), env, "Meta-World environment")
+        lookup(dict.fromkeys(load_extra("metaworld", "Meta-World", name).ML1.ENV_NAMES), env, "Meta-World environment")
         super().__init__(name, horizon=horizon)
 
 

@@ -31,6 +31,7 @@ from .base import (
     ReferenceReturns,
     Task,
     TaskDistribution,
+    load_extra,
     lookup,
     stack_parameters,
 )
@@ -80,21 +81,6 @@ class Robot:
 
 HALF_CHEETAH = Robot("half_cheetah.xml", positions=9, velocities=9, actuators=6, hidden=1, control_cost=0.1)
 ANT = Robot("ant.xml", positions=15, velocities=14, actuators=8, hidden=2, control_cost=0.5)
-
-
-def simulator(family: str) -> Any:
-    """The module ``mujoco``; loaded when a family is made or played, so that others do without it.
-
-    Args:
-        family: who needs it, for the error.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    try:
-        return importlib.import_module("mujoco")
-    except ImportError:
-        raise ValueError(f"{family} needs MuJoCo: pip install 'ssm-metarl[mujoco]'") from None
 
 
 @functools.cache
@@ -273,7 +259,7 @@ class MujocoFamily(TaskDistribution):
     parameters: ClassVar[dict[str, Parameter]]
 
     def __init__(self, *, horizon: int = HORIZON, threads: int | None = None) -> None:
-        simulator(self.name)
+        load_extra("mujoco", "MuJoCo", self.name)
         self.horizon = _count("horizon", horizon)
         if threads is None:
             self.threads = _count(THREADS_VARIABLE, os.environ.get(THREADS_VARIABLE) or 1)

@@ -323,7 +323,7 @@ class PSRL(TabularPlayer):
     Args:
         trials: what is played.
         prior_mean: mean of the mean rewards in the prior. With 0, which explores less and earns more in few episodes,
-            it earns what Duan et al. 2016 published (table 2).
+            it earns what Duan et al. 2016 published.
 
     Source: Strens 2000; Osband et al. 2013 (arXiv 1306.0940), algorithm 1.
     """

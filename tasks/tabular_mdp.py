@@ -15,13 +15,15 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from .bandit import SPLITS, check_actions, check_option
 from .base import (
+    SPLITS,
     BatchedEnv,
     Parameter,
     ReferenceReturns,
     Task,
     TaskDistribution,
+    check_actions,
+    check_option,
     lookup,
     register,
     stack_parameters,

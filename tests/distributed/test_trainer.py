@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
+import torch
 
 from builders import assert_same
 from faulty_tasks import FaultyNavigation
@@ -23,6 +25,8 @@ from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
 from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.learner import resolve_device
+from ssm_metarl.distributed.run import auto_workers
 from ssm_metarl.distributed.trainer import EnvironmentFailure, MetaTrainer, check_resources
 from ssm_metarl.tasks import Task
 
@@ -401,3 +405,40 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# --- What a trial asks the cluster for --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "learner"),
+    [
+        ("cpu", 1.0, {"CPU": 1.0}),
+        ("auto", 0.0, {"CPU": 1.0}),
+        ("auto", 1.0, {"CPU": 1.0, "GPU": 1.0}),
+        ("cuda", 0.0, {"CPU": 1.0, "GPU": 1.0}),  # whoever names it waits for one
+    ],
+)
+def test_a_trial_is_one_placement_group_of_the_learner_and_its_workers(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: float, learner: dict[str, float]
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": gpus})
+    request = MetaTrainer.default_resource_request({"num_workers": 2, "device": device})
+    assert request.bundles == [learner, {"CPU": 1.0}, {"CPU": 1.0}]
+    assert request.strategy == "SPREAD"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_learner_is_on_a_gpu_when_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert resolve_device("auto") == ("cuda" if there else "cpu")
+    assert resolve_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(("trials", "workers"), [(1, 6), (2, 2), (7, 0), (20, 0)])
+def test_automatic_workers_are_the_free_processors_less_the_learners(
+    monkeypatch: pytest.MonkeyPatch, trials: int, workers: int
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 7.0})
+    assert auto_workers(trials) == workers

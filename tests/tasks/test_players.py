@@ -143,7 +143,7 @@ def test_every_player_beats_chance_and_none_the_clairvoyant(family: str, player:
     ("player", "figure", "tolerance"),
     [
         ("uniform", 50.0, 0.8),
-        ("thompson", 74.7, 1.2),  # 74.7 in Duan et al. 2016, table 1
+        ("thompson", 74.7, 1.2),  # 74.7 in Duan et al. 2016
         ("ucb1-prior", 78.0, 1.2),  # 78.0 there
         ("index", 78.57, 0.8),
         ("clairvoyant", 500 / 6, 0.8),
@@ -172,7 +172,7 @@ def test_order_of_the_bandit_players() -> None:
     [
         ("psrl", 10, 133.4, 3.0),
         ("psrl", 25, 403.5, 6.0),
-        ("psrl-prior-0", 10, 138.1, 3.0),  # 138.1 and 408.8 in Duan et al. 2016, table 2
+        ("psrl-prior-0", 10, 138.1, 3.0),  # 138.1 and 408.8 in Duan et al. 2016
         ("psrl-prior-0", 25, 408.8, 6.0),
     ],
 )
