@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import torch
 from scipy import stats
-from torch import Tensor
-from torch.func import functional_call
 
-from .maml import Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, task_shards
-from .policy import SSMPolicy, numpy_weights
-from .rollouts import Array, Rollouts
-
-Weights = dict[str, Array]
-Result = TypeVar("Result")
-
-
-class Collect(Protocol):
-    """How an evaluator gets rollouts of its tasks; ``Pool`` provides it, in process or over Ray."""
-
-    def __call__(self, weights: Mapping[str, Array], step: int) -> Rollouts:
-        """Roll every task out with ``weights`` (shared, or [M, ...] a task) after ``step`` adaptation steps."""
+from .adaptation import Collect, StandardAdapter
+from .maml import MetaConfig
+from .policy import SSMPolicy
+from .rollouts import Array
 
 
 @dataclass(frozen=True)
@@ -81,100 +68,78 @@ def confidence_interval(samples: Array, level: float = 0.95) -> tuple[Array, Arr
     return mean, mean - half, mean + half
 
 
-def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int) -> Evaluation:
-    """Returns of every task before adaptation and after each of ``steps`` inner steps.
-
-    Steps beyond those that the policy was meta-trained for are half as large, as in MAML's own evaluation (Finn et
-    al. 2017, appendix A.2): advantages are normalised, so that near an optimum a full step would follow noise.
+def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int, episodes: int) -> Evaluation:
+    """Returns of every task before adaptation and after each of ``steps`` inner steps (see ``StandardAdapter``).
 
     Args:
         policy: the meta-trained policy.
         config: inner algorithm, step size and the number of steps trained for.
         collect: rolls the tasks out; called for steps 0..S in order.
         steps: number S of adaptation steps.
+        episodes: episodes a task and step.
     """
-    begin = time.perf_counter()
-    weights = policy.numpy_weights()
-    returns, lengths, environment_steps = [], [], 0
-    for step in range(steps + 1):
-        rollouts = collect(weights, step)
-        environment_steps += rollouts.num_steps
-        returns.append(_task_means(rollouts.returns()))
-        lengths.append(_task_means(np.where(rollouts.kept(), rollouts.lengths(), np.nan)))
-        if step < steps:
-            step_config = config if step < config.inner_steps else replace(config, inner_lr=config.inner_lr / 2)
-            batch = batch_for(policy, weights, rollouts, config)
-            weights = adapt_weights(policy, weights, batch, step_config)
-    seconds = time.perf_counter() - begin
-    return Evaluation(np.stack(returns, 1), np.stack(lengths, 1), environment_steps, seconds)
+    found = StandardAdapter(policy, config, steps=steps).adapt(collect, episodes)
+    return Evaluation(found.returns, found.lengths, found.environment_steps, found.seconds)
 
 
-class Run(Protocol):
-    """Applies a function to each shard of the tasks, such as on several threads, each with a module of its own."""
-
-    def __call__(self, work: Callable[[SSMPolicy, slice], Result], shards: Sequence[slice]) -> list[Result]:
-        """The results in the shards' order."""
-
-
-def batch_for(
-    policy: SSMPolicy, weights: Mapping[str, Array], rollouts: Rollouts, config: MetaConfig, run: Run | None = None
-) -> Batch:
-    """Rollouts as the objectives read them, with the critic's values where it is the baseline.
+def interquartile_mean(returns: Array) -> float:
+    """Mean of the middle half of all tasks' episodes (Agarwal et al. 2021, arXiv 2108.13264, sec. 4.3).
 
     Args:
-        weights: that acted, shared or [M, ...].
-        run: see ``Run``; None: one shard after the other with ``policy``.
+        returns: [M, K]; NaN entries are left out.
     """
-    device = next(policy.parameters()).device
-    if config.baseline != "critic":
-        return make_batch(policy.spec, rollouts, config, device)
-    inputs, resets = critic_inputs(policy.spec, rollouts)
-    own = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
-    shared = own["encoder.weight"].dim() == 2
-
-    def value(module: SSMPolicy, part: slice) -> Array:
-        parameters = own if shared else {name: value[part] for name, value in own.items()}
-        arguments = (torch.as_tensor(array[part], device=device) for array in (inputs, resets))
-        with torch.no_grad():
-            return functional_call(module, parameters, tuple(arguments)).values.cpu().numpy()
-
-    shards = task_shards(resets.shape)
-    values = run(value, shards) if run else [value(policy, part) for part in shards]
-    return make_batch(policy.spec, rollouts, config, device, np.concatenate(values), policy.reward_scaling)
+    return float(stats.trim_mean(returns[np.isfinite(returns)], 0.25))
 
 
-def adapt_weights(
-    policy: SSMPolicy,
-    current: Mapping[str, Tensor] | Mapping[str, Array],
-    batch: Batch,
-    config: MetaConfig,
-    run: Run | None = None,
-) -> Weights:
-    """One inner step of every task of ``batch``, for acting with afterwards.
+def stratified_bootstrap(
+    returns: Array,
+    statistic: Callable[[Array], float],
+    rng: np.random.Generator,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile interval of a statistic, with episodes drawn anew within each task (Agarwal et al. 2021, sec. 4.1).
+
+    The tasks are taken as they are: the interval says how sure the figure is on these tasks.
 
     Args:
-        current: shared meta-parameters, or the tasks' own weights [M, ...] from the step before.
-        run: see ``Run``; None: one shard after the other with ``policy``.
+        returns: [M, K]; NaN entries are left out.
+        statistic: of an array [M, K] with as many NaN.
+        resamples: how often to draw.
+        level: coverage, in (0, 1).
 
     Returns:
-        Weights by name, [M, ...] float32 each.
+        Lower and upper bound; NaN where nothing is left.
     """
-    device = batch.share.device
-    tensors = {name: torch.as_tensor(value, device=device) for name, value in current.items()}
-    if tensors["encoder.weight"].dim() == 2:
-        tensors = for_tasks(tensors, batch.share.shape[0])
-    fixed = numpy_weights({name: tensors.pop(name) for name, _ in policy.named_buffers()})  # the normaliser
-
-    def adapt(module: SSMPolicy, part: slice) -> Weights:
-        own = {name: value[part] for name, value in tensors.items()}
-        return numpy_weights(inner_step(module, own, batch.tasks(part), config, differentiable=False)[0])
-
-    shards = task_shards(batch.share.shape)
-    parts = run(adapt, shards) if run else [adapt(policy, part) for part in shards]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | fixed
+    finite = np.isfinite(returns)
+    counts = finite.sum(1, keepdims=True)
+    if not counts.any():
+        return float("nan"), float("nan")
+    ordered = np.take_along_axis(returns, np.argsort(~finite, axis=1, kind="stable"), 1)
+    drawn = []
+    for _ in range(resamples):
+        index = (rng.random(returns.shape) * counts).astype(int)
+        drawn.append(statistic(np.where(finite, np.take_along_axis(ordered, index, 1), np.nan)))
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
-def _task_means(values: Array) -> Array:
-    """Mean over columns, NaN without any: [M, K] → [M]."""
-    count = np.isfinite(values).sum(1)
-    return np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
+def probability_of_improvement(returns: Array, others: Array) -> float:
+    """How likely an episode does better than one of another algorithm on the same task, mean over the tasks.
+
+    It is the Mann-Whitney statistic of each task, in which a tie counts half (Agarwal et al. 2021, sec. 4.3).
+
+    Args:
+        returns: [M, K], of the one algorithm; NaN entries are left out.
+        others: [M, L], of the other.
+
+    Returns:
+        In [0, 1]; NaN where no task has an episode of both.
+    """
+    pairs = np.isfinite(returns)[:, :, None] & np.isfinite(others)[:, None]
+    with np.errstate(invalid="ignore"):
+        difference = np.sign(returns[:, :, None] - others[:, None])
+    wins = np.where(pairs, (1 + difference) / 2, 0.0).sum((1, 2))
+    counts = pairs.sum((1, 2))
+    tasks = counts > 0
+    return float(np.mean(wins[tasks] / counts[tasks])) if tasks.any() else float("nan")

@@ -204,23 +204,26 @@ def make_batch(
     device: torch.device | str = "cpu",
     values: Array | None = None,
     reward_scale: float = 1.0,
+    weight: Array | None = None,
 ) -> Batch:
     """Rollouts with inputs rebuilt and advantages estimated.
 
     Args:
         values: with the critic as baseline, what it says of :func:`critic_inputs`, [M, T + 1, K].
         reward_scale: what rewards are divided by for the critic.
+        weight: [M, K], of each column in the objectives, at least 0; None: 1.
     """
     rollouts = rollouts.masked()
-    valid = rollouts.valid
-    raw, expected = estimate(rollouts, config.discount, config.gae_lambda, config.baseline, values, reward_scale)
-    outer = normalized(raw, valid, (1, 2) if config.baseline == "linear" else (0, 1, 2))
-    if config.baseline == "time":  # of all tasks, but how a task adapts must not depend on the others
-        own = normalized(estimate(rollouts, config.discount, config.gae_lambda)[0], valid)
+    counted = rollouts.valid if weight is None else rollouts.valid * weight[:, None]
+    discount, gae_lambda, baseline = config.discount, config.gae_lambda, config.baseline
+    raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale, weight)
+    outer = normalized(raw, counted, (1, 2) if baseline == "linear" else (0, 1, 2))
+    if baseline == "time":  # of all tasks, but how a task adapts must not depend on the others
+        own = normalized(estimate(rollouts, discount, gae_lambda, weight=weight)[0], counted)
     else:
-        own = normalized(raw, valid)
-    count = rollouts.valid.sum((1, 2), keepdims=True)
-    share = (rollouts.valid / np.maximum(count, 1)).astype(np.float32)
+        own = normalized(raw, counted)
+    total = counted.sum((1, 2), keepdims=True)
+    share = (counted / np.where(total > 0, total, 1)).astype(np.float32)
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)

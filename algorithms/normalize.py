@@ -1,4 +1,4 @@
-"""Running moments of observations and returns, with which a policy's inputs and its critic's rewards are scaled."""
+"""Running moments of observations, rewards and returns: the scales of a policy's inputs and of its critic's rewards."""
 
 from __future__ import annotations
 
@@ -64,12 +64,14 @@ class Normalizer:
 
     def __init__(self, spec: PolicySpec, discount: float) -> None:
         self._spec, self._discount = spec, discount
-        self._observations, self._returns = RunningMoments(spec.observation_size), RunningMoments(1)
+        self._observations = RunningMoments(spec.observation_size)
+        self._rewards, self._returns = RunningMoments(1), RunningMoments(1)
 
     def update(self, rollouts: Rollouts) -> None:
         """Take in the valid steps of a record."""
         valid = rollouts.valid
         self._observations.update(rollouts.observations[valid])
+        self._rewards.update(rollouts.rewards[valid][:, None])
         returns = discounted_returns(rollouts.rewards, valid, self._discount)
         self._returns.update(returns[valid][:, None])
 
@@ -82,7 +84,8 @@ class Normalizer:
             scale[: spec.observation_size] = self._observations.scale
         reward_scale = self._returns.scale if spec.scale_rewards else np.ones(1)
         if spec.inputs == "full":
-            scale[-2] = reward_scale[0]  # the previous reward
+            # What the policy reads is one reward, not a return: divided by a long return's spread it would be lost.
+            scale[-2] = self._rewards.scale[0] if spec.scale_rewards else 1.0
         found = {"input_mean": mean, "input_scale": scale, "reward_scale": reward_scale}
         return {name: value.astype(np.float32) for name, value in found.items()}
 
@@ -90,10 +93,13 @@ class Normalizer:
         """JSON values; empty where nothing is normalised."""
         if not self._spec.normalizes:
             return {}
-        return {"observations": self._observations.to_dict(), "returns": self._returns.to_dict()}
+        return {name: moments.to_dict() for name, moments in self._moments().items()}
 
     def load(self, values: Mapping[str, Any]) -> None:
         """The inverse of :meth:`to_dict`."""
         if values:
-            self._observations.load(values["observations"])
-            self._returns.load(values["returns"])
+            for name, moments in self._moments().items():
+                moments.load(values[name])
+
+    def _moments(self) -> dict[str, RunningMoments]:
+        return {"observations": self._observations, "rewards": self._rewards, "returns": self._returns}

@@ -52,7 +52,9 @@ def generalized_advantages(
     return advantages
 
 
-def linear_baseline(rollouts: Rollouts, targets: Array, regularisation: float = 1e-5) -> Array:
+def linear_baseline(
+    rollouts: Rollouts, targets: Array, regularisation: float = 1e-5, weight: Array | None = None
+) -> Array:
     """Fit a linear baseline to each task's returns and evaluate it on the same steps (Duan et al. 2016, appendix 2).
 
     Features: observation (clipped to ±10), its square, t, t², t³ (t in hundreds of steps) and 1.
@@ -61,6 +63,7 @@ def linear_baseline(rollouts: Rollouts, targets: Array, regularisation: float = 
         rollouts: one or more columns a task.
         targets: [M, T, K], what to predict, such as discounted returns.
         regularisation: added to the normal equations' diagonal; raised tenfold until they can be solved.
+        weight: [M, K], of each column in the fit; None: 1.
 
     Returns:
         [M, T, K] float64, 0 where not valid.
@@ -76,6 +79,8 @@ def linear_baseline(rollouts: Rollouts, targets: Array, regularisation: float = 
     features *= rollouts.valid[..., None]
     flat = features.reshape(tasks, steps * columns, -1)
     transposed = flat.swapaxes(1, 2)
+    if weight is not None:
+        transposed = transposed * np.broadcast_to(weight[:, None], targets.shape).reshape(tasks, 1, -1)
     gram = transposed @ flat
     moment = transposed @ np.where(rollouts.valid, targets, 0.0).reshape(tasks, -1, 1)
     identity = np.eye(gram.shape[-1])
@@ -97,6 +102,7 @@ def advantages(
     baseline: str = "linear",
     values: Array | None = None,
     reward_scale: float = 1.0,
+    weight: Array | None = None,
 ) -> tuple[Array, Array]:
     """Generalized advantage estimates against a baseline, not normalised.
 
@@ -108,6 +114,7 @@ def advantages(
             columns to end at a known horizon. "critic": ``values``, which bootstrap where a column was cut.
         values: [M, T + 1, K], the critic's, for each column up to the one after its last valid step.
         reward_scale: rewards are divided by it.
+        weight: [M, K], of each column where a linear baseline is fitted; None: 1.
 
     Returns:
         Advantages and the baseline, [M, T, K] float64 each, 0 where not valid.
@@ -121,7 +128,8 @@ def advantages(
         expected = np.where(valid, values[:, :-1], 0.0)
     else:
         returns = discounted_returns(rewards, valid, discount)
-        expected = linear_baseline(rollouts, returns) if baseline == "linear" else time_baseline(returns, valid)
+        linear = baseline == "linear"
+        expected = linear_baseline(rollouts, returns, weight=weight) if linear else time_baseline(returns, valid)
     return generalized_advantages(rewards, expected, following, valid, discount, gae_lambda), expected
 
 
@@ -139,20 +147,22 @@ def time_baseline(targets: Array, valid: Array) -> Array:
     return np.where(valid, np.where(valid, targets, 0.0).sum((0, 2), keepdims=True) / count, 0.0)
 
 
-def normalized(advantages: Array, valid: Array, axes: tuple[int, ...] = (1, 2)) -> Array:
+def normalized(advantages: Array, weight: Array, axes: tuple[int, ...] = (1, 2)) -> Array:
     """Advantages with mean 0 and standard deviation 1 over each task's valid steps; 0 for a task without any.
 
     Args:
-        advantages: [M, T, K], any number where not ``valid``.
-        valid: [M, T, K] bool.
+        advantages: [M, T, K], any number where the weight is 0.
+        weight: [M, T, K], of each step in mean and deviation: whether it is valid, or a number of at least 0.
         axes: over which they are normalised; (0, 1, 2): over all tasks together.
 
     Returns:
-        [M, T, K] float32.
+        [M, T, K] float32, 0 where the weight is 0.
     """
-    count = np.maximum(valid.sum(axes, keepdims=True), 1)
+    total = weight.sum(axes, keepdims=True)
+    total = np.where(total > 0, total, 1)
+    valid = weight > 0
     advantages = np.where(valid, advantages, 0.0)
-    mean = advantages.sum(axes, keepdims=True) / count
+    mean = (weight * advantages).sum(axes, keepdims=True) / total
     centred = (advantages - mean) * valid
-    std = np.sqrt((centred**2).sum(axes, keepdims=True) / count)
+    std = np.sqrt((weight * centred**2).sum(axes, keepdims=True) / total)
     return (centred / (std + 1e-8)).astype(np.float32)

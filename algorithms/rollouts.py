@@ -116,6 +116,21 @@ class Rollouts:
             errors=tuple(error for part in parts for error in part.errors),
         )
 
+    def beside(self, other: Rollouts) -> Rollouts:
+        """The same tasks with the columns of ``other`` after their own, padded in time with steps that are not valid.
+
+        Args:
+            other: a record of as many tasks; its parameters and errors are left out.
+        """
+        longest = max(self.valid.shape[1], other.valid.shape[1])
+        joined: dict[str, Any] = {}
+        for name in _TIMED:
+            pair = [getattr(self, name), getattr(other, name)]
+            padding = [[(0, 0), (0, longest - x.shape[1]), *[(0, 0)] * (x.ndim - 2)] for x in pair]
+            joined[name] = np.concatenate([np.pad(x, width) for x, width in zip(pair, padding, strict=True)], 2)
+        last = np.concatenate([self.last_observations, other.last_observations], 1)
+        return replace(self, **joined, last_observations=last)
+
     @staticmethod
     def empty(tasks: Sequence[Any], columns: int, like: Rollouts, errors: Sequence[str] = ()) -> Rollouts:
         """Record of ``tasks`` without a single valid step, shaped ``like`` another: what stands for dropped tasks."""

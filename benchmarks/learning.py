@@ -24,7 +24,8 @@ from ssm_metarl.algorithms.evaluation import Evaluation, confidence_interval
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig, available_cores
-from ssm_metarl.distributed.run import evaluate_checkpoint, train
+from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.distributed.run import train
 from ssm_metarl.distributed.trainer import MetaTrainer
 
 

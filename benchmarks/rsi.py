@@ -41,7 +41,8 @@ from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import evaluate_checkpoint, start_ray, train
+from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.distributed.run import start_ray, train
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.tuning.evolution import Evolution
 from ssm_metarl.tuning.metrics import Assessment, composite, metrics

@@ -4,10 +4,10 @@ A run folder holds ``checkpoint_000123/`` folders and ``best.json``. A checkpoin
 
     policy.safetensors, optimizer.safetensors, config.json, progress.json, manifest.json
 
-and the manifest, written last, has the format's version and the SHA-256 of each other file: no manifest, no
-checkpoint. A checkpoint is made in a hidden folder beside its place and renamed. One that is to be replaced
-is first renamed to ``.checkpoint_000123.old``, which stands in for it should the process die before the new
-one is in place.
+and, of a run with ``--replay-episodes``, replay.safetensors. The manifest, written last, has the format's version and
+the SHA-256 of each other file: no manifest, no checkpoint. A checkpoint is made in a hidden folder beside its place and
+renamed. One that is to be replaced is first renamed to ``.checkpoint_000123.old``, which stands in for it should the
+process die before the new one is in place.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from .. import pretrained
 from ..algorithms.inference import PolicySpec, step_size
+from ..algorithms.replay import ReplayBuffer
 from ..algorithms.rollouts import Array
+
+if TYPE_CHECKING:
+    from ..algorithms.policy import SSMPolicy
 
 FORMAT_VERSION = 1
 """Version of the folder's content. A change that an older reader would misread raises it."""
 
-POLICY, OPTIMIZER = "policy.safetensors", "optimizer.safetensors"
+POLICY, OPTIMIZER, REPLAY = "policy.safetensors", "optimizer.safetensors", "replay.safetensors"
 CONFIG, PROGRESS = "config.json", "progress.json"
 MANIFEST, BEST = "manifest.json", "best.json"
 _FILES = (POLICY, OPTIMIZER, CONFIG, PROGRESS)
@@ -62,6 +67,7 @@ class Checkpoint:
         progress: iteration, environment steps and the like, JSON values.
         policy: float32 arrays by parameter name, as ``expected_shapes(spec)`` has them.
         optimizer: arrays by name; empty where nothing is to be continued.
+        replay: episodes of meta-training; None where none were kept.
     """
 
     spec: PolicySpec
@@ -69,6 +75,7 @@ class Checkpoint:
     progress: dict[str, Any]
     policy: dict[str, Array]
     optimizer: dict[str, Array]
+    replay: ReplayBuffer | None = None
 
 
 def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
@@ -151,11 +158,36 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     if not os.path.lexists(folder / MANIFEST):
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}.")
     digests = _digests(folder / MANIFEST)
-    contents = {name: _read(folder / name) for name in _FILES}
+    contents = {name: _read(folder / name) for name in digests}
     for name, content in contents.items():
         if _sha256(content) != digests[name]:
             raise CheckpointError(f"{folder / name} is truncated or altered: its SHA-256 is not that of {MANIFEST}.")
     return _decode(folder, contents)
+
+
+def load_policy(path: str | Path) -> tuple[SSMPolicy, Checkpoint]:
+    """The policy of a checkpoint, of a run's best one, or of ``pretrained:NAME``, and the checkpoint itself.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    import torch  # reading and writing checkpoints needs no torch, and it takes seconds to load
+
+    from ..algorithms.policy import SSMPolicy
+
+    checkpoint = load_checkpoint(resolve_checkpoint(path))
+    policy = SSMPolicy(checkpoint.spec)
+    policy.load_state_dict({name: torch.from_numpy(value) for name, value in checkpoint.policy.items()})
+    return policy, checkpoint
+
+
+def load_pretrained(name: str) -> tuple[SSMPolicy, Checkpoint]:
+    """A model that comes with the package, such as "cartpole", and its checkpoint; needs no Ray.
+
+    Raises:
+        CheckpointError: there is none of that name; the sentence lists those that there are.
+    """
+    return load_policy(pretrained.PREFIX + name)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -166,9 +198,16 @@ def checkpoints(run: Path) -> list[Path]:
 def resolve_checkpoint(path: Path | str) -> Path:
     """The checkpoint folder that ``path`` means: itself, or a run's best, or its last while none is marked.
 
+    ``pretrained:NAME`` is a model that comes with the package.
+
     Raises:
         CheckpointError: where there is none, or the best cannot be told.
     """
+    if str(path).startswith(pretrained.PREFIX):
+        try:
+            return pretrained.folder(str(path).removeprefix(pretrained.PREFIX))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
     folder = _present(Path(path))
     if os.path.lexists(folder / MANIFEST):
         return folder
@@ -259,11 +298,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def _encode(folder: Path, checkpoint: Checkpoint) -> dict[str, bytes]:
     config = {"policy": checkpoint.spec.to_dict(), "train": checkpoint.config}
+    replay = checkpoint.replay
     return {
         POLICY: _encode_arrays(folder / POLICY, checkpoint.policy),
         OPTIMIZER: _encode_arrays(folder / OPTIMIZER, checkpoint.optimizer),
         CONFIG: _encode_json(folder / CONFIG, config),
         PROGRESS: _encode_json(folder / PROGRESS, checkpoint.progress),
+        **({REPLAY: _encode_arrays(folder / REPLAY, replay.arrays())} if replay else {}),
     }
 
 
@@ -285,7 +326,15 @@ def _decode(folder: Path, contents: Mapping[str, bytes]) -> Checkpoint:
         for name, array in arrays.items():
             if array.dtype.kind in "fc" and not np.isfinite(array).all():
                 raise CheckpointError(f"{path} holds NaN or infinite numbers in {_brief(name)}.")
-    return Checkpoint(spec, config["train"], progress, policy, optimizer)
+    replay = None
+    if REPLAY in contents:
+        try:
+            replay = ReplayBuffer.from_arrays(_decode_arrays(folder / REPLAY, contents[REPLAY]), spec)
+        except ValueError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{folder / REPLAY} holds no episodes of this policy: {error}.") from None
+    return Checkpoint(spec, config["train"], progress, policy, optimizer, replay)
 
 
 def _fitting(path: Path, arrays: Mapping[str, Array], spec: PolicySpec) -> dict[str, Array]:
@@ -347,7 +396,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _digests(path: Path) -> dict[str, str]:
-    """The SHA-256 of each file by the manifest at ``path``, which may name our four files and no other."""
+    """The SHA-256 of each file by the manifest at ``path``, which may name our files and no other."""
     manifest = _decode_json(path, _read(path))
     version, digests = manifest.get("format"), manifest.get("sha256")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -358,7 +407,7 @@ def _digests(path: Path) -> dict[str, str]:
     for name in (*_FILES, *digests):
         if name not in digests:
             raise CheckpointError(f"{path} does not list {name}.")
-        if name not in _FILES:
+        if name not in (*_FILES, REPLAY):
             raise CheckpointError(f"{path} lists {_brief(name)}, which is no file of a checkpoint.")
     return digests
 

@@ -40,6 +40,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
         learner_threads: threads that share the learner's tasks (on a CPU).
         device: where the learner computes, such as "cpu" or "cuda"; "auto": on a GPU where there is one.
         checkpoint_every: iterations between checkpoints; there is one at the end, too.
+        replay_episodes: query episodes that are kept for hybrid adaptation, one a task, the last ones; 0: none.
         sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not
             reproducible.
     """
@@ -56,6 +57,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
     learner_threads: int = field(default_factory=available_cores)
     device: str = "cpu"
     checkpoint_every: int = 10
+    replay_episodes: int = 0
     sample_timeout_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
         MetaConfig.__post_init__(self)
         for name in ("iterations", "meta_batch", "episodes", "trial_episodes", "learner_threads", "checkpoint_every"):
             check_count(name, getattr(self, name), 1)
-        for name in ("seed", "num_workers"):
+        for name in ("seed", "num_workers", "replay_episodes"):
             check_count(name, getattr(self, name), 0)
         if self.sample_timeout_s is not None:
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)

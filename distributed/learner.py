@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..algorithms.evaluation import adapt_weights, batch_for
+from ..algorithms.adaptation import adapt_weights, batch_for
 from ..algorithms.inference import PolicySpec
 from ..algorithms.maml import SCHEDULES, Batch, MetaConfig, MetaLoss, meta_loss, task_shards
 from ..algorithms.normalize import Normalizer

@@ -1,4 +1,4 @@
-"""A training run in a folder: metrics, checkpoints, interruption and resume; and evaluation of its checkpoints."""
+"""A training run in a folder: metrics, checkpoints, interruption and resume."""
 
 from __future__ import annotations
 
@@ -10,30 +10,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 from tensorboardX import SummaryWriter
 
-from ..algorithms.collect import seed_for
-from ..algorithms.evaluation import Evaluation, evaluate
-from ..algorithms.inference import PolicySpec, check_count
-from ..algorithms.policy import SSMPolicy
-from ..algorithms.rollouts import Array, Rollouts
-from ..tasks import TaskDistribution, make
-from .checkpoint import Checkpoint, checkpoints, load_checkpoint, mark_best, prune, resolve_checkpoint
+from ..algorithms.inference import PolicySpec
+from ..tasks import TaskDistribution
+from .checkpoint import checkpoints, load_checkpoint, mark_best, prune
 from .config import TrainConfig, available_cores
 from .learner import check_device
-from .pool import Pool
 from .storage import Mirror
-from .trainer import EVALUATION, MetaTrainer, check_resources, check_sizes, play
-
-SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
-"""Branches of the seed tree for the splits' tasks: validation and test never meet the tasks of training."""
+from .trainer import MetaTrainer, check_sizes
 
 
 @dataclass(frozen=True)
@@ -272,134 +263,3 @@ def interrupts() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def load_policy(path: str | Path) -> tuple[SSMPolicy, Checkpoint]:
-    """The policy of a checkpoint, or of a run's best one, and the checkpoint itself.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    checkpoint = load_checkpoint(resolve_checkpoint(path))
-    policy = SSMPolicy(checkpoint.spec)
-    policy.load_state_dict({name: torch.from_numpy(value) for name, value in checkpoint.policy.items()})
-    return policy, checkpoint
-
-
-def evaluate_checkpoint(
-    path: str | Path,
-    *,
-    task: str | None = None,
-    task_options: Mapping[str, Any] | None = None,
-    task_ranges: Mapping[str, Any] | None = None,
-    split: str = "test",
-    num_tasks: int = 100,
-    steps: int | None = None,
-    episodes: int | None = None,
-    seed: int = 0,
-    num_workers: int = 0,
-    deterministic: bool = False,
-    distribution: TaskDistribution | None = None,
-    inner_lr: float | None = None,
-) -> Evaluation:
-    """Returns of a checkpoint's policy on held-out tasks before adaptation and after 1..``steps`` inner steps.
-
-    Args:
-        path: a checkpoint, or a run folder for its best one.
-        task: family of the tasks; None: the one it was trained on.
-        task_options, task_ranges: of the family; None: as in training if it is the same one, else none.
-        split: of that family.
-        num_tasks: how many tasks.
-        steps: adaptation steps S; None: 3, or 0 for a policy that was trained without.
-        episodes: episodes a task and step; None: as in training.
-        seed: of tasks and rollouts: equal seeds give equal tasks and common random numbers.
-        num_workers: Ray actors; 0: in process.
-        deterministic: take the most likely actions.
-        distribution: the family itself, instead of a registered one.
-        inner_lr: step size; None: as in training.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
-        ValueError: an unknown task or split, an impossible number, or a family whose spaces the policy does not fit.
-        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
-    """
-    policy, checkpoint = load_policy(path)
-    config = TrainConfig.from_dict({**checkpoint.config, **({} if inner_lr is None else {"inner_lr": inner_lr})})
-    family = distribution or _family(config, task, task_options, task_ranges)
-    steps = (3 if config.inner_steps else 0) if steps is None else steps
-    for name, value, least in (("num_tasks", num_tasks, 1), ("steps", steps, 0), ("seed", seed, 0)):
-        check_count(name, value, least)
-    check_count("num_workers", num_workers, 0)
-    spec = config.policy_spec(family)
-    if spec != policy.spec:
-        raise ValueError(
-            f"The policy acts on observations of size {policy.spec.observation_size} with {policy.spec.action_size} "
-            f"{'discrete' if policy.spec.discrete else 'continuous'} actions, which {family.name!r} does not have."
-        )
-    columns = config.episodes if episodes is None else episodes
-    check_count("episodes", columns, 1)
-    family.sample(0, np.random.default_rng(), split)  # refuses an unknown split, before Ray starts
-    start_ray(num_workers)
-    check_resources(num_workers)
-    with Pool(
-        family,
-        policy.spec,
-        num_workers=num_workers,
-        trial_episodes=config.trial_episodes,
-        name=f"ssm-metarl/evaluate/{time.time_ns()}",
-    ) as pool:
-        return evaluate_policy(
-            policy,
-            config,
-            family,
-            pool,
-            split=split,
-            num_tasks=num_tasks,
-            steps=steps,
-            episodes=columns,
-            seed=seed,
-            deterministic=deterministic,
-        )
-
-
-def _family(
-    config: TrainConfig, task: str | None, options: Mapping[str, Any] | None, ranges: Mapping[str, Any] | None
-) -> TaskDistribution:
-    """The family of an evaluation: that of training but for what is given."""
-    if task is not None and task != config.task:
-        return make(task, options or {}, ranges or {})
-    same = {"options": config.task_options, "ranges": config.task_ranges}
-    given = {"options": options, "ranges": ranges}
-    return make(config.task, **{**same, **{name: value for name, value in given.items() if value is not None}})
-
-
-def evaluate_policy(
-    policy: SSMPolicy,
-    config: TrainConfig,
-    family: TaskDistribution,
-    pool: Pool,
-    *,
-    split: str,
-    num_tasks: int,
-    steps: int,
-    episodes: int,
-    seed: int,
-    deterministic: bool = False,
-) -> Evaluation:
-    """:func:`evaluate_checkpoint` for a policy in memory and a pool of its sizes; see there.
-
-    Raises:
-        ValueError: an unknown split.
-        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
-    """
-    branch = SPLIT_BRANCHES.get(split, len(SPLIT_BRANCHES))
-    rng = np.random.default_rng(seed_for(seed, EVALUATION, branch))
-    tasks = family.sample(num_tasks, rng, split)
-    played = np.ones(num_tasks, bool)
-
-    def collect(weights: Mapping[str, Array], step: int) -> Rollouts:
-        seeds = [seed_for(seed, EVALUATION, branch, step, task) for task in range(num_tasks)]
-        label = f"evaluation, step {step}"
-        return play(pool, weights, tasks, seeds, episodes, played, label=label, deterministic=deterministic)[0]
-
-    return replace(evaluate(policy, config, collect, steps), task=family.name, split=split)

@@ -16,6 +16,7 @@ from ray.tune import PlacementGroupFactory
 
 from ..algorithms.collect import seed_for
 from ..algorithms.inference import PolicySpec
+from ..algorithms.replay import ReplayBuffer
 from ..algorithms.rollouts import Array, Rollouts
 from ..tasks import Task, TaskDistribution, names, register
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
@@ -25,7 +26,7 @@ from .pool import Pool
 from .telemetry import Telemetry
 
 # Branches of the seed tree: SeedSequence(seed, spawn_key=(branch, ...)).
-ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION, MINIBATCHES = range(5)
+ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION, MINIBATCHES, ADAPTED = range(6)
 
 BAD_EPISODES_ALLOWED = 0.1
 """Share of a collection's episodes that may be lost to a faulty environment before the run stops."""
@@ -77,6 +78,7 @@ class MetaTrainer(tune.Trainable):
             sample_timeout_s=self.train_config.sample_timeout_s,
         )
         self.telemetry = Telemetry(self.trial_name, self.train_config.task)
+        self.replay = ReplayBuffer(self.train_config.replay_episodes) if self.train_config.replay_episodes else None
         self.meta_iteration = 0
         self.env_steps = 0
 
@@ -120,6 +122,8 @@ class MetaTrainer(tune.Trainable):
             seed=seed_for(config.seed, MINIBATCHES, self.meta_iteration),
         )
         learner.observe(collected)
+        if self.replay is not None:
+            self.replay.add(collected[-1])
         seconds["update"] = time.perf_counter() - start
         seconds["ray"] = self.pool.ray_seconds - overhead
         seconds["sample"] -= seconds["ray"]
@@ -140,6 +144,7 @@ class MetaTrainer(tune.Trainable):
             "missing_tasks": self.pool.missing - missing,
             "bad_episodes": bad,
             **statistics,
+            **({"replay_bytes": self.replay.nbytes} if self.replay is not None else {}),
         }
         self.telemetry.iteration(metrics, env_steps)
         return metrics
@@ -156,6 +161,7 @@ class MetaTrainer(tune.Trainable):
             },
             policy=self.learner.weights(),
             optimizer=self.learner.optimizer_arrays(),
+            replay=self.replay,
         )
         save_checkpoint(Path(checkpoint_dir), checkpoint)
         return checkpoint_dir
@@ -175,6 +181,10 @@ class MetaTrainer(tune.Trainable):
         """Take parameters, moments and counters of a checkpoint of this trainer's sizes."""
         self.learner.load(checkpoint.policy, checkpoint.optimizer)
         self.learner.normalizer.load(checkpoint.progress.get("normalizer", {}))
+        if self.replay is not None:
+            self.replay = ReplayBuffer(self.replay.capacity)
+            if checkpoint.replay is not None:
+                self.replay.extend(checkpoint.replay)
         self.meta_iteration = int(checkpoint.progress["iteration"])
         self.env_steps = int(checkpoint.progress["env_steps"])
 

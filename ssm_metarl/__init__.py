@@ -19,16 +19,24 @@ if not (Path(__file__).parent / "algorithms").is_dir():
 
 # Public name -> the module of this package that defines it.
 _EXPORTS: dict[str, str] = {
+    "AdaptOptions": ".distributed.evaluation",
     "EvolveConfig": ".tuning.population",
+    "HybridAdapter": ".algorithms.adaptation",
     "MetaTrainer": ".distributed.trainer",
     "PolicySpec": ".algorithms.inference",
+    "ReplayBuffer": ".algorithms.replay",
     "Rollouts": ".algorithms.rollouts",
     "SSMPolicy": ".algorithms.policy",
+    "StandardAdapter": ".algorithms.adaptation",
     "TaskDistribution": ".tasks",
+    "TaskSource": ".distributed.evaluation",
     "TrainConfig": ".distributed.config",
-    "evaluate_checkpoint": ".distributed.run",
+    "adapt_checkpoint": ".distributed.evaluation",
+    "compare_modes": ".distributed.evaluation",
+    "evaluate_checkpoint": ".distributed.evaluation",
     "evolve": ".tuning.run",
-    "load_policy": ".distributed.run",
+    "load_policy": ".distributed.checkpoint",
+    "load_pretrained": ".distributed.checkpoint",
     "register": ".tasks",
     "train": ".distributed.run",
 }

@@ -1,4 +1,4 @@
-"""The command line: ``train`` (the default), ``evolve``, ``evaluate``, ``plot`` and ``job``."""
+"""The command line: ``train`` (the default), ``evolve``, ``evaluate``, ``adapt``, ``plot`` and ``job``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .adapt_cli import Adapt, JsonObject, json_object, run_adapt, show_modes
 from .algorithms.maml import ALGORITHMS
 from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
 from .distributed.config import TrainConfig
+from .distributed.evaluation import AdaptOptions, TaskSource, compare_modes, evaluate_checkpoint
 from .distributed.jobs import JobError
 from .distributed.learner import check_device
-from .distributed.run import auto_workers, evaluate_checkpoint, train
+from .distributed.run import auto_workers, train
 from .distributed.storage import Mirror, is_uri
 from .distributed.trainer import EnvironmentFailure
 from .job_cli import COMMANDS, JobCommand, run_job, run_name
@@ -37,33 +39,6 @@ console = Console(stderr=True)
 
 RUNS = "runs"
 """Parent of the run folders."""
-
-
-def _object(text: str) -> dict[str, Any]:
-    """A JSON object of the command line.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is not a JSON object, such as '{{\"gravity\": [5, 15]}}'.")
-    return value
-
-
-JsonObject = Annotated[
-    Mapping[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda words: _object(words[0]),
-        is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +139,11 @@ class Rollback:
 class Evaluate:
     """Evaluate a checkpoint on held-out tasks before adaptation and after 1..steps inner steps.
 
+    With --modes, ways of adapting are compared instead, each with the episodes given and judged on fresh ones.
+
     Attributes:
-        checkpoint: a checkpoint's folder, or a run's for its best checkpoint.
+        checkpoint: a checkpoint's folder, a run's for its best checkpoint, or pretrained:NAME.
+        modes: of none, standard, replay and hybrid (see adapt); the others are compared with the first.
         task: family of the tasks; by default the one of training.
         task_options: of the family; by default as in training.
         task_ranges: of gym:ID; by default as in training.
@@ -182,6 +160,7 @@ class Evaluate:
     """
 
     checkpoint: tyro.conf.Positional[Path]
+    modes: tuple[str, ...] = ()
     task: str | None = None
     task_options: JsonObject | None = None
     task_ranges: JsonObject | None = None
@@ -223,12 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(options, JobCommand):
             _check(command)
             return run_job(options, command, console)
-        if isinstance(options, Train | Evolve | Evaluate) and options.address:
+        if isinstance(options, Train | Evolve | Evaluate | Adapt) and options.address:
             os.environ["RAY_ADDRESS"] = options.address
         if isinstance(options, Train):
             return _train(options)
         if isinstance(options, Evaluate):
             return _evaluate(options)
+        if isinstance(options, Adapt):
+            return run_adapt(options, console, RUNS)
         if isinstance(options, Evolve):
             return _evolve(options)
         if isinstance(options, Rollback):
@@ -262,7 +243,7 @@ def _check(command: Sequence[str]) -> None:
             EvolveConfig(**asdict(options.evolution))
 
 
-def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Plot | JobCommand:
+def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Adapt | Plot | JobCommand:
     """Options of one command; they show the chosen task's own defaults, or those of the run to resume."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is left for tyro to complain about.
@@ -291,6 +272,7 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | P
         Annotated[Evolve, tyro.conf.subcommand("evolve", default=population)],
         Annotated[Rollback, tyro.conf.subcommand("evolve rollback")],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
+        Annotated[Adapt, tyro.conf.subcommand("adapt")],
         Annotated[Plot, tyro.conf.subcommand("plot")],
         *(Annotated[job, tyro.conf.subcommand(name)] for name, job in COMMANDS.items()),
     ]
@@ -326,7 +308,7 @@ def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveCo
 
 def _family_options(known: argparse.Namespace) -> dict[str, Any]:
     """What decides on the other options' defaults beside the task's name."""
-    options = {"task_options": _object(known.task_options), "task_ranges": _object(known.task_ranges)}
+    options = {"task_options": json_object(known.task_options), "task_ranges": json_object(known.task_ranges)}
     return options | ({"algorithm": known.algorithm} if known.algorithm in ALGORITHMS else {})
 
 
@@ -438,26 +420,45 @@ def _rollback(options: Rollback) -> int:
 
 
 def _evaluate(options: Evaluate) -> int:
-    if not options.checkpoint.exists():
-        raise CheckpointError(f"There is no checkpoint or run at {options.checkpoint}.")
-    report = evaluate_checkpoint(
-        options.checkpoint,
-        task=options.task,
-        task_options=options.task_options,
-        task_ranges=options.task_ranges,
-        split=options.split,
-        num_tasks=options.num_tasks,
-        steps=options.steps,
-        episodes=options.episodes,
-        inner_lr=options.inner_lr,
-        seed=options.seed,
-        num_workers=options.num_workers,
-        deterministic=options.deterministic,
-    ).summary()
-    _show_evaluation(report)
+    if options.modes:
+        report = _compare(options)
+        show_modes(report, console)
+    else:
+        report = evaluate_checkpoint(
+            options.checkpoint,
+            task=options.task,
+            task_options=options.task_options,
+            task_ranges=options.task_ranges,
+            split=options.split,
+            num_tasks=options.num_tasks,
+            steps=options.steps,
+            episodes=options.episodes,
+            inner_lr=options.inner_lr,
+            seed=options.seed,
+            num_workers=options.num_workers,
+            deterministic=options.deterministic,
+        ).summary()
+        _show_evaluation(report)
     if options.json:
         print(json.dumps(report))
     return 0
+
+
+def _compare(options: Evaluate) -> dict[str, Any]:
+    if options.deterministic:
+        raise ValueError("--modes compares policies that sample their actions; leave --deterministic out.")
+    adapting = AdaptOptions(episodes=options.episodes, step_size=options.inner_lr)
+    if options.steps is not None:
+        adapting = replace(adapting, steps=options.steps)
+    return compare_modes(
+        options.checkpoint,
+        options.modes,
+        options=adapting,
+        source=TaskSource(options.task, options.task_options, options.task_ranges, options.split),
+        num_tasks=options.num_tasks,
+        seed=options.seed,
+        num_workers=options.num_workers,
+    ).summary()
 
 
 def _plot(options: Plot) -> int:

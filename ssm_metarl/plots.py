@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curve and adaptation curve, or how a population evolved."""
+"""Pictures of a run: learning curve and adaptation curve, how a population evolved, or how a policy met a task."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.animation import PillowWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from .algorithms.rollouts import Rollouts
 
 LISTED = 12
 """Mutations that are listed beside a lineage, the last ones that were kept."""
@@ -178,4 +182,77 @@ def _axes() -> tuple[Figure, Any]:
 
 def _write(figure: Figure, path: Path) -> Path:
     FigureCanvasAgg(figure).print_png(str(path))
+    return path
+
+
+def plot_task(folder: Path, summary: Mapping[str, Any], before: Rollouts, after: Rollouts) -> list[Path]:
+    """Draw a policy's adaptation to one task: ``adaptation_curve.png``, and what it did before and after.
+
+    Args:
+        folder: where to.
+        summary: ``TaskReport.summary()``.
+        before, after: fresh episodes of the one task, [1, T, K, ...].
+
+    Returns:
+        The files written: the curve; ``trajectories.png`` for navigation-2d, ``before_after.gif`` for cartpole.
+    """
+    figure, axes = _axes()
+    steps = range(len(summary["curve"]))
+    axes.plot(steps, summary["curve"], color=_COLOURS[1], marker="o", label="its own episodes")
+    best = summary["best_step"]
+    axes.plot([best], [summary["curve"][best]], color=_COLOURS[3], marker="o", markersize=9, linestyle="", label="best")
+    for name, colour in (("before", _COLOURS[0]), ("after", _COLOURS[3])):
+        fresh = summary[name]
+        axes.axhline(fresh["return"], color=colour, linestyle="--", linewidth=1, label=f"fresh episodes {name}")
+        axes.axhspan(fresh["ci_low"], fresh["ci_high"], color=colour, alpha=0.1)
+    axes.set(xlabel="adaptation steps", ylabel="return", title=f"Adaptation ({summary['mode']}) on {summary['task']}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8)
+    files = [_write(figure, folder / "adaptation_curve.png")]
+    if summary["task"] == "navigation-2d":
+        files.append(_trajectories(before, after, summary["parameters"]["goal"], folder / "trajectories.png"))
+    if summary["task"] == "cartpole":
+        files.append(_animation(before, after, summary["parameters"], folder / "before_after.gif"))
+    return files
+
+
+def _trajectories(before: Rollouts, after: Rollouts, goal: list[float], path: Path) -> Path:
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    for axes, record, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        for column, length in enumerate(record.lengths()[0].tolist()):
+            steps = [record.observations[0, :length, column], record.last_observations[0, column][None]]
+            x, y = np.concatenate(steps).T
+            axes.plot(x, y, color=_COLOURS[1], linewidth=0.8, alpha=0.5)
+        axes.plot([0], [0], color="black", marker="o", linestyle="", label="start")
+        axes.plot(
+            *[[number] for number in goal], color=_COLOURS[2], marker="*", markersize=13, linestyle="", label="goal"
+        )
+        axes.set(title=f"{name}: return {np.nanmean(record.returns()):.1f}", aspect="equal")
+        axes.set_adjustable("datalim")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return _write(figure, path)
+
+
+def _animation(before: Rollouts, after: Rollouts, task: Mapping[str, float], path: Path) -> Path:
+    """The first fresh episode of each, every fourth step; an episode that ended stands still."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    scenes = []
+    for axes, record, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
+        length = int(record.lengths()[0, 0])
+        axes.set(xlim=(-2.6, 2.6), ylim=(-0.4, 2.4), aspect="equal", yticks=[], title=f"{name}: {length} steps")
+        axes.axhline(0, color=_COLOURS[0], linewidth=1)
+        cart = axes.plot([], [], color="black", marker="s", markersize=11, linestyle="")[0]
+        pole = axes.plot([], [], color=_COLOURS[2], linewidth=3)[0]
+        scenes.append((record.observations[0, :length, 0], cart, pole))
+    writer = PillowWriter(fps=12)
+    with writer.saving(figure, str(path), dpi=72):
+        for step in range(0, max(len(states) for states, _, _ in scenes), 4):
+            for states, cart, pole in scenes:
+                x, _, angle, _ = states[min(step, len(states) - 1)]
+                cart.set_data([x], [0])
+                tip = 2 * task["length"]  # the task's length is half the pole's
+                pole.set_data([x, x + tip * np.sin(angle)], [0, tip * np.cos(angle)])
+            writer.grab_frame()
     return path

@@ -22,8 +22,9 @@ from ssm_metarl.cli import _parse, main
 from ssm_metarl.distributed import run as run_module
 from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.evaluation import evaluate_checkpoint
 from ssm_metarl.distributed.learner import Learner
-from ssm_metarl.distributed.run import evaluate_checkpoint, train
+from ssm_metarl.distributed.run import train
 from ssm_metarl.tasks import Task, base
 
 RUN_LOCAL = Path(__file__).resolve().parents[1] / "run_local.py"
@@ -270,7 +271,7 @@ def test_plot_names_the_pictures_that_it_drew(command: Command, trained: Path) -
         ("--run-dir {run}", "is not empty; resume the run in it, or choose another folder."),
         ("--run-dir {run}/metrics.jsonl", "metrics.jsonl cannot be made: File exists."),
         ("--run-dir {run}/metrics.jsonl/a", "metrics.jsonl/a cannot be made: Not a directory."),
-        ("evaluate absent", "There is no checkpoint or run at absent."),
+        ("evaluate absent", "absent is neither a checkpoint nor a run"),
         ("evaluate {run}/metrics.jsonl", "metrics.jsonl is neither a checkpoint nor a run"),
         ("evaluate {run} --task cartpole", "which 'cartpole' does not have."),
         ("evaluate {run} --task cartpol", "did you mean 'cartpole'?"),

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from ssm_metarl.cli import main
+from ssm_metarl.distributed.checkpoint import load_policy
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import load_policy, train
+from ssm_metarl.distributed.run import train
 from ssm_metarl.plots import plot_evolution
 from ssm_metarl.population_view import PopulationView, population_table
 from ssm_metarl.tuning import run as run_module

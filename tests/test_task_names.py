@@ -12,7 +12,8 @@ import pytest
 from ssm_metarl.cli import main
 from ssm_metarl.distributed.checkpoint import load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import evaluate_checkpoint, train
+from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.distributed.run import train
 from ssm_metarl.tasks import make
 
 SMALL = {

@@ -14,8 +14,8 @@ from ..algorithms.inference import policy_inputs
 from ..algorithms.morph import resize
 from ..algorithms.rollouts import Rollouts
 from ..distributed.checkpoint import Checkpoint, load_checkpoint
+from ..distributed.evaluation import evaluate_policy
 from ..distributed.pool import Pool
-from ..distributed.run import evaluate_policy
 from ..distributed.storage import write_folder
 from ..distributed.trainer import ROLLOUTS, TASKS, EnvironmentFailure, MetaTrainer
 from .metrics import Assessment, normalise
@@ -159,7 +159,7 @@ class EvolvingTrainer(MetaTrainer):
             rollouts.resets,
         )
         self.resize_error = morph.error
-        return Checkpoint(morph.spec, loaded.config, loaded.progress, morph.policy, morph.optimizer)
+        return Checkpoint(morph.spec, loaded.config, loaded.progress, morph.policy, morph.optimizer, loaded.replay)
 
     def _probe(self, loaded: Checkpoint) -> Rollouts:
         """A few training episodes of the policy as it was."""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from builders import assert_same, drop, make_policy, make_spec, seeds, toy_rollouts, uneven
-from ssm_metarl.algorithms.evaluation import adapt_weights, confidence_interval, evaluate
+from ssm_metarl.algorithms.adaptation import adapt_weights
+from ssm_metarl.algorithms.evaluation import confidence_interval, evaluate
 from ssm_metarl.algorithms.maml import MetaConfig, for_tasks, inner_step, make_batch
 from ssm_metarl.algorithms.policy import SSMPolicy
 
@@ -27,11 +28,11 @@ def test_evaluation_is_the_returns_of_policies_adapted_one_step_after_another(di
     policy, tasks = make_policy(spec), uneven(TASKS, COLUMNS, HORIZON)
     seen: list[Any] = []
 
-    def collect(weights: Any, step: int) -> Any:
+    def collect(weights: Any, episodes: int, step: int) -> Any:
         seen.append((step, weights, toy_rollouts(spec, weights, tasks, COLUMNS, HORIZON, step)))
         return seen[-1][2]
 
-    result = evaluate(policy, config, collect, 2)
+    result = evaluate(policy, config, collect, 2, COLUMNS)
     assert [step for step, _, _ in seen] == [0, 1, 2]
     weights = policy.numpy_weights()
     for step, used, record in seen:
@@ -50,7 +51,7 @@ def test_the_policy_is_not_changed() -> None:
     spec = make_spec()
     policy = make_policy(spec)
     before = policy.numpy_weights()
-    evaluate(policy, MetaConfig(), lambda w, step: toy_rollouts(spec, w, uneven(2, 2, 4), 2, 4, step), 1)
+    evaluate(policy, MetaConfig(), lambda w, _, step: toy_rollouts(spec, w, uneven(2, 2, 4), 2, 4, step), 1, 2)
     for name, value in policy.numpy_weights().items():
         np.testing.assert_array_equal(value, before[name])
     assert all(parameter.grad is None for parameter in policy.parameters())
@@ -60,7 +61,7 @@ def test_adaptation_pays_on_a_task_that_can_be_learned() -> None:
     """From chance to nearly every reward, with intervals that say so."""
     spec, config = make_spec(discrete=True, inputs="observation"), MetaConfig(inner_lr=1.0, discount=0.0)
     tasks = [{"best": task % 2} for task in range(6)]
-    result = evaluate(SSMPolicy(spec), config, lambda w, step: toy_rollouts(spec, w, tasks, 30, 6, step), 3)
+    result = evaluate(SSMPolicy(spec), config, lambda w, _, step: toy_rollouts(spec, w, tasks, 30, 6, step), 3, 30)
     summary = json.loads(json.dumps(result.summary(), allow_nan=False))
     for key in ("return", "ci_low", "ci_high", "episode_length"):
         assert len(summary[key]) == 4
@@ -76,11 +77,11 @@ def test_lost_episodes_and_tasks_are_left_out() -> None:
     spec, tasks = make_spec(), uneven(3, 4, 5)
     whole: list[Any] = []
 
-    def collect(weights: Any, step: int) -> Any:
+    def collect(weights: Any, episodes: int, step: int) -> Any:
         whole.append(toy_rollouts(spec, weights, tasks, 4, 5, step))
         return drop(drop(whole[-1], 0, 2), 1)
 
-    result = evaluate(make_policy(spec), MetaConfig(), collect, 1)
+    result = evaluate(make_policy(spec), MetaConfig(), collect, 1, 4)
     kept = [0, 1, 3]
     for step, record in enumerate(whole):
         assert result.returns[0, step] == pytest.approx(record.returns()[0, kept].mean())

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from torch.func import functional_call
 
 from builders import ToyEnv, make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
+from ssm_metarl.algorithms.adaptation import adapt_weights, batch_for
 from ssm_metarl.algorithms.collect import collect, seed_for
-from ssm_metarl.algorithms.evaluation import adapt_weights, batch_for
 from ssm_metarl.algorithms.inference import NumpyPolicy, policy_inputs, step_size
 from ssm_metarl.algorithms.maml import MetaConfig, critic_inputs, for_tasks, inner_step, meta_loss
 from ssm_metarl.algorithms.morph import resize

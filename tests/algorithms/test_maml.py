@@ -27,7 +27,7 @@ from builders import (
     toy_rollouts,
     uneven,
 )
-from ssm_metarl.algorithms.evaluation import adapt_weights
+from ssm_metarl.algorithms.adaptation import adapt_weights
 from ssm_metarl.algorithms.maml import (
     ALGORITHMS,
     SCHEDULES,

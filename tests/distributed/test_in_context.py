@@ -12,7 +12,8 @@ from gymnasium.spaces import Box, Discrete
 
 from ssm_metarl.distributed.checkpoint import load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import evaluate_checkpoint, train
+from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.distributed.run import train
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.tasks import BatchedEnv, Task, TaskDistribution, base
 from ssm_metarl.tasks.base import Parameter, stack_parameters

@@ -20,9 +20,10 @@ from tensorboardX.proto.event_pb2 import Event
 from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.evaluation import Evaluation
 from ssm_metarl.distributed import run as run_module
-from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
+from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint, load_policy
 from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import evaluate_checkpoint, load_policy, start_ray, train
+from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.distributed.run import start_ray, train
 from ssm_metarl.distributed.trainer import EnvironmentFailure
 from ssm_metarl.tasks import Task
 from ssm_metarl.tasks.navigation import Navigation2D
