@@ -39,7 +39,10 @@ class PolicyConfig:
         learned_step_sizes: every parameter has an inner step size of its own, ``inner_lr`` times a factor that is
             meta-learned from 1 (Li et al. 2017, arXiv 1707.09835).
         normalize_observations: observations less their running mean, divided by their running standard deviation.
-        scale_rewards: rewards, as input and for the critic, divided by the running standard deviation of returns.
+        scale_rewards: rewards divided by a running standard deviation: as input by that of rewards, for the critic by
+            that of returns.
+        encoder_scale: factor of the encoder's initial weights. With one-hot inputs, of which few are not 0, tanh is
+            nearly linear at 1, and what depends on a product of inputs (this action and that reward) is slow to learn.
     """
 
     hidden_dim: int = 64
@@ -51,6 +54,7 @@ class PolicyConfig:
     learned_step_sizes: bool = False
     normalize_observations: bool = False
     scale_rewards: bool = False
+    encoder_scale: float = 1.0
 
     def __post_init__(self) -> None:
         check_count("hidden_dim", self.hidden_dim, 1)
@@ -62,7 +66,8 @@ class PolicyConfig:
             check_flag(name, getattr(self, name))
         if self.inputs not in ("full", "observation"):
             raise ValueError(f"inputs must be 'full' or 'observation', not {self.inputs!r}.")
-        check_number("initial_std", self.initial_std, above=0.0)
+        for name in ("initial_std", "encoder_scale"):
+            check_number(name, getattr(self, name), above=0.0)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,6 @@ IN_CONTEXT: Mapping[str, object] = {
     "clip": 0.2,
     "kl_penalty": 0.0,
     "lr_schedule": "linear",
-    "gated": True,
     "num_layers": 2,
     "state_dim": 64,
 }

@@ -49,7 +49,7 @@ class SSMPolicy(nn.Module):
         self.spec = spec
         generator = torch.Generator().manual_seed(seed)
         width = spec.hidden_dim
-        self.encoder = Affine(spec.input_size, width, spec.input_size**-0.5, generator)
+        self.encoder = Affine(spec.input_size, width, spec.encoder_scale * spec.input_size**-0.5, generator)
         blocks = [SSMBlock(width, spec.state_dim, spec.gated, generator) for _ in range(spec.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         # A small last layer starts near the uniform or zero-mean policy.

@@ -103,6 +103,8 @@ class Navigation2D(TaskDistribution):
         "iterations": 98,
         "discount": 0.95,
         "gae_lambda": 0.95,
+        "outer_lr": 2e-3,
+        "normalize_observations": True,
         "scale_rewards": True,
     }
 

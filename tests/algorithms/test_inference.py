@@ -167,6 +167,7 @@ BAD = {
     "gated": st.sampled_from(["yes", "false", 0, 2, None]),
     "inputs": st.one_of(st.text(max_size=5), st.none(), st.lists(st.integers(), max_size=1)),
     "initial_std": not_positive,
+    "encoder_scale": not_positive,
 }
 BAD_SIZES = {"observation_size": not_a_count, "action_size": not_a_count, "discrete": st.sampled_from(["no", 1, None])}
 

@@ -147,3 +147,9 @@ def test_numpy_weights_are_copies() -> None:
     policy = SSMPolicy(make_spec())
     policy.numpy_weights()["encoder.bias"][:] = 7.0
     assert not policy.encoder.bias.any()
+
+
+def test_encoder_scale_is_a_factor_of_the_encoder_s_initial_weights_alone() -> None:
+    one, four = (SSMPolicy(make_spec(encoder_scale=scale), seed=3).numpy_weights() for scale in (1.0, 4.0))
+    for name, value in one.items():
+        np.testing.assert_allclose(four[name], value * (4.0 if name == "encoder.weight" else 1.0), rtol=1e-6)

@@ -1,0 +1,155 @@
+"""Test-time adaptation: what its modes are worth, and what a gradient step adds to a policy without memory.
+
+python benchmarks/adaptation.py --show pretrained
+python benchmarks/adaptation.py --show modes
+python benchmarks/adaptation.py --show memoryless
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+from _report import log, report
+
+from ssm_metarl.algorithms.evaluation import confidence_interval
+from ssm_metarl.distributed.checkpoint import checkpoints
+from ssm_metarl.distributed.config import TrainConfig, available_cores
+from ssm_metarl.distributed.evaluation import MODES, AdaptOptions, compare_modes, evaluate_checkpoint
+from ssm_metarl.distributed.run import train
+
+TASKS = 200
+"""Held-out tasks of a comparison."""
+
+EPISODES = (1, 2, 5)
+"""Episodes a task and adaptation step in the comparison of modes."""
+
+HALFCHEETAH: dict[str, Any] = {
+    "iterations": 60,
+    "meta_batch": 10,
+    "episodes": 5,
+    "replay_episodes": 100,
+    "task_options": {"horizon": 100},
+}
+"""What halfcheetah-dir is trained with before its modes are compared, since no such model is shipped."""
+
+MEMORYLESS: dict[str, Any] = {"num_layers": 0, "inputs": "observation"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure adaptation on held-out tasks.
+
+    Attributes:
+        show: pretrained: the shipped models by the published protocols; modes: the four modes with 1, 2 and 5 episodes;
+            memoryless: cartpole without memory, with and without gradient steps.
+        tasks: families whose modes are compared.
+        seeds: of training (memoryless).
+        out: folder of runs.
+        learner_threads: threads of the learner.
+    """
+
+    show: Literal["pretrained", "modes", "memoryless"] = "modes"
+    tasks: tuple[str, ...] = ("cartpole", "navigation-2d", "halfcheetah-dir")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    out: Path = Path("runs/benchmarks/adaptation")
+    learner_threads: int = field(default_factory=available_cores)
+
+
+def show_pretrained() -> dict[str, Any]:
+    """Cartpole after adaptation, and navigation by MAML's protocol: 40 episodes a step, three steps."""
+    cartpole = compare_modes(
+        "pretrained:cartpole", ("none", "standard", "hybrid"), options=AdaptOptions(episodes=10), num_tasks=TASKS
+    )
+    navigation = evaluate_checkpoint("pretrained:navigation-2d", num_tasks=TASKS, steps=3, episodes=40)
+    return {"cartpole": cartpole.summary(), "navigation-2d": navigation.summary()}
+
+
+def show_modes(options: Options) -> dict[str, Any]:
+    """The four modes by family and number of episodes."""
+    result: dict[str, Any] = {}
+    for task in options.tasks:
+        source = f"pretrained:{task}" if task in ("cartpole", "navigation-2d") else _halfcheetah(options)
+        for episodes in EPISODES:
+            log(f"{task}: {episodes} episodes a step")
+            found = compare_modes(source, MODES, options=AdaptOptions(episodes=episodes), num_tasks=TASKS)
+            result.setdefault(task, {})[str(episodes)] = found.summary()
+    return result
+
+
+def _halfcheetah(options: Options) -> Path:
+    config = TrainConfig.for_task("halfcheetah-dir", **HALFCHEETAH, learner_threads=options.learner_threads)
+    run = options.out / "halfcheetah-dir"
+    if not run.exists() or checkpoints(run)[-1].name != f"checkpoint_{config.iterations:06d}":
+        train(config, run, resume=run.exists(), on_iteration=_progress)
+    return run
+
+
+def show_memoryless(options: Options) -> dict[str, Any]:
+    """A policy without memory: adapted, at its own step 0, and trained over all tasks without any gradient step."""
+    adapted, unadapted = [], []
+    for seed in options.seeds:
+        common = {**MEMORYLESS, "seed": seed, "learner_threads": options.learner_threads}
+        maml = TrainConfig.for_task("cartpole", **common)
+        run = options.out / f"memoryless-maml-{seed}"
+        # A run's folder that is there is complete: it is renamed when its training has ended.
+        steps = _trained(maml, run)
+        plain = TrainConfig.for_task(
+            "cartpole", **common, algorithm="rl2", inner_steps=0, baseline="linear", gated=False, lr_schedule="constant",
+            meta_batch=maml.meta_batch, episodes=2 * maml.episodes, outer_lr=maml.outer_lr, epochs=maml.epochs,
+            minibatches=1, clip=maml.clip, iterations=maml.iterations,
+        )  # fmt: skip
+        other = options.out / f"memoryless-plain-{seed}"
+        plain_steps = _trained(plain, other, steps)
+        log(f"seed {seed}: {steps:,} steps with and {plain_steps:,} without inner steps")
+        adapted.append(evaluate_checkpoint(checkpoints(run)[-1], num_tasks=TASKS, steps=3, episodes=10).returns)
+        unadapted.append(evaluate_checkpoint(checkpoints(other)[-1], num_tasks=TASKS, steps=0, episodes=10).returns)
+    returns, plain_returns = np.array(adapted).mean(0), np.array(unadapted).mean(0)  # [tasks, S+1], [tasks, 1]
+    best_other = np.maximum(returns[:, 0].mean(), plain_returns.mean())
+    rival = returns[:, 0] if returns[:, 0].mean() >= plain_returns.mean() else plain_returns[:, 0]
+    mean, low, high = (float(x) for x in confidence_interval(returns[:, 1] - rival))
+    return {
+        "return_by_step": returns.mean(0).tolist(),
+        "without_adaptation": float(plain_returns.mean()),
+        "better_of_both": float(best_other),
+        "gain": {"value": mean, "ci_low": low, "ci_high": high},
+        "goal": 100.0,
+        "goal_met": mean >= 100.0 and low > 0,
+    }
+
+
+def _trained(config: TrainConfig, run: Path, steps: int | None = None) -> int:
+    """Train unless it was done, and return the environment steps; given ``steps``, go on until as many are taken."""
+    metrics = run / "metrics.jsonl"
+    iterations = config.iterations
+    while True:
+        done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        taken = json.loads(metrics.read_text().splitlines()[-1])["env_steps"] if done else 0
+        if done >= iterations and (steps is None or taken >= steps):
+            return int(taken)
+        if done >= iterations:
+            iterations = done + max(1, done // 10)
+        longer = TrainConfig.from_dict({**config.to_dict(), "iterations": iterations})
+        train(longer, run, resume=bool(done), on_iteration=_progress)
+
+
+def _progress(metrics: dict[str, Any]) -> None:
+    returns = " → ".join(f"{value:.1f}" for value in metrics["return_by_step"])
+    log(f"iteration {metrics['iteration']}: {metrics['env_steps']:,} steps, return {returns}")
+
+
+def main(options: Options) -> None:
+    shows = {
+        "pretrained": show_pretrained,
+        "modes": lambda: show_modes(options),
+        "memoryless": lambda: show_memoryless(options),
+    }
+    report("adaptation", {"show": options.show, **shows[options.show]()})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,137 @@
+"""Meta-train a model that is shipped with the package, evaluate it on held-out tasks and write it with its card.
+
+python benchmarks/pretrain.py --model cartpole
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from _report import log, machine, report
+
+from ssm_metarl import pretrained
+from ssm_metarl.distributed.checkpoint import load_checkpoint, save_checkpoint
+from ssm_metarl.distributed.config import TrainConfig, available_cores
+from ssm_metarl.distributed.evaluation import AdaptOptions, compare_modes, evaluate_checkpoint
+from ssm_metarl.distributed.run import train
+
+TASKS = 200
+"""Held-out tasks of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to ship.
+
+    Attributes:
+        task: family.
+        about: what it is, and why this one, for its card.
+        options: that differ from ``TrainConfig.for_task``.
+        evaluation: episodes a task and adaptation step of its evaluation.
+    """
+
+    task: str
+    about: str
+    options: dict[str, Any]
+    evaluation: int
+
+
+MODELS = {
+    "cartpole": Model(
+        task="cartpole",
+        about=(
+            "Meta-trained with the loss before and after the inner step (step_weights), so that its memory finds the "
+            "direction of the push within an episode and a gradient step does the rest: of use from the first episode."
+        ),
+        options={"step_weights": (1.0, 1.0), "iterations": 60, "lr_schedule": "linear", "replay_episodes": 128},
+        evaluation=10,
+    ),
+    "navigation-2d": Model(
+        task="navigation-2d",
+        about=(
+            "Meta-trained with the loss before and after the inner step (step_weights): its memory finds the goal from "
+            "the rewards within an episode, and a gradient step goes on from there."
+        ),
+        options={"step_weights": (1.0, 1.0), "replay_episodes": 256},
+        evaluation=40,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make one of the shipped models.
+
+    Attributes:
+        model: which.
+        seed: of training.
+        runs: parent of the training run's folder.
+        out: folder that gets the model's, by default that of the package.
+        learner_threads: of the learner.
+    """
+
+    model: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(MODELS)))]
+    seed: int = 0
+    runs: Path = Path("runs/pretrained")
+    out: Path = field(default_factory=lambda: Path(pretrained.__file__).parent)
+    learner_threads: int = field(default_factory=available_cores)
+
+
+def main(options: Options) -> None:
+    model = MODELS[options.model]
+    how = {"seed": options.seed, "learner_threads": options.learner_threads}
+    config = TrainConfig.for_task(model.task, **{**model.options, **how})
+    run = options.runs / f"{options.model}-{options.seed}-{int(time.time())}"
+    log(f"training {options.model} in {run}")
+    result = train(config, run, on_iteration=_progress)
+    if result.signal is not None:
+        raise SystemExit(128 + result.signal)
+    trained = load_checkpoint(result.checkpoint)
+    folder = options.out / options.model
+    # What continues the training is three times as large as the policy, and is left out.
+    save_checkpoint(folder, replace(trained, optimizer={}))
+    evaluation = evaluate_checkpoint(folder, num_tasks=TASKS, steps=3, episodes=model.evaluation)
+    modes = compare_modes(
+        folder,
+        ("none", "standard", "hybrid"),
+        options=AdaptOptions(steps=3, episodes=model.evaluation),
+        num_tasks=TASKS,
+    )
+    manifest = json.loads((folder / "manifest.json").read_text())
+    card = {
+        "name": options.model,
+        "task": model.task,
+        "about": model.about,
+        "command": f"python benchmarks/pretrain.py --model {options.model} --seed {options.seed}",
+        "date": date.today().isoformat(),
+        "seed": options.seed,
+        "iterations": trained.progress["iteration"],
+        "environment_steps": trained.progress["env_steps"],
+        "training_seconds": round(result.seconds, 1),
+        "parameters": sum(array.size for array in trained.policy.values()),
+        "policy": trained.spec.to_dict(),
+        "config": trained.config,
+        "replay_episodes": len(trained.replay) if trained.replay else 0,
+        "evaluation": evaluation.summary(),
+        "modes": modes.summary(),
+        "sha256": manifest["sha256"],
+        "bytes": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+        "machine": machine(),
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    report("pretrain", card)
+
+
+def _progress(metrics: dict[str, Any]) -> None:
+    returns = " → ".join(f"{value:.1f}" for value in metrics["return_by_step"])
+    log(f"iteration {metrics['iteration']}: {metrics['env_steps']:,} steps, return {returns}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
