@@ -99,7 +99,7 @@ def show_memoryless(options: Options) -> dict[str, Any]:
         # A run's folder that is there is complete: it is renamed when its training has ended.
         steps = _trained(maml, run)
         plain = TrainConfig.for_task(
-            "cartpole", **common, algorithm="rl2", inner_steps=0, baseline="linear", gated=False, lr_schedule="constant",
+            "cartpole", **common, algorithm="rl2", inner_steps=0, baseline="linear", lr_schedule="constant",
             meta_batch=maml.meta_batch, episodes=2 * maml.episodes, outer_lr=maml.outer_lr, epochs=maml.epochs,
             minibatches=1, clip=maml.clip, iterations=maml.iterations,
         )  # fmt: skip

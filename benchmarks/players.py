@@ -1,0 +1,80 @@
+"""Classical players and meta-learned policies on the same trials: bandits, tabular MDPs, navigation.
+
+    python benchmarks/players.py --task bandit
+    python benchmarks/players.py --task bandit --policies runs/bandit
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from _report import log, report
+
+from ssm_metarl.algorithms.collect import seed_for
+from ssm_metarl.algorithms.evaluation import confidence_interval
+from ssm_metarl.distributed.checkpoint import load_checkpoint, resolve_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.evaluation import SPLIT_BRANCHES, evaluate_checkpoint
+from ssm_metarl.distributed.trainer import EVALUATION
+from ssm_metarl.tasks import make
+from ssm_metarl.tasks.players import PLAYERS, play
+
+
+@dataclass(frozen=True)
+class Options:
+    """Play held-out trials of split test, those of `evaluate` with the same seed.
+
+    Attributes:
+        task: family.
+        arms: of bandit.
+        trial_episodes: episodes of a trial (tabular-mdp).
+        num_tasks: trials, each of its own task.
+        policies: checkpoints or runs that play the same trials, without inner steps.
+        seed: of tasks and trials.
+    """
+
+    task: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(PLAYERS)))]
+    arms: int = 5
+    trial_episodes: int = 1
+    num_tasks: int = 2000
+    policies: tuple[Path, ...] = field(default_factory=tuple)
+    seed: int = 0
+
+
+def main(options: Options) -> None:
+    family_options: Mapping[str, Any] = {"arms": options.arms} if options.task == "bandit" else {}
+    family = make(options.task, family_options)
+    branch = SPLIT_BRANCHES["test"]
+    tasks = family.sample(options.num_tasks, np.random.default_rng(seed_for(options.seed, EVALUATION, branch)), "test")
+    seeds = [seed_for(options.seed, EVALUATION, branch, 0, task) for task in range(len(tasks))]
+    rows: dict[str, Any] = {}
+    for name in ("uniform", *PLAYERS[options.task]):
+        start = time.perf_counter()
+        returns = play(name, family, tasks, seeds, columns=1, episodes=options.trial_episodes)
+        rows[name] = _row(returns.mean(1))
+        log(f"{name}: {rows[name]['return']:.2f} ({time.perf_counter() - start:.0f} s)")
+    for path in options.policies:
+        config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(path)).config)
+        if (config.trial_episodes, dict(config.task_options)) != (options.trial_episodes, dict(family_options)):
+            log(f"{path} was trained on other trials: {config.trial_episodes} episodes, {dict(config.task_options)}")
+        found = evaluate_checkpoint(
+            path, task_options=family_options, num_tasks=len(tasks), steps=0, episodes=1, seed=options.seed
+        )
+        rows[str(path)] = _row(found.returns[:, 0])
+        log(f"{path}: {rows[str(path)]['return']:.2f}")
+    report("players", {"task": options.task, "num_tasks": len(tasks), "seed": options.seed, "rows": rows})
+
+
+def _row(returns: Any) -> dict[str, float]:
+    mean, low, high = (float(x) for x in confidence_interval(np.asarray(returns)))
+    return {"return": mean, "ci_low": low, "ci_high": high}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
