@@ -1,7 +1,7 @@
 """Classical players and meta-learned policies on the same trials: bandits, tabular MDPs, navigation.
 
-    python benchmarks/players.py --task bandit
-    python benchmarks/players.py --task bandit --policies runs/bandit
+python benchmarks/players.py --task bandit
+python benchmarks/players.py --task bandit --policies runs/bandit
 """
 
 from __future__ import annotations

@@ -46,8 +46,10 @@ MODELS = {
     "cartpole": Model(
         task="cartpole",
         about=(
-            "Meta-trained with the loss before and after the inner step (step_weights), so that its memory finds the "
-            "direction of the push within an episode and a gradient step does the rest: of use from the first episode."
+            "Meta-trained with the loss before and after the inner step (step_weights): its memory is of some use "
+            "within the first episode, and gradient steps on a few episodes find the direction of the push and balance "
+            "the pole. A policy that is meta-trained in context alone (rl2) balances from its first episode on, and "
+            "leaves nothing for adaptation to show: that is why this one is shipped."
         ),
         options={"step_weights": (1.0, 1.0), "iterations": 60, "lr_schedule": "linear", "replay_episodes": 128},
         evaluation=10,
