@@ -82,7 +82,7 @@ class Bandit(TaskDistribution):
     in_context: Mapping[str, Any] = {
         "meta_batch": 400,
         "episodes": 2,
-        "iterations": 150,
+        "iterations": 120,
         # With 1 the critic, whose errors are those of a whole trial's return, hides what a single pull is worth.
         "discount": 0.97,
         "gae_lambda": 0.3,

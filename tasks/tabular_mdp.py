@@ -174,11 +174,15 @@ class TabularMDP(TaskDistribution):
     in_context: Mapping[str, Any] = {
         "meta_batch": 400,
         "episodes": 2,
-        "iterations": 150,
-        "discount": 0.99,
+        "iterations": 120,
+        "discount": 0.95,
         "gae_lambda": 0.3,
-        "entropy_bonus": 0.01,
+        "entropy_bonus": 0.06,
         "scale_rewards": True,
+        # What a state and an action are worth is a product of one-hot inputs, and there are 50 of them to remember.
+        "encoder_scale": 4.0,
+        "hidden_dim": 128,
+        "state_dim": 128,
     }
 
     def __init__(self, *, states: int = STATES, actions: int = ACTIONS, episode_length: int = EPISODE_LENGTH) -> None:
