@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,8 @@ class MetaWorld(TaskDistribution):
     observation_space = OBSERVATION_SPACE
     action_space = ACTION_SPACE
     splits = tuple(SPLITS)
+    # A simulator takes 22 MB: 40 are .9 GB.
+    recommended: Mapping[str, Any] = {"meta_batch": 10, "episodes": 4, "normalize_observations": True}
 
     def __init__(self, name: str, *, horizon: int = HORIZON) -> None:
         load_extra("metaworld", "Meta-World", name)
