@@ -174,7 +174,7 @@ class TabularMDP(TaskDistribution):
     in_context: Mapping[str, Any] = {
         "meta_batch": 400,
         "episodes": 2,
-        "iterations": 120,
+        "iterations": 100,
         "discount": 0.95,
         "gae_lambda": 0.3,
         "entropy_bonus": 0.06,
