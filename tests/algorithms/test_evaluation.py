@@ -14,7 +14,13 @@ from scipy import stats
 
 from builders import assert_same, drop, make_policy, make_spec, seeds, toy_rollouts, uneven
 from ssm_metarl.algorithms.adaptation import adapt_weights
-from ssm_metarl.algorithms.evaluation import confidence_interval, evaluate
+from ssm_metarl.algorithms.evaluation import (
+    confidence_interval,
+    evaluate,
+    interquartile_mean,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
 from ssm_metarl.algorithms.maml import MetaConfig, for_tasks, inner_step, make_batch
 from ssm_metarl.algorithms.policy import SSMPolicy
 
@@ -126,3 +132,56 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 
 def test_one_sample_has_no_width() -> None:
     assert [float(x) for x in confidence_interval(np.array([2.0, np.nan]))] == [2.0, 2.0, 2.0]
+
+
+class TestAggregates:
+    """Definitions of Agarwal et al. 2021, written out."""
+
+    RETURNS = np.random.default_rng(0).normal(size=(6, 8)) * 3 + np.arange(6)[:, None]
+
+    def test_the_interquartile_mean_is_of_the_middle_half_of_all_episodes(self) -> None:
+        ordered = np.sort(self.RETURNS.ravel())
+        assert interquartile_mean(self.RETURNS) == pytest.approx(ordered[12:36].mean())
+        holed = self.RETURNS.copy()
+        holed[0] = np.nan
+        assert interquartile_mean(holed) == pytest.approx(interquartile_mean(self.RETURNS[1:]))
+
+    def test_probability_of_improvement_counts_pairs_of_a_task(self) -> None:
+        rng = np.random.default_rng(1)
+        one, other = rng.integers(0, 4, (5, 7)).astype(float), rng.integers(0, 4, (5, 3)).astype(float)
+        pairs = [
+            np.mean([(x > y) + (x == y) / 2 for x in row for y in rival]) for row, rival in zip(one, other, strict=True)
+        ]
+        assert probability_of_improvement(one, other) == pytest.approx(np.mean(pairs))
+        assert probability_of_improvement(one, one) == pytest.approx(0.5)
+        assert probability_of_improvement(one + 9, other) == 1
+        lost = np.where(np.arange(5)[:, None] == 2, np.nan, one)
+        assert probability_of_improvement(lost, other) == pytest.approx(np.mean([pairs[i] for i in (0, 1, 3, 4)]))
+        assert np.isnan(probability_of_improvement(np.full((2, 2), np.nan), np.ones((2, 2))))
+
+    def test_the_bootstrap_draws_within_tasks(self) -> None:
+        """Tasks that differ much and episodes that do not: the interval is that of the episodes."""
+        rng = np.random.default_rng(2)
+        returns = 100.0 * np.arange(10)[:, None] + rng.normal(size=(10, 40))
+        low, high = stratified_bootstrap(returns, np.nanmean, np.random.default_rng(0), resamples=400)
+        expected = 2 * 1.96 / np.sqrt(400)
+        assert high - low == pytest.approx(expected, rel=0.15)
+        assert low < returns.mean() < high
+
+    def test_the_bootstrap_leaves_lost_episodes_out(self) -> None:
+        returns = self.RETURNS.copy()
+        returns[1, 2:] = np.nan
+        returns[4] = np.nan
+        seen: list[Any] = []
+
+        def statistic(drawn: Any) -> float:
+            seen.append(drawn)
+            return float(np.nanmean(drawn))
+
+        stratified_bootstrap(returns, statistic, np.random.default_rng(0), resamples=20)
+        for drawn in seen:
+            np.testing.assert_array_equal(np.isfinite(drawn), np.isfinite(returns))
+            for task in (0, 1, 2, 3, 5):
+                assert np.isin(drawn[task][np.isfinite(drawn[task])], returns[task]).all()
+        nothing = stratified_bootstrap(np.full((2, 2), np.nan), np.nanmean, np.random.default_rng(0))
+        assert np.isnan(nothing).all()
