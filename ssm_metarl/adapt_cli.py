@@ -1,4 +1,4 @@
-"""``adapt``: a policy meets one new task; and the table of ``evaluate --modes``."""
+"""``adapt``: a policy meets one new task; and the tables of ``evaluate``."""
 
 from __future__ import annotations
 
@@ -107,12 +107,9 @@ def run_adapt(options: Adapt, console: Console, runs: str) -> int:
         seed=options.seed,
         num_workers=options.num_workers,
     )
-    summary = report.summary()
-    out = out or Path(runs) / run_name(report.task.replace(":", "-").replace("/", "-"), f"adapt-{options.mode}")
-    out.mkdir(parents=True, exist_ok=True)
-    summary["checkpoint"] = str(_save(report, options.checkpoint, out / "policy"))
-    (out / "adaptation.json").write_text(json.dumps(summary, indent=1))
-    summary["pictures"] = [str(path) for path in plot_task(out, summary, report.before, report.after)]
+    summary = write_report(
+        report, options.checkpoint, out or Path(runs) / run_name(report.task, f"adapt-{options.mode}")
+    )
     _show(summary, console)
     for path in summary["pictures"]:
         console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)
@@ -122,7 +119,26 @@ def run_adapt(options: Adapt, console: Console, runs: str) -> int:
     return 0
 
 
-def _save(report: TaskReport, source: Path, folder: Path) -> Path:
+def write_report(report: TaskReport, source: str | Path, out: Path) -> dict[str, Any]:
+    """Write adaptation.json, the pictures and the adapted policy.
+
+    Args:
+        report: what adapting gave.
+        source: the checkpoint that was adapted.
+        out: folder of the results, made where it is not there.
+
+    Returns:
+        The report as JSON values, with the paths of the "checkpoint" and the "pictures".
+    """
+    summary = report.summary()
+    out.mkdir(parents=True, exist_ok=True)
+    summary["checkpoint"] = str(_save(report, source, out / "policy"))
+    (out / "adaptation.json").write_text(json.dumps(summary, indent=1))
+    summary["pictures"] = [str(path) for path in plot_task(out, summary, report.before, report.after)]
+    return summary
+
+
+def _save(report: TaskReport, source: str | Path, folder: Path) -> Path:
     """The adapted policy as a checkpoint: of the same run, without an optimiser's state."""
     loaded = load_checkpoint(resolve_checkpoint(source))
     adapted: Checkpoint = replace(
@@ -156,8 +172,8 @@ def _show(summary: Mapping[str, Any], console: Console) -> None:
         console.print("No step did better on its own episodes: the policy is the meta-trained one.")
 
 
-def show_modes(report: Mapping[str, Any], console: Console) -> None:
-    """The modes of adaptation side by side."""
+def modes_table(report: Mapping[str, Any]) -> Table:
+    """The modes of adaptation side by side; ``ModeComparison.summary()`` as a table."""
     table = Table(title=f"{report['task']}: {report['num_tasks']} tasks of split {report['split']}")
     gain = f"gain over {report['compared_with']}"
     for column in ("mode", "IQM", "mean", gain, "P(better)", "unchanged", "steps/task"):
@@ -169,4 +185,15 @@ def show_modes(report: Mapping[str, Any], console: Console) -> None:
         ]
         more = (f"{row['probability_of_improvement']:.2f}", f"{row['unchanged_tasks']:.0%}")
         table.add_row(mode, *cells, *more, f"{row['environment_steps_per_task']:.0f}")
-    console.print(table)
+    return table
+
+
+def evaluation_table(report: Mapping[str, Any]) -> Table:
+    """Returns by inner step; ``Evaluation.summary()`` as a table."""
+    table = Table(title=f"{report['task']}: {report['num_tasks']} tasks of split {report['split']}")
+    for column in ("inner steps", "return", "95 % interval", "episode length"):
+        table.add_column(column, justify="right")
+    rows = zip(report["return"], report["ci_low"], report["ci_high"], report["episode_length"], strict=True)
+    for step, (mean, low, high, length) in enumerate(rows):
+        table.add_row(str(step), f"{mean:.2f}", f"{low:.2f} … {high:.2f}", f"{length:.1f}")
+    return table

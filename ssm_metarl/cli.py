@@ -1,4 +1,4 @@
-"""The command line: ``train`` (the default), ``evolve``, ``evaluate``, ``adapt``, ``plot`` and ``job``."""
+"""The command line: ``train`` (the default), ``evolve``, ``evaluate``, ``adapt``, ``plot``, ``job`` and ``app``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from .adapt_cli import Adapt, JsonObject, json_object, run_adapt, show_modes
+from .adapt_cli import Adapt, JsonObject, evaluation_table, json_object, modes_table, run_adapt
 from .algorithms.maml import ALGORITHMS
 from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
 from .distributed.config import TrainConfig
@@ -187,6 +186,24 @@ class Plot:
     run: tyro.conf.Positional[Path]
 
 
+@dataclass(frozen=True)
+class App:
+    """Open the web interface: pretrained models, meta-training, adaptation and self-improvement in a browser.
+
+    Attributes:
+        host: address to listen on; whoever reaches it can start work on this machine.
+        port: to listen on.
+        storage: parent of the run folders; the page reads and writes nothing else.
+        address: of the job server of a cluster, such as http://head:8265; by default RAY_API_SERVER_ADDRESS,
+            RAY_ADDRESS, or a head of this machine, started with the first job.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    storage: Path = Path(RUNS)
+    address: str | None = None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; exit code 0, 1 after a failure, 2 for bad input, 130 or 143 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -214,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _evolve(options)
         if isinstance(options, Rollback):
             return _rollback(options)
+        if isinstance(options, App):
+            return _app(options)
         return _plot(options)
     except (ValueError, CheckpointError) as error:
         _complain(error)
@@ -243,7 +262,7 @@ def _check(command: Sequence[str]) -> None:
             EvolveConfig(**asdict(options.evolution))
 
 
-def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Adapt | Plot | JobCommand:
+def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Adapt | Plot | App | JobCommand:
     """Options of one command; they show the chosen task's own defaults, or those of the run to resume."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # A missing value is left for tyro to complain about.
@@ -274,6 +293,7 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | A
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Adapt, tyro.conf.subcommand("adapt")],
         Annotated[Plot, tyro.conf.subcommand("plot")],
+        Annotated[App, tyro.conf.subcommand("app")],
         *(Annotated[job, tyro.conf.subcommand(name)] for name, job in COMMANDS.items()),
     ]
     union: Any = Union[tuple(commands)]  # noqa: UP007 (of a list)
@@ -370,7 +390,7 @@ def _train(options: Train) -> int:
         ).summary()
         summary["evaluation"] = report
         (run_dir / "evaluation.json").write_text(json.dumps(summary["evaluation"], indent=1))
-        _show_evaluation(summary["evaluation"])
+        console.print(evaluation_table(summary["evaluation"]))
     if (run_dir / "metrics.jsonl").stat().st_size:
         summary["pictures"] = [str(path) for path in plot_run(run_dir, config.task)]
     if mirror:
@@ -422,7 +442,7 @@ def _rollback(options: Rollback) -> int:
 def _evaluate(options: Evaluate) -> int:
     if options.modes:
         report = _compare(options)
-        show_modes(report, console)
+        console.print(modes_table(report))
     else:
         report = evaluate_checkpoint(
             options.checkpoint,
@@ -438,7 +458,7 @@ def _evaluate(options: Evaluate) -> int:
             num_workers=options.num_workers,
             deterministic=options.deterministic,
         ).summary()
-        _show_evaluation(report)
+        console.print(evaluation_table(report))
     if options.json:
         print(json.dumps(report))
     return 0
@@ -473,14 +493,15 @@ def _plot(options: Plot) -> int:
     return 0
 
 
-def _show_evaluation(report: Mapping[str, Any]) -> None:
-    table = Table(title=f"{report['task']}: {report['num_tasks']} tasks of split {report['split']}")
-    for column in ("inner steps", "return", "95 % interval", "episode length"):
-        table.add_column(column, justify="right")
-    rows = zip(report["return"], report["ci_low"], report["ci_high"], report["episode_length"], strict=True)
-    for step, (mean, low, high, length) in enumerate(rows):
-        table.add_row(str(step), f"{mean:.2f}", f"{low:.2f} … {high:.2f}", f"{length:.1f}")
-    console.print(table)
+def _app(options: App) -> int:
+    try:
+        import gradio  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("The web interface needs Gradio: pip install -e '.[app]'") from None
+    from .app.server import serve  # only here: Gradio takes seconds to load
+
+    serve(options.host, options.port, options.storage, options.address, _say)
+    return 0
 
 
 def _progress() -> Progress:

@@ -133,11 +133,11 @@ def run_job(options: JobCommand, command: Sequence[str], console: Console) -> in
         return _shutdown(console)
     client = jobs.connect(options.address)
     if isinstance(options, JobList):
-        return _list([_view(job) for job in jobs.jobs(client)], options.json, console)
+        return _list([job_view(job) for job in jobs.jobs(client)], options.json, console)
     job = jobs.choose(client, options.job)
     name = job.submission_id or ""
     if isinstance(options, JobStatus):
-        return _status(_view(job), options.json, console)
+        return _status(job_view(job), options.json, console)
     if isinstance(options, JobLogs):
         return _logs(client, name, options.follow)
     client.stop_job(name)
@@ -252,8 +252,8 @@ def _logs(client: Any, name: str, follow: bool) -> int:
     return 0
 
 
-def _view(job: Any) -> dict[str, Any]:
-    """A job as JSON values."""
+def job_view(job: Any) -> dict[str, Any]:
+    """A job as JSON values: id, status, command, run folder, times and message."""
     run_dir = (job.metadata or {}).get(jobs.MARK) or None
     return {
         "job": job.submission_id,

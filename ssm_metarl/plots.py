@@ -96,25 +96,30 @@ def _adaptation_curve(evaluation: Mapping[str, Any], path: Path, title: str) -> 
     return _write(figure, path)
 
 
-def plot_evolution(run: Path, title: str) -> list[Path]:
+def plot_evolution(run: Path, title: str, folder: Path | None = None) -> list[Path]:
     """Draw ``lineage.png`` and ``evolution.png`` from the decisions of a self-improving run.
 
     Args:
         run: the run's folder.
         title: above the pictures, such as the task's name.
+        folder: where to; None: into the run's.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: the folder holds no decision.
+        ValueError: the run's folder holds no decision.
     """
     path = run / "rsi" / "events.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     ends = [event for event in map(json.loads, lines) if event["kind"] in ("training", "probation")]
     if not ends:
         raise ValueError(f"{run} holds no generation of a self-improving run: there is no decision in {path}.")
-    return [_lineage(ends, run / "lineage.png", title), _metrics_by_generation(ends, run / "evolution.png", title)]
+    folder = folder or run
+    return [
+        _lineage(ends, folder / "lineage.png", title),
+        _metrics_by_generation(ends, folder / "evolution.png", title),
+    ]
 
 
 def _lineage(ends: list[dict[str, Any]], path: Path, title: str) -> Path:

@@ -129,12 +129,26 @@ def evolution_summary(result: EvolveResult) -> dict[str, Any]:
     }
 
 
+def decisions_table(events: list[dict[str, Any]]) -> Table:
+    """Every decision but to go on, the last one first: what was changed, what became of it, and why."""
+    table = Table()
+    for heading in ("generation", "trial", "change", "decision", "reason"):
+        table.add_column(heading, justify="right" if heading in ("generation", "trial") else "left")
+    for event in reversed([event for event in events if event["kind"] != "training"]):
+        cells = (str(event["generation"]), str(event["trial"]), _changes(event), event["decision"], event["reason"])
+        table.add_row(*cells)
+    return table
+
+
 def _lines(events: list[dict[str, Any]]) -> Iterator[str]:
     """Decisions that a reader of the terminal wants to see, a line each."""
     for event in events:
         if event["kind"] == "training":
             continue
-        changes = ", ".join(f"{name} {value:g} → {event['after'][name]:g}" for name, value in event["before"].items())
-        what = f"{changes}: " if changes else ""
+        what = f"{_changes(event)}: " if event["before"] else ""
         reason = f" ({event['reason']})" if event["reason"] else ""
         yield f"generation {event['generation']}, trial {event['trial']}: {what}{event['decision']}{reason}"
+
+
+def _changes(event: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g} → {event['after'][name]:g}" for name, value in event["before"].items())

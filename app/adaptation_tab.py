@@ -1,0 +1,175 @@
+"""Tab Test-time adaptation: a policy meets a task that a person sets, and the modes of adaptation side by side."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..adapt_cli import json_object, modes_table, write_report
+from ..distributed.checkpoint import load_checkpoint
+from ..distributed.evaluation import MODES, AdaptOptions, TaskSource, adapt_checkpoint, compare_modes
+from ..job_cli import run_name
+from ..tasks import cartpole, navigation
+from .pretrained_tab import SPLITS
+from .view import (
+    COMPUTE,
+    LOOK,
+    model_choice,
+    offer_models,
+    pictures_html,
+    readable,
+    table_html,
+    text_html,
+)
+from .workspace import Workspace
+
+LABELS = {
+    "gravity": "Gravity (m/s²)",
+    "masscart": "Mass of the cart (kg)",
+    "masspole": "Mass of the pole (kg)",
+    "length": "Half the pole's length (m)",
+    "force_mag": "Force of a push (N)",
+}
+
+PICTURES = {
+    "adaptation_curve.png": "Return by adaptation step",
+    "trajectories.png": "Paths to the goal before and after adaptation",
+    "before_after.gif": "An episode before and after adaptation, as an animation",
+}
+
+
+def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
+    """Lay the tab out; called within it."""
+
+    @readable
+    def choose(name: str | None) -> tuple[Any, ...]:
+        if not name:
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        checkpoint = load_checkpoint(workspace.checkpoint(name))
+        task = checkpoint.config.get("task")
+        modes = ["none", "standard", *(["hybrid"] if checkpoint.replay else [])]
+        return (
+            gr.update(visible=task == "cartpole"),
+            gr.update(visible=task == "navigation-2d"),
+            gr.update(visible=task not in ("cartpole", "navigation-2d")),
+            gr.update(choices=modes, value="standard", info=None if checkpoint.replay else NO_REPLAY),
+        )
+
+    @readable
+    def adapt(
+        name: str | None, mode: str, steps: int, episodes: int, seed: float, keep: bool, *sliders: Any
+    ) -> tuple[str, str]:
+        path = workspace.checkpoint(name)
+        params = task_parameters(str(load_checkpoint(path).config.get("task")), *sliders)
+        options = AdaptOptions(steps=int(steps), episodes=int(episodes))
+        report = adapt_checkpoint(path, params, mode=mode, options=options, seed=int(seed))
+        with tempfile.TemporaryDirectory() as folder:
+            out = workspace.runs / run_name(report.task, f"adapt-{mode}") if keep else Path(folder)
+            summary = write_report(report, path, out)
+            pictures = [Path(picture) for picture in summary["pictures"]]
+            shown = pictures_html((picture, PICTURES[picture.name]) for picture in pictures)
+        return headline(summary) + (kept(out) if keep else ""), shown
+
+    @readable
+    def compare(name: str | None, split: str, num_tasks: int, steps: int, episodes: int) -> str:
+        path = workspace.checkpoint(name)
+        replay = load_checkpoint(path).replay
+        report = compare_modes(
+            path,
+            MODES if replay else MODES[:2],
+            options=AdaptOptions(steps=int(steps), episodes=int(episodes)),
+            source=TaskSource(split=split),
+            num_tasks=int(num_tasks),
+        )
+        note = "" if replay else f'<p class="legend">{NO_REPLAY}</p>'
+        return table_html(modes_table(report.summary())) + note
+
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = model_choice("Model", elem_id="adapt-model")
+            with gr.Group(visible=False) as cart:
+                sliders = [_slider(name) for name in LABELS]
+                direction = gr.Radio([("right", 1), ("left", -1)], value=-1, label="Action 1 pushes to the")
+            with gr.Group(visible=False) as plane:
+                reach = max(outer for _, outer in navigation.GOALS.values())
+                goal = [
+                    gr.Slider(-reach, reach, value, step=0.01, label=f"Hidden goal, {axis}", info="in training ± 0.5")
+                    for axis, value in (("x", 0.3), ("y", -0.4))
+                ]
+            with gr.Group(visible=False) as other:
+                text = gr.Textbox("{}", label="Task parameters as JSON", info="what is left out is drawn by the seed")
+            mode = gr.Radio(["none", "standard", "hybrid"], value="standard", label="Adaptation", elem_id="mode")
+            steps = gr.Slider(1, 10, 3, step=1, label="Adaptation steps")
+            episodes = gr.Slider(1, 50, 5, step=1, label="Episodes a step")
+            seed = gr.Number(0, label="Seed", minimum=0, precision=0)
+            keep = gr.Checkbox(label="Keep the adapted policy in the runs folder")
+            button = gr.Button("Adapt", variant="primary", elem_id="adapt")
+        with gr.Column(scale=2):
+            result = gr.HTML("<p>Set a task and press Adapt.</p>", elem_id="adapt-result")
+            pictures = gr.HTML(elem_id="adapt-pictures")
+    gr.Markdown("## The modes side by side, on the same held-out tasks")
+    with gr.Row():
+        split = gr.Dropdown(SPLITS, value="test", label="Held-out tasks")
+        num_tasks = gr.Slider(5, 100, 20, step=1, label="Number of tasks")
+        compare_button = gr.Button("Compare", elem_id="compare")
+    table = gr.HTML(elem_id="modes")
+
+    model.change(choose, model, [cart, plane, other, mode], **LOOK)
+    inputs = [model, mode, steps, episodes, seed, keep, *sliders, direction, *goal, text]
+    button.click(adapt, inputs, [result, pictures], show_progress_on=result, **COMPUTE)
+    compare_button.click(compare, [model, split, num_tasks, steps, episodes], table, **COMPUTE)
+    offer_models([page.load, tab.select], workspace, model)
+
+
+NO_REPLAY = "Hybrid adaptation needs a model that was trained with episodes kept for replay."
+
+
+def task_parameters(task: str, *values: Any) -> dict[str, Any]:
+    """The task that the sliders set: those of the cart, the direction of its push, the goal, and JSON for others.
+
+    Raises:
+        ValueError: the JSON is no object.
+    """
+    *physics, direction, x, y, text = values
+    if task == "cartpole":
+        return {**dict(zip(LABELS, physics, strict=True)), "direction": direction}
+    return {"goal": [x, y]} if task == "navigation-2d" else json_object(text or "{}")
+
+
+def headline(summary: Mapping[str, Any]) -> str:
+    """Before and after in one line, and what it cost."""
+    before, after = summary["before"], summary["after"]
+    interval = " … ".join(f"{after[bound]:.1f}" for bound in ("ci_low", "ci_high"))
+    cost = f"{summary['environment_steps']:,} environment steps, {summary['seconds']:.1f} s"
+    unchanged = len(summary["curve"]) > 1 and summary["best_step"] == 0
+    note = "No step did better on its own episodes: the policy is the meta-trained one." if unchanged else ""
+    task = json.dumps({name: _short(value) for name, value in summary["parameters"].items()})
+    return (
+        f'<p class="headline" role="status">Return <b id="before">{before["return"]:.1f}</b> before, '
+        f'<b id="after">{after["return"]:.1f}</b> after</p>'
+        f'<p class="legend">95 % interval {interval} on fresh episodes; {cost}. {note}<br>Task: {text_html(task)}</p>'
+    )
+
+
+def kept(folder: Path) -> str:
+    """Where an adapted policy is."""
+    return f'<p class="legend">Kept as {text_html(folder / "policy")}</p>'
+
+
+def _slider(name: str) -> gr.Slider:
+    """Over all splits' values of one of the cart's constants."""
+    low, high = cartpole.RANGES["train"][name]
+    top = max(ranges[name][1] for ranges in cartpole.RANGES.values())
+    step = 0.01 if top < 5 else 0.1
+    return gr.Slider(
+        low, top, cartpole.CARTPOLE_V1[name], step=step, label=LABELS[name], info=f"in training {low:g} … {high:g}"
+    )
+
+
+def _short(value: Any) -> Any:
+    return round(value, 3) if isinstance(value, float) else value

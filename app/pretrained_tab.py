@@ -1,0 +1,93 @@
+"""Tab Pretrained: a model's card, its sizes, and its returns on held-out tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..adapt_cli import evaluation_table, modes_table
+from ..distributed.checkpoint import Checkpoint, load_checkpoint
+from ..distributed.evaluation import evaluate_checkpoint
+from .view import COMPUTE, LOOK, facts_html, model_choice, offer_models, readable, table_html, text_html
+from .workspace import Workspace
+
+SPLITS = ["test", "shifted-test", "validation", "shifted", "train"]
+
+
+def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
+    """Lay the tab out; called within it."""
+
+    @readable
+    def show(name: str | None) -> tuple[str, str]:
+        return (describe(workspace, name) if name else NO_MODEL), ""
+
+    @readable
+    def assess(name: str | None, split: str, num_tasks: int, steps: int) -> str:
+        path = workspace.checkpoint(name)
+        inner = load_checkpoint(path).config.get("inner_steps", 1)
+        report = evaluate_checkpoint(path, split=split, num_tasks=num_tasks, steps=steps if inner else 0)
+        return table_html(evaluation_table(report.summary()))
+
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = model_choice("Model", elem_id="model")
+            split = gr.Dropdown(SPLITS, value="test", label="Held-out tasks", info="shifted: outside of training")
+            num_tasks = gr.Slider(5, 200, 40, step=1, label="Number of tasks")
+            steps = gr.Slider(0, 5, 3, step=1, label="Most adaptation steps")
+            button = gr.Button("Evaluate", variant="primary")
+        with gr.Column(scale=2):
+            card = gr.HTML(NO_MODEL, label="Card", elem_id="card")
+            evaluation = gr.HTML(label="Evaluation", elem_id="evaluation")
+    model.change(show, model, [card, evaluation], **LOOK)
+    button.click(assess, [model, split, num_tasks, steps], evaluation, **COMPUTE)
+    offer_models([page.load, tab.select], workspace, model)
+
+
+NO_MODEL = "<p>Choose a model: one that comes with the package, or a run of your own.</p>"
+
+
+def describe(workspace: Workspace, name: str) -> str:
+    """What is known of a model: its card or its config, and its returns; everything in it is verified first.
+
+    Raises:
+        ValueError: there is no such model, or it is damaged.
+    """
+    path = workspace.checkpoint(name)
+    checkpoint = load_checkpoint(path)
+    card = _read(path / "card.json")
+    facts = _sizes(checkpoint) | {key: card[key] for key in ("training_seconds", "date", "command") if key in card}
+    parts = [f"<h3>{text_html(name)}</h3>", f"<p>{text_html(card.get('about', ''))}</p>", facts_html(facts)]
+    evaluation = card.get("evaluation") or _read(path.parent / "evaluation.json")
+    if evaluation:
+        parts.append(table_html(evaluation_table(evaluation)))
+    if "modes" in card:
+        parts.append(table_html(modes_table(card["modes"])))
+    return "".join(parts)
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    spec, config, progress = checkpoint.spec, checkpoint.config, checkpoint.progress
+    layers = f"{spec.num_layers} SSM layer{'s' * (spec.num_layers != 1)}{', gated' if spec.gated else ''}"
+    facts = {
+        "task": config.get("task"),
+        "algorithm": config.get("algorithm"),
+        "policy": f"{layers}, hidden_dim {spec.hidden_dim}, state_dim {spec.state_dim}",
+        "parameters": f"{sum(array.size for array in checkpoint.policy.values()):,}",
+        "iterations": progress.get("iteration"),
+        "environment steps": f"{progress.get('env_steps', 0):,}",
+        "inner steps": f"{config.get('inner_steps')} of size {config.get('inner_lr')}",
+        "episodes for replay": len(checkpoint.replay) if checkpoint.replay else 0,
+    }
+    return facts | ({"adapted to": json.dumps(progress["adapted_to"])} if "adapted_to" in progress else {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object beside a checkpoint, which no checksum vouches for; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

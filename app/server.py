@@ -1,0 +1,107 @@
+"""Serves the page on one address, without any call to the outside."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is loaded
+
+import gradio as gr
+
+from . import adaptation_tab, evolution_tab, pretrained_tab, training_tab
+from .workspace import Workspace
+
+TABS = {
+    "Pretrained": pretrained_tab.build,
+    "Meta-training": training_tab.build,
+    "Test-time adaptation": adaptation_tab.build,
+    "Self-improvement": evolution_tab.build,
+}
+
+WAITING = 16
+"""Most requests that wait for their turn; more are refused."""
+
+LOOPBACK = ("127.", "localhost", "::1")
+
+
+def build(workspace: Workspace) -> gr.Blocks:
+    """The page, without a server."""
+    with gr.Blocks(title="SSM-MetaRL", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# SSM-MetaRL\nPolicies that learn to adapt: look at one, train one, set it a task, let it improve."
+        )
+        with gr.Tabs():
+            for title, build_tab in TABS.items():
+                with gr.Tab(title) as tab:
+                    build_tab(page, tab, workspace)
+    page.queue(max_size=WAITING, default_concurrency_limit=4)
+    return page
+
+
+def theme() -> gr.Theme:
+    """Fonts of the machine, where Gradio's own themes bring theirs; and small print that can be read on white."""
+    plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    return plain.set(
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+    )
+
+
+def launch(page: gr.Blocks, host: str, port: int) -> None:
+    """Serve the page from threads of this process, and return.
+
+    Raises:
+        ValueError: the port is taken, or the address is not one of this machine.
+    """
+    _check_free(host, port)
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        ssr_mode=False,
+        footer_links=[],
+        theme=theme(),
+        css_paths=Path(__file__).with_name("page.css"),
+    )
+
+
+def serve(host: str, port: int, runs: Path, address: str | None, say: Callable[[str], None]) -> None:
+    """Open the page and serve it until interrupted; jobs that it started go on.
+
+    Args:
+        host, port: to listen on.
+        runs: parent of the run folders, made where it is not there.
+        address: of the job server, see ``distributed.jobs.connect``.
+        say: prints a line.
+
+    Raises:
+        ValueError: the port is taken, or the address is not one of this machine.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    page = build(Workspace(runs.resolve(), address))
+    launch(page, host, port)
+    say(f"The page is at http://{host}:{port} (Ctrl-C ends it; jobs go on, and `job shutdown` ends them).")
+    if not host.startswith(LOOPBACK):
+        say("Whoever reaches this address can start work on this machine: there is no password.")
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ValueError(f"The page cannot listen on {host}:{port}: {reason}. Choose another --port.") from None

@@ -1,0 +1,171 @@
+"""What the tabs share: errors as sentences, tables and pictures as HTML."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import logging
+import mimetypes
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import gradio as gr
+from rich.table import Table
+
+from ..distributed.jobs import JobError
+from ..distributed.trainer import EnvironmentFailure
+from .workspace import Workspace
+
+COMPUTE: Mapping[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}
+"""Of events that play episodes in this process: one after the other, the others wait in the queue."""
+
+JOBS: Mapping[str, Any] = {"concurrency_id": "jobs", "concurrency_limit": 1}
+"""Of events that start or stop jobs: the limit on jobs is checked by one at a time."""
+
+POLL: Mapping[str, Any] = {"queue": False, "show_progress": "hidden"}
+"""Of events that only look: they pass by the queue."""
+
+LOOK: Mapping[str, Any] = {"concurrency_id": "look", "concurrency_limit": 4, "show_progress": "hidden"}
+"""Of events that show what a person chose: they take no time, and their errors are to be seen."""
+
+POLL_SECONDS = 2.0
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def readable(handler: Callable[P, R]) -> Callable[P, R]:
+    """A handler whose errors the page shows as one sentence, and which leaves what was on the page as it was."""
+
+    @functools.wraps(handler)
+    def handle(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return handler(*args, **kwargs)
+        except Exception as error:
+            # The page shows the text as HTML, and an error can name what a person typed.
+            raise gr.Error(html.escape(_sentence(error)), duration=None, print_exception=False) from None
+
+    return handle
+
+
+def polled(handler: Callable[P, tuple[Any, ...]], line: int, outputs: int) -> Callable[P, tuple[Any, ...]]:
+    """A handler that only looks, again and again: an error becomes the status line, and not a message every time.
+
+    Args:
+        handler: gives a value for each output.
+        line: which of them is the status line.
+        outputs: how many there are.
+    """
+
+    @functools.wraps(handler)
+    def handle(*args: P.args, **kwargs: P.kwargs) -> tuple[Any, ...]:
+        try:
+            return handler(*args, **kwargs)
+        except Exception as error:
+            return tuple(line_html(_sentence(error)) if i == line else gr.skip() for i in range(outputs))
+
+    return handle
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValueError | JobError | EnvironmentFailure | FloatingPointError | OSError):
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    logging.getLogger(__name__).error("A request of the page failed", exc_info=error)
+    return "Something went wrong that nobody foresaw; the terminal of the app has the details."
+
+
+def table_html(table: Table) -> str:
+    """A table of the terminal as one of the page: the same figures, formatted once."""
+    columns = table.columns
+    head = "".join(f'<th scope="col" class="{column.justify}">{text_html(column.header)}</th>' for column in columns)
+    rows = []
+    for row, cells in zip(table.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
+        marked = ' class="best"' if row.style else ""
+        pairs = zip(columns, cells, strict=True)
+        rows.append(
+            f"<tr{marked}>"
+            + "".join(f'<td class="{column.justify}">{text_html(cell)}</td>' for column, cell in pairs)
+            + "</tr>"
+        )
+    title = f"<caption>{text_html(table.title)}</caption>" if table.title else ""
+    legend = f'<p class="legend">{text_html(table.caption)}</p>' if table.caption else ""
+    # Wide tables scroll sideways: with the keyboard, too, once they have the focus.
+    body = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{body}</div>{legend}'
+
+
+def facts_html(facts: Mapping[str, object]) -> str:
+    """Names and values as a list."""
+    rows = "".join(f"<dt>{text_html(name)}</dt><dd>{text_html(value)}</dd>" for name, value in facts.items())
+    return f'<dl class="facts">{rows}</dl>'
+
+
+def pictures_html(pictures: Iterable[tuple[Path, str]]) -> str:
+    """Pictures, each with the words for those who cannot see it; they travel within the page, no file is served."""
+    figures = []
+    for path, words in pictures:
+        kind = mimetypes.guess_type(path.name)[0]
+        content = base64.b64encode(path.read_bytes()).decode()
+        figures.append(
+            f'<div class="scroll" tabindex="0"><img alt="{text_html(words)}" src="data:{kind};base64,{content}"></div>'
+        )
+    return f'<div class="figures">{"".join(figures)}</div>'
+
+
+def line_html(*parts: object) -> str:
+    """A line that says how things stand, read out when it changes."""
+    return f'<p class="status" role="status">{" · ".join(text_html(part) for part in parts if part)}</p>'
+
+
+def text_html(value: object) -> str:
+    """Any value as text of the page, whatever is in it."""
+    return html.escape(str(value)).replace("\n", "<br>")
+
+
+def model_choice(label: str, **options: Any) -> gr.Dropdown:
+    """A list of models, in which any checkpoint of the runs folder can be typed."""
+    return gr.Dropdown(
+        [],
+        label=label,
+        info="pretrained:NAME, a run for its best checkpoint, or RUN/checkpoint_000010",
+        allow_custom_value=True,
+        **options,
+    )
+
+
+def run_choice(**options: Any) -> gr.Dropdown:
+    """A list of runs; a name is checked when it is used, for a page can be older than the server that it asks."""
+    words = "a job goes on when this page is closed"
+    return gr.Dropdown([], label="Run", info=words, allow_custom_value=True, **options)
+
+
+def run_update(name: str | None, chosen: str, runs: list[str], seen: Mapping[str, Any]) -> Any:
+    """What a look at the runs changes in their list: never a choice that was made, which may be newer than the look."""
+    if name is None:
+        return gr.update(choices=runs, value=chosen)
+    return gr.skip() if runs == seen.get("runs") else gr.update(choices=runs)
+
+
+def offer_models(triggers: Sequence[Any], workspace: Workspace, model: gr.Dropdown, before: Sequence[str] = ()) -> None:
+    """Fill a list of models anew at some events, after what is offered before them; the first one is the default."""
+
+    def offer(name: str | None) -> Any:
+        names = [*before, *workspace.models()]
+        return gr.update(choices=names, value=name or next(iter(names), None))
+
+    gr.on(triggers, offer, model, model, **POLL)
+
+
+def job_words(job: Mapping[str, Any] | None) -> list[str]:
+    """A job's status, and of one that failed the last line that it printed."""
+    if job is None:
+        return ["no job"]
+    last = (job["message"] or "").strip().splitlines()[-1:] if job["status"] == "FAILED" else []
+    return [job["status"].lower(), *last]
+
+
+def option_words(options: Mapping[str, float]) -> list[str]:
+    """Options as the command line takes them."""
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]

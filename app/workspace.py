@@ -1,0 +1,135 @@
+"""What the page may touch: one folder of runs, the shipped models, and the jobs of one cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import pretrained
+from ..distributed import jobs
+from ..distributed.checkpoint import MANIFEST, resolve_checkpoint
+from ..job_cli import job_view, prepared
+
+MAX_JOBS = 2
+"""Jobs that the page lets run side by side."""
+
+MARKS = {"train": "metrics.jsonl", "evolve": "rsi/state.json"}
+"""By kind of run, the file that a folder of one has."""
+
+LISTED = 100
+"""Most runs that a list shows, the newest ones."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The place where a page works; its handlers take names from a browser, and only this class makes paths of them.
+
+    Attributes:
+        runs: parent of the run folders; nothing outside of it is read or written.
+        address: of the job server, see ``distributed.jobs.connect``.
+    """
+
+    runs: Path
+    address: str | None = None
+
+    def models(self) -> list[str]:
+        """What :meth:`checkpoint` takes: the shipped models, then runs and single checkpoints, newest first."""
+        found: dict[str, float] = {}
+        for pattern in ("*", "*/*", "*/*/*"):
+            for manifest in self.runs.glob(f"{pattern}/{MANIFEST}"):
+                folder = manifest.parent
+                # Of a run's checkpoints, the best: the run itself stands for it.
+                folder = folder.parent if folder.name.startswith("checkpoint_") else folder
+                name = folder.relative_to(self.runs).as_posix()
+                hidden = any(part.startswith(".") for part in Path(name).parts)
+                if name != "." and not hidden and folder.resolve().is_relative_to(self.runs.resolve()):
+                    found[name] = max(found.get(name, 0.0), manifest.stat().st_mtime)
+        own = sorted(found, key=lambda name: -found[name])[:LISTED]
+        return [pretrained.PREFIX + name for name in pretrained.names()] + own
+
+    def folder(self, name: str | None) -> Path:
+        """A folder of the runs folder by its name.
+
+        Raises:
+            ValueError: there is none, or the name leads elsewhere.
+        """
+        if not name:
+            raise ValueError("Choose a run first.")
+        root = self.runs.resolve()
+        path = (root / name).resolve()
+        if not path.is_relative_to(root) or path == root:
+            raise ValueError(f"{name!r} is not in the runs folder {self.runs}: the page reads nothing else.")
+        return path
+
+    def checkpoint(self, name: str | None) -> Path:
+        """The checkpoint folder that a name means: pretrained:NAME, a run for its best one, or a checkpoint.
+
+        Raises:
+            ValueError: there is none, or the name leads out of the runs folder.
+        """
+        if not name:
+            raise ValueError("Choose a model first.")
+        if name.startswith(pretrained.PREFIX):
+            return resolve_checkpoint(name)
+        found = resolve_checkpoint(self.folder(name))
+        return self.folder(str(found))  # it may be a link
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """The jobs as ``job list`` has them, newest first; none where no job server answers."""
+        try:
+            found = jobs.jobs(jobs.connect(self.address))
+        except jobs.JobError:
+            return []
+        return [job_view(job) for job in reversed(found)]
+
+    def list_runs(self, kind: Literal["train", "evolve"], found: Sequence[dict[str, Any]]) -> list[str]:
+        """Names of the runs of a kind: those of jobs first, for they may have no folder yet, then by age.
+
+        Args:
+            kind: of run.
+            found: the jobs.
+        """
+        root = self.runs.resolve()
+        started = [Path(job["run_dir"]) for job in found if job["run_dir"] and job["command"].startswith(kind)]
+        # A run of evolve has checkpoints in its folder, too, but no metrics.
+        marked = [path for pattern in ("*", "*/*") for path in root.glob(f"{pattern}/{MARKS[kind]}")]
+        marked.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        depth = len(Path(MARKS[kind]).parts)
+        folders = [*started, *(path.parents[depth - 1] for path in marked)]
+        inside = [path for path in folders if path.resolve().is_relative_to(root)]
+        return list(dict.fromkeys(str(path.relative_to(root)) for path in inside))[:LISTED]
+
+    def start(self, command: Sequence[str]) -> str:
+        """Start a command as a job; the name of its run.
+
+        Raises:
+            ValueError: enough jobs run already.
+            JobError: see ``distributed.jobs.submit``.
+        """
+        running = [job["job"] for job in self.jobs() if job["status"] not in jobs.ENDED]
+        if len(running) >= MAX_JOBS:
+            raise ValueError(f"{len(running)} jobs run already ({', '.join(running)}): stop one first, or wait.")
+        words, run_dir = prepared(command, str(self.runs.resolve()))
+        assert run_dir is not None
+        jobs.submit(words, run_dir, self.address)
+        return str(Path(run_dir).relative_to(self.runs.resolve()))
+
+    def stop(self, name: str | None) -> str:
+        """Have a run's job end its iteration and write a checkpoint; the job's id.
+
+        Raises:
+            ValueError: no job of it runs.
+            JobError: no job server answers.
+        """
+        job = job_of(self.jobs(), self.folder(name))
+        if job is None or job["status"] in jobs.ENDED:
+            raise ValueError(f"No job of {name} is running.")
+        jobs.connect(self.address).stop_job(job["job"])
+        return str(job["job"])
+
+
+def job_of(found: Sequence[dict[str, Any]], run: Path) -> dict[str, Any] | None:
+    """The newest job of a run's folder, of jobs that are listed newest first."""
+    return next((job for job in found if job["run_dir"] and Path(job["run_dir"]) == run), None)

@@ -1,0 +1,304 @@
+"""The page as a person meets it: Debian's Chromium drives the app that the command opens."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ssm_metarl import TrainConfig, train
+from ssm_metarl.distributed import jobs
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+WIDTHS = (1280, 400)
+SMALL = {"meta_batch": 8, "hidden_dim": 16, "state_dim": 8, "learner_threads": 1, "replay_episodes": 16}
+PATIENCE = 120_000  # ms; the machine may be busy, and Ray takes its time to start
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("app") / "runs"
+    train(TrainConfig.for_task("navigation-2d", iterations=6, **SMALL), folder / "point")
+    train(TrainConfig.for_task("cartpole", iterations=1, **SMALL), folder / "cart")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(runs: Path) -> Iterator[str]:
+    """The app as the command opens it, with a head's record of its own; no process is left behind."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(runs.parent / "state"))
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            patch.delenv(name, raising=False)
+        words = ["app", "--port", str(port), "--storage", str(runs)]
+        with (runs.parent / "app.log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ssm_metarl", *words], cwd=runs.parent, stdout=log, stderr=log, env=os.environ
+            )
+        address = f"http://127.0.0.1:{port}"
+        try:
+            end = time.monotonic() + 120
+            while time.monotonic() < end and process.poll() is None:
+                try:
+                    urllib.request.urlopen(address, timeout=10).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield address
+            assert "Traceback" not in (runs.parent / "app.log").read_text()
+        finally:
+            process.terminate()
+            process.wait(30)
+            if head := jobs.recorded_head():
+                jobs.end_head(head)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, site: str) -> Iterator[Page]:
+    """The page at its first tab. Whatever a test does, nothing is fetched from elsewhere and nothing fails in it."""
+    context = browser.new_context(viewport={"width": WIDTHS[0], "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    wrong: list[str] = []
+
+    def fetched(request: Any) -> None:
+        if not request.url.startswith((site, "data:", "blob:")):
+            wrong.append(request.url)
+
+    page.on("request", fetched)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    visit(page, site)
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def visit(page: Page, address: str) -> None:
+    page.goto(address)
+    page.locator("#card h3").wait_for()
+
+
+def tab(page: Page, name: str) -> None:
+    """Open a tab: by its title, or from the menu of those that do not fit."""
+    title = page.get_by_role("tab", name=name, exact=True).first
+    if not title.is_visible():
+        page.locator(".overflow-menu button").first.click()
+    title.click()
+
+
+def choose(page: Page, selector: str, value: str) -> None:
+    """Choose from a list by typing."""
+    box = page.locator(f"{selector} input")
+    box.fill(value)
+    box.press("Enter")
+
+
+def put(page: Page, label: str, value: object) -> None:
+    """Type a number into a slider's or a number's box."""
+    named = page.get_by_label(f"number input for {label}").locator("visible=true")
+    box = (named if named.count() else page.get_by_label(label).locator("visible=true")).first
+    box.fill(str(value))
+    box.press("Tab")
+
+
+def toast(page: Page) -> str:
+    message = page.locator(".toast-body").first
+    message.wait_for()
+    text = message.inner_text()
+    page.locator(".toast-close").first.click()
+    message.wait_for(state="detached")
+    return text
+
+
+def picture(page: Page, folder: Path, name: str, widths: tuple[int, ...] = WIDTHS) -> None:
+    """The whole page at some widths, dark where it is narrow; nothing sticks out to the right."""
+    for width in widths:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.evaluate(f"document.body.classList.toggle('dark', {'true' if width < 500 else 'false'})")
+        page.wait_for_timeout(1500)  # the plots take a moment to follow
+        page.screenshot(path=folder / f"{name}_{width}.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} sticks out at {width} pixels"
+    page.set_viewport_size({"width": WIDTHS[0], "height": 900})
+
+
+def iteration(page: Page, selector: str = "#train-status") -> int:
+    found = re.search(r"iteration (\d+)", page.locator(selector).inner_text())
+    return int(found[1]) if found else 0
+
+
+def wait_for_iteration(page: Page, number: int) -> None:
+    found = "document.querySelector('#train-status').innerText.match(/iteration (\\d+)/)"
+    page.wait_for_function(f"n => +({found} || [0, 0])[1] >= n", arg=number)
+
+
+def test_a_model_has_a_card_and_is_evaluated(page: Page, tmp_path: Path) -> None:
+    choose(page, "#model", "point")
+    page.locator("#card h3", has_text="point").wait_for()
+    card = page.locator("#card").inner_text()
+    assert "navigation-2d" in card
+    assert "hidden_dim 16, state_dim 8" in card
+    put(page, "Number of tasks", 6)
+    page.get_by_role("button", name="Evaluate").click()
+    page.locator("#evaluation tbody tr").nth(3).wait_for()
+    assert "6 tasks of split test" in page.locator("#evaluation").inner_text()
+    picture(page, tmp_path, "pretrained")
+
+
+def test_a_policy_adapts_to_a_task_set_by_sliders(page: Page, tmp_path: Path) -> None:
+    tab(page, "Test-time adaptation")
+    choose(page, "#adapt-model", "point")
+    slider = page.get_by_label("range slider for Hidden goal, x")
+    slider.focus()
+    for _ in range(5):
+        slider.press("ArrowRight")
+    put(page, "Hidden goal, y", 0.25)
+    put(page, "Episodes a step", 20)
+    page.get_by_role("button", name="Adapt", exact=True).click()
+    page.locator("#after").wait_for()
+    before, after = (float(page.locator(name).inner_text()) for name in ("#before", "#after"))
+    assert after > before
+    assert '{"goal": [0.35, 0.25]}' in page.locator("#adapt-result").inner_text()
+    assert page.locator("#adapt-pictures img").count() == 2
+    assert page.evaluate(
+        "[...document.querySelectorAll('#adapt-pictures img')].every(i => i.complete && i.naturalWidth)"
+    )
+    put(page, "Number of tasks", 5)
+    page.get_by_role("button", name="Compare").click()
+    page.locator("#modes tbody tr").nth(3).wait_for()
+    cells = page.locator("#modes tbody td:first-child")
+    assert cells.all_inner_texts() == ["none", "standard", "replay", "hybrid"]
+    picture(page, tmp_path, "adaptation")
+
+
+def test_an_episode_of_the_cart_is_shown_before_and_after(page: Page, tmp_path: Path) -> None:
+    tab(page, "Test-time adaptation")
+    choose(page, "#adapt-model", "cart")
+    put(page, "Gravity", 7)
+    page.get_by_label("hybrid").check()
+    page.get_by_role("button", name="Adapt", exact=True).click()
+    page.locator("#after").wait_for()
+    assert '"gravity": 7' in page.locator("#adapt-result").inner_text()
+    assert page.locator("#adapt-pictures img[src^='data:image/gif']").count() == 1
+    picture(page, tmp_path, "cart")
+
+
+def test_an_error_is_a_sentence_and_the_page_goes_on(page: Page, runs: Path) -> None:
+    choose(page, "#model", "../../etc")
+    sentence = toast(page)
+    assert "is not in the runs folder" in sentence
+    assert "Traceback" not in sentence
+    damaged = runs / "damaged"
+    damaged.mkdir()
+    (damaged / "manifest.json").write_text("{}")
+    os.utime(damaged / "manifest.json", (0, 0))  # not the newest, which is chosen when the page opens
+    choose(page, "#model", "damaged")
+    assert "manifest.json" in toast(page)
+    choose(page, "#model", "cart")
+    page.locator("#card h3", has_text="cart").wait_for()
+    assert "Traceback" not in page.content()
+    shutil.rmtree(damaged)
+
+
+def test_the_tabs_are_reached_with_the_keyboard(page: Page) -> None:
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.getAttribute('role')") == "tab":
+            break
+    page.get_by_role("tab", name="Meta-training", exact=True).first.focus()
+    page.keyboard.press("Enter")
+    page.locator("#train-start").wait_for()
+    page.locator("#train-task input").focus()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "train-start":
+            return
+    pytest.fail("the button to start is not reached")
+
+
+def test_a_meta_training_is_started_watched_found_again_and_stopped(
+    page: Page, browser: Browser, site: str, runs: Path, tmp_path: Path
+) -> None:
+    tab(page, "Meta-training")
+    put(page, "Iterations", 500)
+    page.get_by_role("button", name="Experience and learning").click()
+    put(page, "Tasks an iteration", 6)
+    put(page, "Episodes a task", 8)
+    page.get_by_role("button", name="Start meta-training").click()
+    page.locator("#train-status", has_text="running").wait_for()
+    wait_for_iteration(page, 3)
+    name = page.locator("#train-run input").input_value()
+    assert (runs / name / "metrics.jsonl").is_file()
+    seen = iteration(page)
+    wait_for_iteration(page, seen + 2)
+    assert page.locator(".vega-embed canvas, .vega-embed svg").count() >= 3
+
+    visit(page, site)
+    tab(page, "Meta-training")
+    wait_for_iteration(page, seen + 2)
+    assert page.locator("#train-run input").input_value() == name
+    picture(page, tmp_path, "training", WIDTHS[:1])
+    with browser.new_context(viewport={"width": WIDTHS[1], "height": 900}, color_scheme="dark") as context:
+        second = context.new_page()
+        visit(second, site)
+        tab(second, "Meta-training")
+        second.locator("#train-status", has_text="running").wait_for(timeout=PATIENCE)
+        assert second.locator("#train-run input").input_value() == name
+        picture(second, tmp_path, "training", WIDTHS[1:])
+
+    page.get_by_role("button", name="Stop with a checkpoint").click()
+    page.locator("#train-status", has_text="stopped").wait_for()
+    saved = int(re.findall(r"checkpoint of iteration (\d+)", page.locator("#train-status").inner_text())[0])
+    assert saved == iteration(page) > seen
+    assert (runs / name / f"checkpoint_{saved:06d}" / "manifest.json").is_file()
+    page.get_by_role("button", name="Stop with a checkpoint").click()
+    assert f"No job of {name} is running." in toast(page)
+
+
+def test_a_cycle_of_self_improvement_ends_with_a_decision(page: Page, runs: Path, tmp_path: Path) -> None:
+    tab(page, "Self-improvement")
+    choose(page, "#evolve-model", "point")
+    put(page, "Cycles", 1)
+    put(page, "Proposals a cycle", 1)
+    page.get_by_role("button", name="Length of a cycle").click()
+    put(page, "Environment steps a cycle", 2000)
+    put(page, "Validation tasks", 4)
+    put(page, "Episodes a validation task", 2)
+    page.get_by_role("button", name="Start self-improvement").click()
+    page.locator("#population tbody tr").first.wait_for()
+    page.locator("#decisions tbody tr", has_text=re.compile("kept|rolled back")).first.wait_for()
+    page.locator("#evolve-status", has_text="succeeded").wait_for()
+    assert page.locator("#evolution-pictures img").count() == 2
+    page.get_by_role("button", name="Roll back to it").click()
+    page.locator("#rollback-answer", has_text="will be the best").wait_for()
+    name = page.locator("#evolve-run input").input_value()
+    assert len(list((runs / name / "rsi" / "requests").iterdir())) == 1
+    picture(page, tmp_path, "evolution")

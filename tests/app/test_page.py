@@ -1,0 +1,303 @@
+"""The page without a browser: what it may touch, what it refuses, and that it is served without the outside."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from packaging.requirements import Requirement
+from rich.table import Table
+
+from ssm_metarl import TrainConfig, cli, train
+from ssm_metarl.app import adaptation_tab, evolution_tab, pretrained_tab, server, training_tab, view
+from ssm_metarl.app.workspace import MAX_JOBS, Workspace, job_of
+from ssm_metarl.cli import main
+from ssm_metarl.distributed import jobs
+from ssm_metarl.distributed.checkpoint import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEAD_END = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page") / "runs"
+    small = {"meta_batch": 2, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "learner_threads": 1}
+    train(TrainConfig.for_task("navigation-2d", iterations=1, replay_episodes=2, **small), folder / "point")
+    return folder
+
+
+@pytest.fixture
+def workspace(runs: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
+    """One without a cluster."""
+    monkeypatch.setattr(Workspace, "jobs", lambda self: [])
+    return Workspace(runs)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc", "point/../../x", ".", "", None, "link", "link/checkpoint_000001"]
+)
+def test_a_name_that_leads_out_of_the_runs_folder_is_refused(name: str | None, workspace: Workspace) -> None:
+    outside = workspace.runs.parent / "outside"
+    if not outside.exists():
+        shutil.copytree(workspace.runs / "point", outside)
+        (workspace.runs / "link").symlink_to(outside)
+    assert "link" not in workspace.models()
+    with pytest.raises(ValueError, match=r"is not in the runs folder|Choose a model first"):
+        workspace.checkpoint(name)
+
+
+def test_a_run_stands_for_its_best_checkpoint_and_each_can_be_named(workspace: Workspace) -> None:
+    assert workspace.models()[-1:] == ["point"]
+    assert workspace.checkpoint("point").name == "checkpoint_000001"
+    assert workspace.checkpoint("point/checkpoint_000000").name == "checkpoint_000000"
+    assert workspace.list_runs("train", []) == ["point"]
+    assert workspace.list_runs("evolve", []) == []
+
+
+def test_a_run_of_a_job_is_listed_before_it_has_a_folder(workspace: Workspace) -> None:
+    def job(name: str, command: str, run: Path) -> dict[str, Any]:
+        return {"job": name, "command": command, "run_dir": str(run), "status": "RUNNING"}
+
+    new = workspace.runs.resolve() / "new"
+    found = [job("2", "train --task bandit", new), job("1", "train", Path("/elsewhere")), job("0", "evolve", new)]
+    assert workspace.list_runs("train", found) == ["new", "point"]
+    assert workspace.list_runs("evolve", found) == ["new"]
+    assert job_of(found, new) == found[0]
+
+
+def test_more_jobs_than_the_limit_are_refused(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = [{"job": f"job-{i}", "status": "RUNNING", "run_dir": None, "command": ""} for i in range(MAX_JOBS)]
+    monkeypatch.setattr(Workspace, "jobs", lambda self: running)
+    monkeypatch.setattr(jobs, "submit", lambda *_: pytest.fail("it would have been started"))
+    with pytest.raises(ValueError, match=r"jobs run already \(job-0, job-1\)"):
+        workspace.start(["train"])
+    with pytest.raises(ValueError, match="No job of point is running"):
+        workspace.stop("point")
+
+
+def test_a_model_is_verified_before_anything_is_shown(workspace: Workspace) -> None:
+    shown = pretrained_tab.describe(workspace, "point")
+    assert "hidden_dim 8, state_dim 4" in shown
+    shutil.copytree(workspace.runs / "point", workspace.runs / "altered")
+    weights = workspace.runs / "altered" / "checkpoint_000001" / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated or altered"):
+        pretrained_tab.describe(workspace, "altered")
+    shutil.rmtree(workspace.runs / "altered")
+
+
+def test_a_card_that_nobody_vouches_for_is_text(workspace: Workspace) -> None:
+    card = workspace.checkpoint("point") / "card.json"
+    card.write_text(json.dumps({"about": "<script>alert(1)</script>", "command": "<b>"}))
+    shown = pretrained_tab.describe(workspace, "point")
+    assert "&lt;script&gt;" in shown
+    assert "<script>" not in shown
+    card.write_text("[")
+    assert "navigation-2d" in pretrained_tab.describe(workspace, "point")
+    card.unlink()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ValueError("a <b>word</b> is wrong"), "a &lt;b&gt;word&lt;/b&gt; is wrong"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (jobs.JobError("two\nlines"), "two"),
+        (KeyError("secret"), "Something went wrong that nobody foresaw; the terminal of the app has the details."),
+    ],
+)
+def test_an_error_is_one_sentence(error: Exception, sentence: str) -> None:
+    @view.readable
+    def handler() -> None:
+        raise error
+
+    with pytest.raises(gr.Error) as caught:
+        handler()
+    assert caught.value.message == sentence
+
+
+def test_what_the_page_trains_is_what_the_command_trains() -> None:
+    options = {name: getattr(TrainConfig.for_task("cartpole"), name) for name in training_tab.OPTIONS}
+    options |= {"iterations": 7, "inner_lr": 0.25, "replay_episodes": 64}
+    words = training_tab.train_command("cartpole", "maml", options)
+    parsed = cli._parse(words)
+    assert isinstance(parsed, cli.Train)
+    expected = TrainConfig.for_task("cartpole", algorithm="maml", **options)
+    same = {name: value for name, value in expected.to_dict().items() if name not in ("num_workers", "device")}
+    assert same.items() <= {**parsed.config.to_dict()}.items()
+    with pytest.raises(ValueError, match="inner_steps must be 1 or more"):
+        training_tab.train_command("cartpole", "promp", {**options, "inner_steps": 0})
+    with pytest.raises(ValueError, match="state_dim must be even"):
+        training_tab.train_command("cartpole", "promp", {**options, "state_dim": 7})
+
+
+def test_what_the_page_evolves_is_what_the_command_evolves(workspace: Workspace) -> None:
+    for start in (None, workspace.checkpoint("point")):
+        words = evolution_tab.evolve_command(start, "navigation-2d", 2, 1, 2000, 4, 2, 5)
+        cli._check(words)
+        parsed = cli._parse(words)
+        assert isinstance(parsed, cli.Evolve)
+        assert (parsed.cycles, parsed.proposals, parsed.start, parsed.config.seed) == (2, 1, start, 5)
+        assert parsed.evolution.generation_steps == 2000
+    with pytest.raises(ValueError, match="validation_tasks must be"):
+        evolution_tab.evolve_command(None, "navigation-2d", 1, 1, 0, 0, 2, 0)
+
+
+def test_the_sliders_set_the_task() -> None:
+    physics = [9.0, 1.0, 0.1, 0.5, 10.0]
+    parameters = adaptation_tab.task_parameters("cartpole", *physics, -1, 0.3, -0.4, "")
+    assert parameters == {**dict(zip(adaptation_tab.LABELS, physics, strict=True)), "direction": -1}
+    assert adaptation_tab.task_parameters("navigation-2d", *physics, 1, 0.3, -0.4, "") == {"goal": [0.3, -0.4]}
+    assert adaptation_tab.task_parameters("bandit", *physics, 1, 0.3, -0.4, '{"a": 1}') == {"a": 1}
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        adaptation_tab.task_parameters("bandit", *physics, 1, 0.3, -0.4, "[")
+
+
+def test_a_table_of_the_terminal_is_one_of_the_page() -> None:
+    table = Table(title="A & B", caption="what\nit says")
+    table.add_column("name")
+    table.add_column("figure", justify="right")
+    table.add_row("<i>", "1.0", style="bold")
+    text = view.table_html(table)
+    assert '<tr class="best"><td class="left">&lt;i&gt;</td><td class="right">1.0</td></tr>' in text
+    assert "<caption>A &amp; B</caption>" in text
+    assert "what<br>it says" in text
+
+
+@pytest.mark.parametrize("count", [0, 1, 399, 400, 401, 3000])
+def test_a_long_curve_is_thinned_out_and_keeps_its_end(count: int) -> None:
+    seconds = {"total": 2.0, "sample": 1.0, "adapt": 0.5, "update": 0.5, "ray": 0.0}
+    lines = [
+        {"iteration": i, "env_steps": 1000 * i, "return_by_step": [1.0 * i, 2.0 * i], "seconds": seconds}
+        for i in range(1, count + 1)
+    ]
+    returns, speed, phases = training_tab.curves(lines)
+    assert len(speed) <= training_tab.POINTS
+    assert (len(returns), len(phases)) == (2 * len(speed), 4 * len(speed))
+    assert set(speed["steps/s"]) <= {500}
+    assert list(speed["iteration"])[-1:] == [count][:count]
+    assert speed["iteration"].is_monotonic_increasing
+
+
+def test_without_gradio_one_sentence_says_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["app"]) == 2
+    assert "The web interface needs Gradio: pip install -e '.[app]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_line_does_not_load_gradio() -> None:
+    program = "import sys, ssm_metarl.cli; print('gradio' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_a_taken_port_is_one_sentence(
+    free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", free_port)):
+        assert main(["app", "--port", str(free_port), "--storage", str(tmp_path)]) == 2
+    assert f"The page cannot listen on 127.0.0.1:{free_port}: Address already in use." in capsys.readouterr().err
+
+
+@pytest.fixture
+def served(workspace: Workspace, free_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, float]]:
+    """Address of the page, and the seconds from the command to its first page, but for imports."""
+    for name, value in DEAD_END.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    begin = time.monotonic()
+    page = server.build(workspace)
+    server.launch(page, "127.0.0.1", free_port)
+    address = f"http://127.0.0.1:{free_port}/"
+    urllib.request.urlopen(address, timeout=10).close()
+    yield address, time.monotonic() - begin
+    page.close(verbose=False)
+
+
+def test_the_page_is_there_within_seconds_and_needs_nothing_from_outside(served: tuple[str, float]) -> None:
+    address, seconds = served
+    assert seconds < 5
+    text = urllib.request.urlopen(address, timeout=10).read().decode()
+    wanted = re.findall(r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"([^\"]*)\"", text)
+    assert wanted
+    assert [url for url in wanted if re.match(r"(https?:)?//", url) and not url.startswith(address)] == []
+    config = json.loads(urllib.request.urlopen(f"{address}config", timeout=10).read())
+    assert config["analytics_enabled"] is False
+    assert not any("googleapis" in sheet for sheet in config.get("stylesheets") or [])
+    labels = json.dumps(config)
+    for title in server.TABS:
+        assert title in html.unescape(labels)
+
+
+def test_what_works_waits_in_a_queue_and_what_looks_does_not(workspace: Workspace) -> None:
+    page = server.build(workspace)
+    queued = [fn for fn in page.fns.values() if fn.queue]
+    assert {fn.name for fn in queued} >= {"assess", "adapt", "compare", "start", "stop", "go_on", "back"}
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in queued} == {("compute", 1), ("jobs", 1), ("look", 4)}
+    assert page._queue.max_size == server.WAITING
+
+
+def test_the_requirements_of_the_space_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {*project["dependencies"], *project["optional-dependencies"]["app"]}
+    assert {*(ROOT / "app" / "space" / "requirements.txt").read_text().split("\n")} - {""} == wanted
+    front = (ROOT / "app" / "space" / "README.md").read_text().split("---")[1]
+    facts = dict(line.split(": ", 1) for line in front.strip().splitlines())
+    assert (facts["sdk"], facts["app_file"]) == ("gradio", "app.py")
+    gradio = Requirement(project["optional-dependencies"]["app"][0])
+    assert gradio.specifier.contains(facts["sdk_version"])
+
+
+@pytest.mark.slow
+def test_the_space_starts_from_a_copy_and_offline(tmp_path: Path, free_port: int) -> None:
+    """As its README says, without an install of the package, and with no way out."""
+    for folder in ("algorithms", "app", "distributed", "pretrained", "ssm_metarl", "tasks", "tuning"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (ROOT / "app" / "space").iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
+    program = f"{hide} import runpy; sys.path.insert(0, '.'); runpy.run_path('app.py', run_name='__main__')"
+    environment = {**os.environ, **DEAD_END, "NO_PROXY": "127.0.0.1,localhost", "GRADIO_SERVER_PORT": str(free_port)}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+    try:
+        end = time.monotonic() + 100
+        text = ""
+        while not text and time.monotonic() < end and process.poll() is None:
+            try:
+                text = urllib.request.urlopen(f"http://127.0.0.1:{free_port}/", timeout=10).read().decode()
+            except OSError:
+                time.sleep(0.3)
+        assert "SSM-MetaRL" in text, (tmp_path / "log").read_text()
+        assert (tmp_path / "runs").is_dir()
+    finally:
+        process.terminate()
+        process.wait(30)
