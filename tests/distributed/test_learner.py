@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builders import drop, make_spec, toy_rollouts, uneven
-from ssm_metarl.algorithms import evaluation
+from ssm_metarl.algorithms import adaptation
 from ssm_metarl.algorithms.maml import ALGORITHMS, Batch
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.distributed import learner as module
@@ -58,7 +58,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """One task a shard, in the update and in adaptation."""
-    for user in (module, evaluation):
+    for user in (module, adaptation):
         monkeypatch.setattr(user, "task_shards", lambda shape: [slice(i, i + 1) for i in range(shape[0])])
 
 
