@@ -128,7 +128,7 @@ def test_no_task_or_another_number_of_seeds_is_refused() -> None:
 # --- Workers ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "spec"), [("navigation-2d", NAVIGATION), ("cartpole", CARTPOLE)])
 def test_experience_does_not_depend_on_the_number_of_workers(
     ray_session: None, family: str, spec: PolicySpec, num_workers: int

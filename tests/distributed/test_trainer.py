@@ -109,7 +109,9 @@ def alone(task: str) -> tuple[list[Rollouts], list[Metrics]]:
 
 
 @pytest.mark.usefixtures("ray_session", "small_shards")
-@pytest.mark.parametrize(("num_workers", "learner_threads"), [(0, 2), (1, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("num_workers", "learner_threads"), [(0, 2), (1, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("task", FAMILIES)
 def test_experience_and_metrics_depend_neither_on_workers_nor_on_threads(
     task: str, num_workers: int, learner_threads: int, monkeypatch: pytest.MonkeyPatch
