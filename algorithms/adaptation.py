@@ -45,7 +45,8 @@ class Adaptation:
     """What adapting to M tasks gave.
 
     Attributes:
-        weights: the best parameters of each task by the returns of its own episodes, [M, ...] float32 each.
+        weights: the best parameters of each task by the returns of its own episodes, [M, ...] float32 each, read-only
+            where no step was taken.
         returns: the adaptation curve: undiscounted return after 0..S steps, [M, S+1] float64, mean over a task's
             episodes; NaN where all of them were dropped.
         lengths: [M, S+1] float64, mean episode length.
@@ -133,7 +134,10 @@ class StandardAdapter:
             returns.append(_task_means(rollouts.returns()))
             lengths.append(_task_means(np.where(rollouts.kept(), rollouts.lengths(), np.nan)))
             if step == 0:
-                weights = best = {name: np.repeat(value[None], rollouts.num_tasks, 0) for name, value in meta.items()}
+                # Views: what is only evaluated needs no copy of the parameters for each of thousands of tasks.
+                best = {
+                    name: np.broadcast_to(value, (rollouts.num_tasks, *value.shape)) for name, value in meta.items()
+                }
                 best_step, highest = np.zeros(rollouts.num_tasks, np.int64), np.nan_to_num(returns[0], nan=-np.inf)
             else:
                 better = returns[-1] > highest
@@ -141,6 +145,8 @@ class StandardAdapter:
                 best = {name: _where(better, weights[name], value) for name, value in best.items()}
             if step == self.steps:
                 break
+            if step == 0:
+                weights = {name: value.copy() for name, value in best.items()}
             batch, found = self._batch(weights, rollouts, step)
             effective.append(found)
             config = self.config

@@ -96,8 +96,14 @@ class Normalizer:
         return {name: moments.to_dict() for name, moments in self._moments().items()}
 
     def load(self, values: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: moments are missing, as in what an older version wrote.
+        """
         if values:
+            if missing := sorted(set(self._moments()) - set(values)):
+                raise ValueError(f"The checkpoint has no moments of {', '.join(missing)}: an older version wrote it.")
             for name, moments in self._moments().items():
                 moments.load(values[name])
 

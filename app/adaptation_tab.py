@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..adapt_cli import json_object, modes_table, write_report
+from ..adapt_cli import json_object, modes_table, parameter_words, write_report
 from ..distributed.checkpoint import load_checkpoint
 from ..distributed.evaluation import MODES, AdaptOptions, TaskSource, adapt_checkpoint, compare_modes
 from ..job_cli import run_name
@@ -70,7 +69,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
         report = adapt_checkpoint(path, params, mode=mode, options=options, seed=int(seed))
         with tempfile.TemporaryDirectory() as folder:
             out = workspace.runs / run_name(report.task, f"adapt-{mode}") if keep else Path(folder)
-            summary = write_report(report, path, out)
+            summary = write_report(report, out)
             pictures = [Path(picture) for picture in summary["pictures"]]
             shown = pictures_html((picture, PICTURES[picture.name]) for picture in pictures)
         return headline(summary) + (kept(out) if keep else ""), shown
@@ -148,11 +147,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     cost = f"{summary['environment_steps']:,} environment steps, {summary['seconds']:.1f} s"
     unchanged = len(summary["curve"]) > 1 and summary["best_step"] == 0
     note = "No step did better on its own episodes: the policy is the meta-trained one." if unchanged else ""
-    task = json.dumps({name: _short(value) for name, value in summary["parameters"].items()})
     return (
         f'<p class="headline" role="status">Return <b id="before">{before["return"]:.1f}</b> before, '
         f'<b id="after">{after["return"]:.1f}</b> after</p>'
-        f'<p class="legend">95 % interval {interval} on fresh episodes; {cost}. {note}<br>Task: {text_html(task)}</p>'
+        f'<p class="legend">95 % interval {interval} on fresh episodes; {cost}. {note}<br>'
+        f"Task: {text_html(parameter_words(summary['parameters']))}</p>"
     )
 
 
@@ -169,7 +168,3 @@ def _slider(name: str) -> gr.Slider:
     return gr.Slider(
         low, top, cartpole.CARTPOLE_V1[name], step=step, label=LABELS[name], info=f"in training {low:g} … {high:g}"
     )
-
-
-def _short(value: Any) -> Any:
-    return round(value, 3) if isinstance(value, float) else value

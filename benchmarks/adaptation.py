@@ -92,7 +92,6 @@ def show_memoryless(options: Options) -> dict[str, Any]:
         common = {**MEMORYLESS, "seed": seed, "learner_threads": options.learner_threads}
         maml = TrainConfig.for_task("cartpole", **common)
         run = options.out / f"memoryless-maml-{seed}"
-        # A run's folder that is there is complete: it is renamed when its training has ended.
         steps = _trained(maml, run)
         plain = TrainConfig.for_task(
             "cartpole", **common, algorithm="rl2", inner_steps=0, baseline="linear", lr_schedule="constant",
@@ -105,13 +104,12 @@ def show_memoryless(options: Options) -> dict[str, Any]:
         adapted.append(evaluate_checkpoint(checkpoints(run)[-1], num_tasks=TASKS, steps=3, episodes=10).returns)
         unadapted.append(evaluate_checkpoint(checkpoints(other)[-1], num_tasks=TASKS, steps=0, episodes=10).returns)
     returns, plain_returns = np.array(adapted).mean(0), np.array(unadapted).mean(0)  # [tasks, S+1], [tasks, 1]
-    best_other = np.maximum(returns[:, 0].mean(), plain_returns.mean())
-    rival = returns[:, 0] if returns[:, 0].mean() >= plain_returns.mean() else plain_returns[:, 0]
+    rival = max(returns[:, 0], plain_returns[:, 0], key=lambda values: values.mean())
     mean, low, high = (float(x) for x in confidence_interval(returns[:, 1] - rival))
     return {
         "return_by_step": returns.mean(0).tolist(),
         "without_adaptation": float(plain_returns.mean()),
-        "better_of_both": float(best_other),
+        "better_of_both": float(rival.mean()),
         "gain": {"value": mean, "ci_low": low, "ci_high": high},
         "goal": 100.0,
         "goal_met": mean >= 100.0 and low > 0,

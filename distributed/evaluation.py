@@ -285,6 +285,7 @@ class TaskReport:
         mode: of adaptation.
         adaptation: curve, cost and the adapted weights.
         policy: the adapted policy.
+        checkpoint: the adapted policy's, of the same run; without an optimiser's state.
         before, after: fresh episodes of the meta-trained and of the adapted policy, with common random numbers.
     """
 
@@ -293,6 +294,7 @@ class TaskReport:
     mode: str
     adaptation: Adaptation
     policy: SSMPolicy
+    checkpoint: Checkpoint
     before: Rollouts
     after: Rollouts
 
@@ -351,6 +353,8 @@ def adapt_checkpoint(
         adapter = options.adapter(mode, subject.policy, subject.config, subject.checkpoint.replay, seed)
         task = _sample(subject.family, source.split, 1, seed)[0]
         if params:
+            if not isinstance(task, Mapping):
+                raise ValueError(f"A task of {subject.family.name} is {task!r} and has no parameters to set.")
             if unknown := set(params) - set(task):
                 raise ValueError(
                     f"A task of {subject.family.name} has the parameters {', '.join(task)}, not {sorted(unknown)[0]!r}."
@@ -363,7 +367,13 @@ def adapt_checkpoint(
         before = test[0](subject.policy.numpy_weights(), options.test_episodes, 0)
         after = test[1](adaptation.weights, options.test_episodes, 0)
         adapted = adaptation.policy(subject.policy)
-        return TaskReport(subject.family.name, task, mode, adaptation, adapted, before, after)
+        checkpoint = replace(
+            subject.checkpoint,
+            progress={**subject.checkpoint.progress, "adapted_to": task},
+            policy=adapted.numpy_weights(),
+            optimizer={},
+        )
+        return TaskReport(subject.family.name, task, mode, adaptation, adapted, checkpoint, before, after)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .distributed.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint, save_checkpoint
+from .distributed.checkpoint import save_checkpoint
 from .distributed.evaluation import AdaptOptions, TaskReport, TaskSource, adapt_checkpoint
 from .job_cli import run_name
 from .plots import plot_task
@@ -107,9 +107,7 @@ def run_adapt(options: Adapt, console: Console, runs: str) -> int:
         seed=options.seed,
         num_workers=options.num_workers,
     )
-    summary = write_report(
-        report, options.checkpoint, out or Path(runs) / run_name(report.task, f"adapt-{options.mode}")
-    )
+    summary = write_report(report, out or Path(runs) / run_name(report.task, f"adapt-{options.mode}"))
     _show(summary, console)
     for path in summary["pictures"]:
         console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)
@@ -119,12 +117,11 @@ def run_adapt(options: Adapt, console: Console, runs: str) -> int:
     return 0
 
 
-def write_report(report: TaskReport, source: str | Path, out: Path) -> dict[str, Any]:
+def write_report(report: TaskReport, out: Path) -> dict[str, Any]:
     """Write adaptation.json, the pictures and the adapted policy.
 
     Args:
         report: what adapting gave.
-        source: the checkpoint that was adapted.
         out: folder of the results, made where it is not there.
 
     Returns:
@@ -132,27 +129,21 @@ def write_report(report: TaskReport, source: str | Path, out: Path) -> dict[str,
     """
     summary = report.summary()
     out.mkdir(parents=True, exist_ok=True)
-    summary["checkpoint"] = str(_save(report, source, out / "policy"))
+    summary["checkpoint"] = str(save_checkpoint(out / "policy", report.checkpoint))
     (out / "adaptation.json").write_text(json.dumps(summary, indent=1))
     summary["pictures"] = [str(path) for path in plot_task(out, summary, report.before, report.after)]
     return summary
 
 
-def _save(report: TaskReport, source: str | Path, folder: Path) -> Path:
-    """The adapted policy as a checkpoint: of the same run, without an optimiser's state."""
-    loaded = load_checkpoint(resolve_checkpoint(source))
-    adapted: Checkpoint = replace(
-        loaded,
-        progress={**loaded.progress, "adapted_to": report.parameters},
-        policy=report.policy.numpy_weights(),
-        optimizer={},
-    )
-    return save_checkpoint(folder, adapted)
+def parameter_words(parameters: Any) -> str:
+    """A task's parameters as short JSON: numbers with four significant digits."""
+    return json.dumps(json.loads(json.dumps(parameters), parse_float=lambda text: float(f"{float(text):.4g}")))
 
 
 def _show(summary: Mapping[str, Any], console: Console) -> None:
     replayed = [f"{count:.1f}" for count in summary["effective_replay_episodes"]]
-    table = Table(title=f"{summary['task']}: {summary['mode']} adaptation to {json.dumps(summary['parameters'])}")
+    console.print(f"Task: {parameter_words(summary['parameters'])}", markup=False, highlight=False, soft_wrap=True)
+    table = Table(title=f"{summary['task']}: {summary['mode']} adaptation")
     columns = ["step", "return of its own episodes"]
     columns += ["effective replayed episodes"] if any(summary["effective_replay_episodes"]) else []
     for column in columns:

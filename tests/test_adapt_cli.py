@@ -14,6 +14,7 @@ from ssm_metarl import AdaptOptions, TaskSource, TrainConfig, adapt_checkpoint, 
 from ssm_metarl.cli import main
 from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
 from ssm_metarl.tasks import make
+from ssm_metarl.tasks.cartpole import CartPole
 
 SMALL = {"iterations": 2, "meta_batch": 6, "episodes": 4, "hidden_dim": 8, "state_dim": 4, "learner_threads": 1}
 
@@ -143,6 +144,19 @@ def test_a_gymnasium_environment_by_its_name(cartpole: Path, tmp_path: Path) -> 
     assert run("adapt", cartpole, *words, "--steps", 1, "--episodes", 2, "--test-episodes", 2, "--out", out) == 0
     assert json.loads((out / "adaptation.json").read_text())["parameters"] == {"length": 1.1}
     assert (out / "adaptation_curve.png").exists()
+
+
+def test_parameters_of_tasks_that_have_none_are_refused(cartpole: Path) -> None:
+    """A family's tasks may be any JSON values."""
+
+    class Numbered(CartPole):
+        name = "numbered"
+
+        def sample(self, n: int, rng: Any, split: str = "train") -> Any:
+            return list(range(n))
+
+    with pytest.raises(ValueError, match="A task of numbered is 0 and has no parameters"):
+        adapt_checkpoint(cartpole, {"direction": 1}, source=TaskSource(distribution=Numbered()))
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -344,3 +344,13 @@ class TestHybrid:
         policy = make_policy(spec)
         with pytest.raises(ValueError, match=message):
             HybridAdapter(policy, MetaConfig(), stored(spec, policy, ADVENTURES), **options)
+
+
+def test_evaluation_alone_copies_no_parameters() -> None:
+    """Without a step, the parameters of thousands of tasks are one array."""
+    spec = make_spec(discrete=True)
+    policy = make_policy(spec)
+    found = StandardAdapter(policy, MetaConfig(), steps=0).adapt(collector(spec, ADVENTURES), 2)
+    for name, value in found.weights.items():
+        assert value.strides[0] == 0
+        np.testing.assert_array_equal(value[1], policy.numpy_weights()[name])

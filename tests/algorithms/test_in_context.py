@@ -349,6 +349,29 @@ def test_a_normalised_policy_acts_alike_in_numpy_and_torch(inputs: str) -> None:
     np.testing.assert_allclose(arrays["input_scale"][:3], observations.std(0), rtol=1e-4)
 
 
+def test_a_previous_reward_is_scaled_by_rewards_and_the_critic_s_by_returns() -> None:
+    """Divided by a long return's spread, what a single action paid would hardly reach the policy."""
+    spec = make_spec(discrete=True, scale_rewards=True)
+    record = toy_rollouts(make_spec(discrete=True), make_policy(spec).numpy_weights(), [{"best": 0}] * 4, 5, 40)
+    normalizer = Normalizer(spec, 1.0)
+    for part in (record.select(slice(0, 1)), record.select(slice(1, 4))):
+        normalizer.update(part)
+    arrays = normalizer.arrays()
+    returns = record.rewards[:, ::-1].cumsum(1)[:, ::-1]
+    np.testing.assert_allclose(arrays["input_scale"][-2], record.rewards.std(), rtol=1e-4)
+    np.testing.assert_allclose(arrays["reward_scale"], returns.std(), rtol=1e-4)
+    assert arrays["reward_scale"] > 5 * arrays["input_scale"][-2]
+    np.testing.assert_array_equal(arrays["input_mean"], 0)
+
+
+def test_moments_of_an_older_version_are_refused() -> None:
+    spec = make_spec(scale_rewards=True)
+    kept = Normalizer(spec, 0.9).to_dict()
+    del kept["rewards"]
+    with pytest.raises(ValueError, match="no moments of rewards: an older version wrote it"):
+        Normalizer(spec, 0.9).load(kept)
+
+
 def test_a_task_adapts_with_the_normaliser_that_it_was_given() -> None:
     spec = make_spec(normalize_observations=True)
     policy = make_policy(spec)
