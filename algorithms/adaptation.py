@@ -18,7 +18,7 @@ from torch.distributions import kl_divergence
 from torch.func import functional_call
 
 from .inference import check_count, check_number, policy_inputs
-from .maml import Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, task_shards
+from .maml import Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, play, task_shards
 from .policy import SSMPolicy, numpy_weights
 from .replay import ReplayBuffer, TaskModel, as_columns, effective_sample_size
 from .rollouts import Array, Rollouts
@@ -419,10 +419,7 @@ def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[st
     def work(own: Mapping[str, Tensor], part: slice) -> Array:
         batch_part = batch.tasks(part)
         other = {name: torch.as_tensor(value[part]) for name, value in after.items()}
-        old, new = (
-            functional_call(policy, dict(weights), (batch_part.inputs, batch_part.resets)).actions
-            for weights in (own, other)
-        )
+        old, new = (play(policy, dict(weights), batch_part).actions for weights in (own, other))
         return np.asarray((kl_divergence(old, new) * batch_part.share).sum((1, 2)).numpy())
 
     return _sharded(work, before, tuple(batch.share.shape)).astype(np.float64)

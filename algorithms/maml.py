@@ -20,7 +20,7 @@ from torch.distributions import Categorical, Distribution, Independent, Normal, 
 from torch.func import functional_call
 
 from .inference import PolicySpec, check_count, check_number, policy_inputs, step_size
-from .policy import SSMPolicy
+from .policy import PolicyOutput, SSMPolicy
 from .returns import advantages as estimate
 from .returns import normalized
 from .rollouts import Array, Rollouts
@@ -262,23 +262,27 @@ def for_tasks(parameters: Mapping[str, Tensor], tasks: int) -> Parameters:
     return {name: value.unsqueeze(0).expand(tasks, *value.shape) for name, value in parameters.items()}
 
 
-def inner_loss(
-    policy: SSMPolicy, parameters: Parameters, batch: Batch, algorithm: Algorithm
-) -> tuple[Tensor, Distribution]:
-    """The negative policy-gradient objective that a task descends to adapt.
+def play(policy: SSMPolicy, parameters: Parameters, batch: Batch) -> PolicyOutput:
+    """What the policy with ``parameters``, shared or [M, ...] each, says of every step of a batch."""
+    output: PolicyOutput = functional_call(policy, parameters, (batch.inputs, batch.resets))
+    return output
 
-    Returns:
-        [M] losses, and the action distribution over the batch's steps.
+
+def inner_loss(actions: Distribution, batch: Batch, algorithm: Algorithm) -> Tensor:
+    """The negative policy-gradient objective that a task descends to adapt, [M].
+
+    Args:
+        actions: distributions of the policy that adapts over the batch's steps, [M, T, K].
+        batch: support rollouts.
     """
-    actions = functional_call(policy, parameters, (batch.inputs, batch.resets)).actions
     log_probs = actions.log_prob(batch.actions)
     weight = torch.exp(log_probs - batch.log_probs) if algorithm.inner_ratio else log_probs
-    return -(weight * batch.advantages * batch.share).sum((1, 2)), actions
+    return -(weight * batch.advantages * batch.share).sum((1, 2))
 
 
 def inner_step(
     policy: SSMPolicy, parameters: Parameters, batch: Batch, config: MetaConfig, *, differentiable: bool
-) -> tuple[Parameters, Distribution]:
+) -> tuple[Parameters, PolicyOutput]:
     """One gradient step of every task on its own support batch: θ'_i = θ_i - α ∇ L_i(θ_i).
 
     Args:
@@ -287,12 +291,13 @@ def inner_step(
         differentiable: keep the graph from the result to ``parameters``; without, the result is a new leaf.
 
     Returns:
-        Parameters after the step, [M, ...] each, and the action distribution before it.
+        Parameters after the step, [M, ...] each, and what the policy before it says of the batch.
     """
     algorithm = ALGORITHMS[config.algorithm]
     if not differentiable:
         parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    losses, actions = inner_loss(policy, parameters, batch, algorithm)
+    output = play(policy, parameters, batch)
+    losses = inner_loss(output.actions, batch, algorithm)
     second_order = differentiable and algorithm.second_order
     # Neither the value head nor a step size takes part in the policy gradient.
     gradients = torch.autograd.grad(
@@ -306,18 +311,16 @@ def inner_step(
         adapted[name] = value if gradient is None else value - config.inner_lr * gradient
     if not differentiable:
         adapted = {name: value.detach() for name, value in adapted.items()}
-    return adapted, actions
+    return adapted, output
 
 
-def outer_loss(
-    policy: SSMPolicy, parameters: Parameters, batch: Batch, config: MetaConfig
-) -> tuple[Tensor, Distribution]:
-    """Loss of each task's adapted policy on its query batch: PPO's clipped surrogate, or the plain policy gradient.
+def outer_loss(output: PolicyOutput, batch: Batch, config: MetaConfig) -> Tensor:
+    """Loss of each task's policy on a batch that it collected, [M]: PPO's clipped surrogate, or plain policy gradient.
 
-    Returns:
-        [M] losses, and the action distribution over the batch's steps.
+    Args:
+        output: what the policy says of the batch's steps.
+        batch: rollouts of the query, or of any stage that has a weight in the meta-objective.
     """
-    output = functional_call(policy, parameters, (batch.inputs, batch.resets))
     actions, advantages = output.actions, batch.outer_advantages
     log_probs = actions.log_prob(batch.actions)
     if ALGORITHMS[config.algorithm].clipped:
@@ -330,7 +333,7 @@ def outer_loss(
         gain = gain + config.entropy_bonus * actions.entropy()
     if batch.targets is not None:
         gain = gain - config.value_weight * torch.square(output.values - batch.targets)
-    return -(gain * batch.share).sum((1, 2)), actions
+    return -(gain * batch.share).sum((1, 2))
 
 
 class MetaLoss(NamedTuple):
@@ -376,12 +379,13 @@ def meta_loss(
     total = torch.zeros((), device=stages[0].share.device)
     before: Distribution | None = None
     for stage, weight in zip(stages[:-1], weights[:-1], strict=True):
+        current, output = inner_step(policy, current, stage, config, differentiable=True)
         if weight:
-            total = total + weight * outer_loss(policy, current, stage, config)[0]
-        current, actions = inner_step(policy, current, stage, config, differentiable=True)
-        before = actions if before is None else before
-    last, adapted = outer_loss(policy, current, stages[-1], config)
-    total = total + weights[-1] * last
+            total = total + weight * outer_loss(output, stage, config)
+        before = output.actions if before is None else before
+    output = play(policy, current, stages[-1])
+    adapted = output.actions
+    total = total + weights[-1] * outer_loss(output, stages[-1], config)
     first = stages[0]
     before = adapted if before is None else before
     if config.minibatches > 1 or len(stages) == 1:

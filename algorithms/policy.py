@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
+from .functions import tanh
 from .inference import PolicySpec, step_size
 from .rollouts import Array
 from .ssm import Affine, SSMBlock, along
@@ -78,7 +79,7 @@ class SSMPolicy(nn.Module):
         Returns:
             Distributions and values over [M, T, K], and the state after the last step.
         """
-        hidden = torch.tanh(self.encoder(self._normalized(inputs)))
+        hidden = tanh(self.encoder(self._normalized(inputs)))
         after = []
         for i, block in enumerate(self.blocks):
             hidden, last = block(hidden, resets, None if state is None else state[i])
@@ -87,7 +88,7 @@ class SSMPolicy(nn.Module):
 
     def step(self, inputs: Tensor, state: list[Tensor]) -> PolicyOutput:
         """Run over one step: as :meth:`forward` with inputs [M, K, I], distributions and values over [M, K]."""
-        hidden = torch.tanh(self.encoder(self._normalized(inputs)))
+        hidden = tanh(self.encoder(self._normalized(inputs)))
         after = []
         for block, before in zip(self.blocks, state, strict=True):
             assert isinstance(block, SSMBlock)
@@ -114,7 +115,8 @@ class SSMPolicy(nn.Module):
         head = self.policy(hidden)
         if self.spec.discrete:
             return Categorical(logits=head, validate_args=False)
-        std = torch.exp(along(self.policy.log_std, head)).expand_as(head)
+        # Contiguous: the logarithm that log_prob takes of it is ten times slower on an expanded one.
+        std = torch.exp(along(self.policy.log_std, head)).expand_as(head).contiguous()
         return Independent(Normal(head, std, validate_args=False), 1, validate_args=False)
 
     def numpy_weights(self) -> dict[str, Array]:

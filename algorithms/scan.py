@@ -45,22 +45,19 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, keep: Tensor | None, backwards: bool) -> Tensor:
         a, b = a.resolve_conj(), b.resolve_conj()
-        steps = b.shape[-3]
         h = torch.empty_like(b, memory_format=torch.contiguous_format)
-        # [*L, K, N], one step's size: collapses the loop over axes inside each operation
-        factor = a.unsqueeze(-2).expand(b.select(-3, 0).shape).contiguous()
-        inputs, outputs = b.unbind(-3), h.unbind(-3)
-        masks = None if keep is None else keep.unsqueeze(-1).unbind(-3)
-        order = range(steps - 1, -1, -1) if backwards else range(steps)
+        steps = b.shape[-3]
+        length = math.isqrt(steps) if b.numel() < _SMALL * steps else 1
+        whole = steps - steps % length if length > 1 else 0
+        # In the order of the recurrence, whole chunks come first and what is left over after them.
+        first = slice(steps - whole, steps) if backwards else slice(whole)
+        rest = slice(steps - whole) if backwards else slice(whole, steps)
         before = None
-        for t in order:
-            if before is None:
-                outputs[t].copy_(inputs[t])
-            elif masks is None:
-                torch.addcmul(inputs[t], factor, before, out=outputs[t])
-            else:
-                torch.addcmul(inputs[t], factor * masks[t], before, out=outputs[t])
-            before = outputs[t]
+        if whole:
+            masks = None if keep is None else keep[..., first, :]
+            before = _chunked(a, b[..., first, :, :], masks, h[..., first, :, :], length, backwards)
+        masks = None if keep is None else keep[..., rest, :]
+        _step_by_step(a.unsqueeze(-2), b[..., rest, :, :], masks, h[..., rest, :, :], before, backwards)
         return h
 
     @staticmethod
@@ -100,12 +97,72 @@ class _Scan(torch.autograd.Function):
         return _Scan.apply(a, b, keep, args[3]), 0
 
 
-def batched(size: int, dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Any]:
-    """For a ``vmap`` rule: the arguments with the mapped axis in front, those that have none (dim None) expanded."""
+_SMALL = 4096
+"""Numbers a step below which its work is less than the start of its operations, and chunks are worth a second pass."""
 
-    def front(x: Tensor | None, dim: int | None) -> Tensor | None:
-        if x is None:
-            return None
+
+def _step_by_step(
+    a: Tensor, b: Tensor, keep: Tensor | None, out: Tensor, before: Tensor | None, backwards: bool
+) -> Tensor | None:
+    """The recurrence along axis -3 into ``out``, after the state ``before``; returns the last state.
+
+    Args:
+        a: of a step's shape [*, K, N], or what broadcasts to it.
+        b, out: [*, T, K, N].
+        keep: [*, T, K] or None.
+    """
+    # One step's size: collapses the loop over axes inside each operation.
+    factor = a.expand(b.select(-3, 0).shape).contiguous() if b.shape[-3] else a
+    masks = None if keep is None else keep.unsqueeze(-1).unbind(-3)
+    steps = list(zip(b.unbind(-3), out.unbind(-3), masks or [None] * b.shape[-3], strict=True))
+    for entering, state, mask in reversed(steps) if backwards else steps:
+        if before is None:
+            state.copy_(entering)
+        else:
+            torch.addcmul(entering, factor if mask is None else factor * mask, before, out=state)
+        before = state
+    return before
+
+
+def _chunked(a: Tensor, b: Tensor, keep: Tensor | None, out: Tensor, length: int, backwards: bool) -> Tensor:
+    """The same from a zero state, for a whole number of chunks of ``length`` steps.
+
+    All chunks at once from zero states, then what enters each from the one before, through the powers of a: T = C L
+    steps in L + C operations.
+    """
+    inputs, states = (v.unflatten(-3, (-1, length)) for v in (b, out))  # [*, C, L, K, N]
+    masks = None if keep is None else keep.unflatten(-2, (-1, length))
+    _step_by_step(a[..., None, None, :], inputs, masks, states, None, backwards)
+    # [*, 1, L, 1, N]: a to the number of steps since the state before the chunk; 0 once it was reset in between.
+    powers = a.unsqueeze(-2).expand(*a.shape[:-1], length, -1).cumprod(-2)[..., None, :, None, :]
+    if backwards:
+        powers = powers.flip(-3)
+    if masks is not None:
+        kept = (masks.flip(-2) if backwards else masks).cumprod(-2)
+        powers = powers * (kept.flip(-2) if backwards else kept).unsqueeze(-1)
+    end = 0 if backwards else -1
+    chunks = states.unbind(-4)
+    through = powers.select(-3, end).expand(states.select(-3, end).shape).unbind(-3)
+    order = range(len(chunks) - 1, -1, -1) if backwards else range(len(chunks))
+    entering = torch.zeros_like(states.select(-3, end))  # [*, C, K, N]
+    carried = entering.unbind(-3)
+    before = None
+    for i in order:
+        if before is not None:
+            carried[i].copy_(before)
+            before = torch.addcmul(chunks[i].select(-3, end), through[i], before)
+        else:
+            before = chunks[i].select(-3, end)
+    states.addcmul_(powers, entering.unsqueeze(-3))
+    return out.select(-3, end)
+
+
+def batched(size: int, dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Any]:
+    """For a ``vmap`` rule: tensors with the mapped axis in front, those that have none (dim None) expanded."""
+
+    def front(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
     return [front(x, dim) for x, dim in zip(tensors, dims, strict=False)]

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .functions import gated_residual, linear, skip_tanh
 from .inference import MAX_NU, MIN_DECAY
-from .scan import batched, row_parts, scan
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W + b, with one weight for all tasks or one a task.
-
-    Args:
-        x: [*, in], or [M, *, in] when the weight has a task axis.
-        weight: [in, out] or [M, in, out].
-        bias: [out] or [M, out], or None.
-
-    Returns:
-        [*, out] or [M, *, out].
-    """
-    if weight.dim() == 2:
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-    else:
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        y = torch.bmm(flat, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), flat, weight)
-    return y.reshape(*x.shape[:-1], weight.shape[-1])
+from .scan import scan
 
 
 def along(vector: Tensor, x: Tensor) -> Tensor:
@@ -37,76 +17,6 @@ def along(vector: Tensor, x: Tensor) -> Tensor:
     if vector.dim() == 1:
         return vector
     return vector.reshape(vector.shape[0], *[1] * (x.dim() - 2), vector.shape[-1])
-
-
-def _gated_residual(y: Tensor, x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x + (y + skip ⊙ x) ⊙ sigmoid(weight ⊙ x + bias), with y and x [(M,) *, H] and vectors [(M,) H]."""
-    vectors = [vector.unsqueeze(-2) for vector in (skip, weight, bias)]
-    y, rows = (v.flatten(skip.dim() - 1, -2) for v in (y, x))
-    return _GatedResidual.apply(y, rows, *vectors)[0].view(x.shape)
-
-
-class _GatedResidual(torch.autograd.Function):
-    """The element-wise end of a gated block, over rows [*L, R, H] with vectors [*L, 1, H].
-
-    The derivative is written out because operation by operation every step reads and writes whole sequences: here a
-    few thousand rows go through all steps while they are in the cache. What the backward pass needs again (y with its
-    skip, the open gate) are outputs, so that gradients of gradients come back to this function.
-    """
-
-    @staticmethod
-    def forward(y: Tensor, x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out, read, gate = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(3))
-        for part in row_parts(x, -2):
-            ys, xs, outs, reads, gates = (v[part] for v in (y, x, out, read, gate))
-            torch.addcmul(ys, skip, xs, out=reads)
-            torch.addcmul(bias, weight, xs, out=gates).sigmoid_()
-            torch.addcmul(xs, reads, gates, out=outs)
-        return out, read, gate
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        _, x, skip, weight, _ = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, skip, weight, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, ...]:
-        x, skip, weight, read, gate = ctx.saved_tensors
-        above, above_read, above_gate = grads
-        if above is None:  # a gradient of the saved outputs alone
-            above = torch.zeros_like(x)
-        if torch.is_grad_enabled():
-            by_read = above * gate if above_read is None else torch.addcmul(above_read, above, gate)
-            by_gate = above * read if above_gate is None else torch.addcmul(above_gate, above, read)
-            by_gate = _sigmoid_backward(by_gate, gate)
-            by_x = above + by_read * skip + by_gate * weight
-            by_skip, by_weight = ((v * x).sum(-2, keepdim=True) for v in (by_read, by_gate))
-            return by_read, by_x, by_skip, by_weight, by_gate.sum(-2, keepdim=True)
-        by_read, by_x = torch.empty_like(read), torch.empty_like(read)
-        by_skip, by_weight, by_bias = (torch.zeros_like(skip) for _ in range(3))
-        for part in row_parts(x, -2):
-            xs, reads, gates, aboves, by_reads, by_xs = (v[part] for v in (x, read, gate, above, by_read, by_x))
-            torch.mul(aboves, gates, out=by_reads)
-            if above_read is not None:
-                by_reads += above_read[part]
-            by_gates = aboves * reads
-            if above_gate is not None:
-                by_gates += above_gate[part]
-            by_gates = _sigmoid_backward(by_gates, gates)
-            torch.addcmul(aboves, by_reads, skip, out=by_xs).addcmul_(by_gates, weight)
-            by_bias += by_gates.sum(-2, keepdim=True)
-            by_weight += by_gates.mul_(xs).sum(-2, keepdim=True)
-            by_skip += torch.mul(by_reads, xs, out=by_gates).sum(-2, keepdim=True)
-        return by_read, by_x, by_skip, by_weight, by_bias
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        moved = batched(info.batch_size, in_dims, args)
-        return _GatedResidual.apply(*moved), (0, 0, 0)
-
-
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
 
 
 class SSMBlock(nn.Module):
@@ -159,9 +69,8 @@ class SSMBlock(nn.Module):
     def _output(self, h: Tensor, x: Tensor) -> Tensor:
         y = linear(torch.view_as_real(h).flatten(-2), self.C)
         if self.gated:
-            return _gated_residual(y, x, self.D, self.gate["weight"], self.gate["bias"])
-        y = torch.addcmul(y, along(self.D, x), x)
-        return x + self.out(torch.tanh(y))
+            return gated_residual(y, x, self.D, self.gate["weight"], self.gate["bias"])
+        return linear(skip_tanh(y, x, self.D), self.out.weight, self.out.bias, residual=x)
 
     def forward(
         self, sequence: Tensor, resets: Tensor | None = None, state: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -54,6 +55,7 @@ class Learner:
         self._threads = 1
         if self.device.type == "cpu":
             torch.set_num_threads(1)
+            keep_freed_memory()
             self._threads = config.learner_threads
         # functional_call lends its parameters to the module for the time of the call: a module a thread.
         self._modules: SimpleQueue[SSMPolicy] = SimpleQueue()
@@ -254,6 +256,19 @@ class Learner:
                 f"The learner has outer_lr {outer} and inner_lr {self.config.inner_lr} "
                 f"instead of {outer_lr} and {inner_lr}."
             )
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse what it frees instead of handing it back to the kernel; without effect where not glibc.
+
+    A meta-update allocates and frees whole sequences a hundred times; fetching their pages anew every time took a sixth
+    of its time. The process keeps the most memory it ever had.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # From malloc.h: one arena for all threads, no block of its own by mmap, no trimming (up to 2 GiB).
+        for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
+            mallopt(parameter, value)
 
 
 def resolve_device(name: str) -> str:

@@ -40,6 +40,7 @@ from ssm_metarl.algorithms.maml import (
     make_batch,
     meta_loss,
     outer_loss,
+    play,
     task_shards,
 )
 from ssm_metarl.algorithms.policy import SSMPolicy
@@ -185,10 +186,10 @@ def test_first_order_holds_the_inner_gradients_fixed(steps: int) -> None:
     current = for_tasks(parameters, TASKS)
     for stage in stages[:-1]:
         fixed = {name: value.detach().requires_grad_() for name, value in current.items()}
-        losses, _ = inner_loss(policy, fixed, stage, ALGORITHMS["fomaml"])
+        losses = inner_loss(play(policy, fixed, stage).actions, stage, ALGORITHMS["fomaml"])
         inner = gradient(losses.sum(), fixed)
         current = {name: value - config.inner_lr * inner[name] for name, value in current.items()}
-    losses, _ = outer_loss(policy, current, stages[-1], config)
+    losses = outer_loss(play(policy, current, stages[-1]), stages[-1], config)
     ours = meta_gradient(policy, parameters, stages, config)
     assert_close(ours, gradient(losses.sum(), parameters))
     second = replace(config, algorithm="maml")
@@ -266,7 +267,7 @@ def test_beyond_the_clip_there_is_no_gradient(ratio: float, advantage: float) ->
         log_probs=(actions.log_prob(batch.actions) - math.log(ratio)).detach(),
         outer_advantages=torch.full_like(batch.advantages, advantage),
     )
-    losses, _ = outer_loss(policy, for_tasks(parameters, TASKS), batch, config)
+    losses = outer_loss(play(policy, for_tasks(parameters, TASKS), batch), batch, config)
     too_far = (ratio > 1) == (advantage > 0)
     bound = 1.3 if ratio > 1 else 0.7
     torch.testing.assert_close(losses, torch.full_like(losses, -advantage * (bound if too_far else ratio)))
@@ -287,9 +288,10 @@ def test_a_step_makes_an_action_likelier_where_its_advantage_is_positive(algorit
         actions = functional_call(policy, for_tasks(at, TASKS), (batch.inputs,)).actions
         return actions.log_prob(batch.actions)[:, 0, 0].sum()
 
+    output = play(policy, for_tasks(parameters, TASKS), batch)
     for loss in (
-        inner_loss(policy, for_tasks(parameters, TASKS), batch, ALGORITHMS[algorithm])[0],
-        outer_loss(policy, for_tasks(parameters, TASKS), batch, config)[0],
+        inner_loss(output.actions, batch, ALGORITHMS[algorithm]),
+        outer_loss(output, batch, config),
     ):
         step = gradient(loss.sum(), parameters)
         after = {name: value - 1e-3 * step[name] for name, value in parameters.items()}
@@ -346,9 +348,9 @@ def test_the_entropy_bonus_is_what_it_says() -> None:
 def test_a_small_inner_step_raises_the_surrogate_by_its_gradients_square(spec: Any, seed: int, algorithm: str) -> None:
     config = MetaConfig(algorithm=algorithm, inner_lr=1e-6)
     policy, parameters, (batch, _) = exact(config, spec, seed)
-    before, _ = inner_loss(policy, for_tasks(parameters, TASKS), batch, ALGORITHMS[algorithm])
+    before = inner_loss(play(policy, for_tasks(parameters, TASKS), batch).actions, batch, ALGORITHMS[algorithm])
     adapted, _ = inner_step(policy, for_tasks(parameters, TASKS), batch, config, differentiable=False)
-    after, _ = inner_loss(policy, adapted, batch, ALGORITHMS[algorithm])
+    after = inner_loss(play(policy, adapted, batch).actions, batch, ALGORITHMS[algorithm])
     for task in range(TASKS):
         square = norm(gradient(before[task], parameters)) ** 2
         assert (before[task] - after[task]).item() == pytest.approx(1e-6 * square, rel=1e-2, abs=1e-13)
