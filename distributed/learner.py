@@ -267,7 +267,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         # From malloc.h: one arena for all threads, no block of its own by mmap, no trimming (up to 2 GiB).
-        for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):
+        for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
             mallopt(parameter, value)
 
 
