@@ -43,6 +43,9 @@ class PolicyConfig:
             that of returns.
         encoder_scale: factor of the encoder's initial weights. With one-hot inputs, of which few are not 0, tanh is
             nearly linear at 1, and what depends on a product of inputs (this action and that reward) is slow to learn.
+        min_period: shortest period, in steps, of the oscillations that the modes start with, 2 or more; their phases
+            are uniform up to 2π/min_period (LRU's max_phase). Slow ones tell apart what changes slowly; single steps
+            of a long past are told apart by those of all periods from 2 on, which make a delay line.
     """
 
     hidden_dim: int = 64
@@ -55,6 +58,7 @@ class PolicyConfig:
     normalize_observations: bool = False
     scale_rewards: bool = False
     encoder_scale: float = 1.0
+    min_period: float = 20.0
 
     def __post_init__(self) -> None:
         check_count("hidden_dim", self.hidden_dim, 1)
@@ -68,6 +72,7 @@ class PolicyConfig:
             raise ValueError(f"inputs must be 'full' or 'observation', not {self.inputs!r}.")
         for name in ("initial_std", "encoder_scale"):
             check_number(name, getattr(self, name), above=0.0)
+        check_number("min_period", self.min_period, low=2.0)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class SSMPolicy(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         width = spec.hidden_dim
         self.encoder = Affine(spec.input_size, width, spec.encoder_scale * spec.input_size**-0.5, generator)
-        blocks = [SSMBlock(width, spec.state_dim, spec.gated, generator) for _ in range(spec.num_layers)]
+        form = (width, spec.state_dim, spec.gated, generator, spec.min_period)
+        blocks = [SSMBlock(*form) for _ in range(spec.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         # A small last layer starts near the uniform or zero-mean policy.
         self.policy = ActionHead(width, spec.action_size, 0.01 * width**-0.5, generator)

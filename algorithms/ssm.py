@@ -38,16 +38,19 @@ class SSMBlock(nn.Module):
         state_dim: N, even number of real state variables.
         gated: form of the output.
         generator: source of the initial weights.
+        min_period: least period of the initial modes, in steps: θ is uniform in [0, 2π/min_period].
     """
 
-    def __init__(self, hidden_dim: int, state_dim: int, gated: bool, generator: torch.Generator) -> None:
+    def __init__(
+        self, hidden_dim: int, state_dim: int, gated: bool, generator: torch.Generator, min_period: float = 20.0
+    ) -> None:
         super().__init__()
         self.gated = gated
         modes = state_dim // 2
         # Memory of 1 to 1000 steps, spread evenly on a logarithmic scale: |a| up to .999.
         steps = torch.logspace(0, 3, modes) if modes > 1 else torch.tensor([30.0])
         self.nu = nn.Parameter(-torch.log(steps))
-        self.theta = nn.Parameter(torch.rand(modes, generator=generator) * math.pi / 10)
+        self.theta = nn.Parameter(torch.rand(modes, generator=generator) * math.pi / (min_period / 2))
         self.B = nn.Parameter(_normal((hidden_dim, state_dim), (2 * hidden_dim) ** -0.5, generator))
         self.C = nn.Parameter(_normal((state_dim, hidden_dim), state_dim**-0.5, generator))
         self.D = nn.Parameter(_normal((hidden_dim,), 1.0, generator))

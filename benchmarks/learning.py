@@ -129,6 +129,24 @@ TARGETS = {
         num_tasks=2_000,
         episodes=1,
     ),
+    **{
+        f"{task}-{difficulty}": Target(
+            claim="A memory of the past, as good as the best that POPGym's authors trained.",
+            task=task,
+            options={"algorithm": "rl2", "task_options": {"difficulty": difficulty}},
+            goal=goal,
+            after=0,
+            steps=0,
+            num_tasks=1_000,
+            episodes=1,
+        )
+        # Morad et al. 2023 (arXiv 2303.01859), the best of 13 memories.
+        for task, goals in {
+            "repeat-previous": {"easy": 1.0, "medium": 0.789, "hard": 0.191},
+            "noisy-position-only-cartpole": {"easy": 0.995, "medium": 0.659, "hard": 0.404},
+        }.items()
+        for difficulty, goal in goals.items()
+    },
 }
 
 

@@ -5,7 +5,7 @@ Importing this package registers the built-in families. It needs gymnasium and N
 
 from __future__ import annotations
 
-from . import bandit, cartpole, metaworld, mujoco, navigation, tabular_mdp
+from . import bandit, cartpole, metaworld, mujoco, navigation, popgym, tabular_mdp
 from .adapter import from_name
 from .base import BatchedEnv, ReferenceReturns, Task, TaskDistribution, make, names, register, register_prefix
 
@@ -21,6 +21,7 @@ __all__ = [
     "mujoco",
     "names",
     "navigation",
+    "popgym",
     "register",
     "tabular_mdp",
 ]

@@ -209,7 +209,8 @@ class GymFamily(AdaptedFamily):
     Args:
         env_id: as for ``gymnasium.make``: "CartPole-v1", or "module:MyEnv-v0", where importing the module registers it.
         ranges: name → [low, high], finite.
-        horizon: most steps of an episode; None: as registered.
+        horizon: most steps of an episode; None: as registered, or the attribute ``horizon`` or
+            ``max_episode_length`` of the environment.
 
     Raises:
         ValueError: in one sentence, for an unknown environment or name, an impossible range, a space that is not
@@ -315,7 +316,7 @@ class TaskFamily(AdaptedFamily):
     Args:
         name: "package.module:attribute".
         horizon: most steps of an episode; None: the time limit that the environment has (``spec.max_episode_steps``),
-            or its attribute ``horizon``.
+            or its attribute ``horizon`` or ``max_episode_length``.
 
     Raises:
         ValueError: in one sentence, when there is no such module, attribute, method or horizon; when making the
@@ -637,8 +638,9 @@ def _own_horizon(name: str, env: gymnasium.Env[Any, Any]) -> Any:
     """The time limit that an environment has."""
     if env.spec is not None and env.spec.max_episode_steps is not None:
         return env.spec.max_episode_steps
-    if env.has_wrapper_attr("horizon"):
-        return env.get_wrapper_attr("horizon")
+    for attribute in ("horizon", "max_episode_length"):  # the second is POPGym's
+        if env.has_wrapper_attr(attribute):
+            return env.get_wrapper_attr(attribute)
     raise ValueError(f"{name} has no time limit of its own: give a horizon, the most steps of an episode.")
 
 

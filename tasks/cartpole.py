@@ -121,11 +121,17 @@ def derivative(state: NDArray[np.float64], force: NDArray[np.float64], physics: 
 
 
 class CartPoleEnv(BatchedEnv):
-    """N carts, each with physics of its own."""
+    """N carts, each with physics of its own.
 
-    def __init__(self, physics: Physics) -> None:
+    Args:
+        physics: constants of the N carts.
+        observation_space: of one cart; another one is for a subclass that observes something else.
+        horizon: most steps of an episode.
+    """
+
+    def __init__(self, physics: Physics, observation_space: Box = OBSERVATION_SPACE, horizon: int = HORIZON) -> None:
         num_envs = len(physics.gravity)
-        super().__init__(OBSERVATION_SPACE, ACTION_SPACE, num_envs, HORIZON)
+        super().__init__(observation_space, ACTION_SPACE, num_envs, horizon)
         self._physics = physics
         self._state = np.zeros((4, num_envs))
 

@@ -168,6 +168,7 @@ BAD = {
     "inputs": st.one_of(st.text(max_size=5), st.none(), st.lists(st.integers(), max_size=1)),
     "initial_std": not_positive,
     "encoder_scale": not_positive,
+    "min_period": st.one_of(not_positive, st.floats(max_value=1.999)),
 }
 BAD_SIZES = {"observation_size": not_a_count, "action_size": not_a_count, "discrete": st.sampled_from(["no", 1, None])}
 

@@ -149,6 +149,12 @@ def test_numpy_weights_are_copies() -> None:
     assert not policy.encoder.bias.any()
 
 
+def test_min_period_divides_the_initial_phases_alone() -> None:
+    slow, fast = (SSMPolicy(make_spec(min_period=period), seed=3).numpy_weights() for period in (20.0, 2.0))
+    for name, value in slow.items():
+        np.testing.assert_allclose(fast[name], value * (10.0 if name.endswith("theta") else 1.0), rtol=1e-6)
+
+
 def test_encoder_scale_is_a_factor_of_the_encoder_s_initial_weights_alone() -> None:
     one, four = (SSMPolicy(make_spec(encoder_scale=scale), seed=3).numpy_weights() for scale in (1.0, 4.0))
     for name, value in one.items():

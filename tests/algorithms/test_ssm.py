@@ -208,6 +208,15 @@ def test_modes_start_spread_over_the_time_scales_of_a_trial() -> None:
     assert reach[0] < 0.5
 
 
+@pytest.mark.parametrize("period", [2.0, 20.0, 1000.0])
+def test_modes_start_with_periods_of_at_least_that_asked_for(period: float) -> None:
+    theta = SSMBlock(3, 2000, False, torch.Generator().manual_seed(0), period).theta.detach()
+    shares = theta * period / (2 * torch.pi)
+    assert 0 <= shares.min() <= 0.01
+    assert shares.median().item() == pytest.approx(0.5, abs=0.05)
+    assert 0.99 <= shares.max() <= 1
+
+
 @pytest.mark.parametrize("nu", [-6.9, -3.0, 0.0])
 def test_modes_have_one_output_variance_for_white_input(nu: float) -> None:
     """γ = sqrt(1 - |a|²): the state's variance does not depend on the memory's length."""

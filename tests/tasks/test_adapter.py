@@ -308,6 +308,13 @@ class TestHorizon:
         env_id = list(gymnasium.registry)[-1]
         assert from_name(f"gym:{env_id}", {}, 7).horizon == 7
 
+    @pytest.mark.parametrize("attribute", ["horizon", "max_episode_length"])
+    def test_an_attribute_can_be_the_limit(
+        self, toy: Callable[..., GymFamily], attribute: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Toy, attribute, 5, raising=False)
+        assert toy(Box(0, 1, (2,)), limit=None).horizon == 5
+
     @pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "9"])
     def test_must_be_a_number_of_steps(self, wrong: Any) -> None:
         assert_refused("the horizon must be a whole number of steps", "gym:Pendulum-v1", {}, wrong)

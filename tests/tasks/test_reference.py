@@ -32,6 +32,10 @@ def either_push(observations: Floats, tasks: list[Task], rng: np.random.Generato
     return rng.integers(0, 2, len(observations))
 
 
+def any_suit(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
+    return rng.integers(0, 4, len(observations))
+
+
 def any_of_five(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
     return rng.integers(0, 5, len(observations))
 
@@ -59,6 +63,8 @@ RANDOM: dict[str, Player] = {
     "cartpole": either_push,
     "bandit": any_of_five,
     "tabular-mdp": any_of_five,
+    "repeat-previous": any_suit,
+    "noisy-position-only-cartpole": either_push,
 }
 
 
@@ -132,7 +138,7 @@ def _print_references(batches: int = 250, batch: int = 4000) -> None:
 
     for name, play in RANDOM.items():
         returns = measured(name, play)
-        print(f"{name}: random={returns.mean():.2f}, random_sd={returns.std():.2f}")
+        print(f"{name}: random={returns.mean():.4g}, random_sd={returns.std():.4g}")
     print(f"navigation-2d: oracle={measured('navigation-2d', straight_to_goal).mean():.3f}")
     print(f"tabular-mdp: {measure_reference(TabularMDP(), 400_000, np.random.default_rng(0))}")
 
