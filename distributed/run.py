@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -25,6 +25,9 @@ from .config import TrainConfig, available_cores
 from .learner import check_device
 from .storage import Mirror
 from .trainer import MetaTrainer, check_sizes
+
+if TYPE_CHECKING:
+    from .rllib_ppo import PolicyGradientTrainer
 
 
 @dataclass(frozen=True)
@@ -133,8 +136,8 @@ def train(
     if copy and resume:
         copy.pull()
     last = _prepare(run, resume, spec)
-    start_ray(config.num_workers)
-    trainer = MetaTrainer({**config.to_dict(), "task_distribution": distribution})
+    start_ray(config.num_workers, always=config.algorithm == "policy-gradient")
+    trainer = make_trainer(config, distribution)
     metrics: dict[str, Any] = {}
     try:
         if last:
@@ -169,6 +172,15 @@ def train(
     return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)
 
 
+def make_trainer(config: TrainConfig, distribution: TaskDistribution | None) -> MetaTrainer | PolicyGradientTrainer:
+    """The trainer of a run's algorithm."""
+    if config.algorithm == "policy-gradient":
+        from .rllib_ppo import PolicyGradientTrainer  # only here: RLlib takes seconds to load
+
+        return PolicyGradientTrainer(config, distribution)
+    return MetaTrainer({**config.to_dict(), "task_distribution": distribution})
+
+
 def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
     """Make the run's folder, unless it is there; return the checkpoint to go on from, None for a new run.
 
@@ -200,7 +212,7 @@ def prepare_run(run: Path) -> None:
         raise ValueError(f"{run} cannot be made: {error.strerror}.") from None
 
 
-def _save(trainer: MetaTrainer, run: Path, recent: list[float]) -> Path:
+def _save(trainer: MetaTrainer | PolicyGradientTrainer, run: Path, recent: list[float]) -> Path:
     """Checkpoint now; it is the best if the mean return after adaptation of the iterations since the last one is."""
     path = run / f"checkpoint_{trainer.meta_iteration:06d}"
     trainer.save_checkpoint(str(path))
