@@ -72,8 +72,12 @@ IN_CONTEXT: Mapping[str, object] = {
 POLICY_GRADIENT: Mapping[str, object] = {
     **IN_CONTEXT,
     "algorithm": "policy-gradient",
-    "gae_lambda": 0.95,
     "episodes": 1,
+    "epochs": 8,
+    "outer_lr": 2e-3,
+    "gae_lambda": 0.95,
+    # Returns are not scaled, and encoder and memory are shared: with more, the critic's error is all that they learn.
+    "value_weight": 1e-3,
 }
 """Options that "policy-gradient" starts from, where they differ from the defaults."""
 

@@ -7,6 +7,7 @@ go on from the other's weights.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 import traceback
@@ -59,11 +60,11 @@ STATE = "ssm"
 class TaskEnv(VectorEnv[Array, Array, Array]):
     """N columns that play episodes of a family, a new task each; an observation is what the policy reads.
 
-    That is the observation and, with ``inputs="full"``, the previous action as it was sampled (one-hot if discrete), the
-    previous reward and the start flag: the inputs that ``collect`` makes. The step after an episode's last one begins
-    the next episode, whatever the action (``AutoresetMode.NEXT_STEP``, which RLlib expects). Infos of a last step hold
-    ``return`` and ``length`` of the episode and, where the environment raised or gave a number that is not finite,
-    ``error``; such an episode is truncated at the last good observation.
+    That is the observation and, with ``inputs="full"``, the previous action as it was sampled (one-hot if discrete),
+    the previous reward and the start flag: the inputs that ``collect`` makes. The step after an episode's last one
+    begins the next episode, whatever the action (``AutoresetMode.NEXT_STEP``, which RLlib expects). Infos of a last
+    step hold ``return`` and ``length`` of the episode and, where the environment raised or gave a number that is not
+    finite, ``error``; such an episode is truncated at the last good observation.
 
     RLlib builds it in every worker, and seeds it with its own seed and the worker's index.
 
@@ -326,7 +327,9 @@ class EpisodicPPO(PPO):
         }
 
 
-def ppo_config(config: TrainConfig, distribution: TaskDistribution, begin: int = 0, reward_scale: float = 1.0) -> PPOConfig:
+def ppo_config(
+    config: TrainConfig, distribution: TaskDistribution, begin: int = 0, reward_scale: float = 1.0
+) -> PPOConfig:
     """RLlib's configuration of a run, without its module.
 
     Args:
@@ -427,7 +430,8 @@ class PolicyGradientTrainer:
         finished = [infos for infos in ppo.finished if not infos["error"]]
         errors = [infos["error"] for infos in ppo.finished if infos["error"]]
         if len(errors) > BAD_EPISODES_ALLOWED * len(ppo.finished):
-            raise EnvironmentFailure(f"{len(errors)} of {len(ppo.finished)} episodes were lost; the first:\n{errors[0]}")
+            share = f"{len(errors)} of {len(ppo.finished)} episodes"
+            raise EnvironmentFailure(f"{share} were lost; the first error:\n{errors[0]}")
         steps = int(results[ENV_RUNNER_RESULTS].get(NUM_ENV_STEPS_SAMPLED, 0))
         if not steps:
             raise RuntimeError("No worker returned an episode.")
@@ -518,6 +522,7 @@ def build(config: PPOConfig, threads: int) -> EpisodicPPO:
 
     Without files of RLlib's own, and with torch as it was but for the threads.
     """
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     try:

@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 
 from ..algorithms.inference import PolicySpec
 from ..tasks import TaskDistribution
-from .checkpoint import checkpoints, load_checkpoint, mark_best, prune
+from .checkpoint import checkpoints, load_checkpoint, mark_best, prune, resolve_checkpoint
 from .config import TrainConfig, available_cores
 from .learner import check_device
 from .storage import Mirror
@@ -106,18 +106,21 @@ def train(
     config: TrainConfig,
     run_dir: str | Path,
     *,
+    start: str | Path | None = None,
     resume: bool = False,
     on_iteration: Callable[[dict[str, Any]], None] | None = None,
     distribution: TaskDistribution | None = None,
     mirror: str | None = None,
 ) -> TrainResult:
-    """Meta-train in a folder: checkpoints, ``metrics.jsonl`` and TensorBoard events.
+    """Train in a folder: checkpoints, ``metrics.jsonl`` and TensorBoard events.
 
     SIGINT and SIGTERM end the run after the current iteration, with a checkpoint; a second one ends it at once.
 
     Args:
         config: of the run. With ``num_workers`` above 0, Ray is started in this process unless it already is.
         run_dir: folder of the run, new or empty unless ``resume``.
+        start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with, whatever the
+            algorithm that made them; None: initial weights.
         resume: go on from the folder's last checkpoint, exactly as if the run had not stopped.
         on_iteration: called with each iteration's metrics.
         distribution: the family itself, instead of the registered one that ``config.task`` names.
@@ -125,7 +128,7 @@ def train(
 
     Raises:
         ValueError: the folder is not empty or cannot be made, or has no run to resume; or no storage is at the URI.
-        CheckpointError: the checkpoint to resume is damaged or of other sizes.
+        CheckpointError: the checkpoint to resume or to start from is damaged or of other sizes.
         EnvironmentFailure: the environment spoils more than a tenth of the episodes.
     """
     begin = time.perf_counter()
@@ -135,6 +138,14 @@ def train(
     copy = Mirror(run, mirror) if mirror else None
     if copy and resume:
         copy.pull()
+    first = None if start is None or resume else load_checkpoint(resolve_checkpoint(start))
+    if first:
+        check_sizes(str(start), first.spec, spec)
+    elif config.algorithm == "policy-gradient" and spec.normalizes and not resume:
+        raise ValueError(
+            "policy-gradient keeps the normaliser of the checkpoint that it starts from and learns none: "
+            "normalize_observations and scale_rewards must be False without one."
+        )
     last = _prepare(run, resume, spec)
     start_ray(config.num_workers, always=config.algorithm == "policy-gradient")
     trainer = make_trainer(config, distribution)
@@ -142,6 +153,8 @@ def train(
     try:
         if last:
             trainer.load_checkpoint(str(last))
+        elif first:
+            trainer.start_from(first)
         checkpoint = last or _save(trainer, run, [])
         saved = trainer.meta_iteration
         recent = _cut_metrics(run / "metrics.jsonl", saved)[-config.checkpoint_every :]
