@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +180,8 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
             else:
                 self._inputs[column, size:-2] = action
             self._inputs[column, -2] = reward
-        return reward, bool(terminated[0]), bool(truncated[0])
+        cut = bool(truncated[0]) or self._lengths[column] == self._family.horizon
+        return reward, bool(terminated[0]), cut
 
     def _read(self, column: int, observation: Array) -> None:
         self._inputs[column, : self._spec.observation_size] = observation
@@ -442,8 +446,9 @@ class PolicyGradientTrainer:
         return {
             "iteration": self.meta_iteration,
             "env_steps": self.env_steps,
-            "return_by_step": [float(np.mean([infos["return"] for infos in finished]))],
-            "episode_length_by_step": [float(np.mean([infos["length"] for infos in finished]))],
+            # Where there are more workers than episodes in an iteration, none may have ended yet.
+            "return_by_step": [float(np.mean([infos["return"] for infos in finished] or np.nan))],
+            "episode_length_by_step": [float(np.mean([infos["length"] for infos in finished] or np.nan))],
             "seconds": {**ppo.seconds, "adapt": 0.0, "total": time.perf_counter() - begin},
             "restarts": ppo.env_runner_group.num_remote_worker_restarts(),
             "dropped_tasks": [],
@@ -526,9 +531,24 @@ def build(config: PPOConfig, threads: int) -> EpisodicPPO:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(threads)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _without_stderr():
             warnings.simplefilter("ignore")
             return EpisodicPPO(config)
     finally:
         # RLlib's seed turns them on, for the whole process and its other torch code.
         torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Ray's native code warns there, of every worker, that it can be restarted only while its configuration is kept;
+    RLlib keeps it."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

@@ -20,7 +20,7 @@ from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.inference import NumpyPolicy, PolicySpec, policy_inputs
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
-from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
+from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint, resolve_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.evaluation import evaluate_checkpoint
 from ssm_metarl.distributed.learner import Learner
@@ -122,6 +122,12 @@ def test_a_new_task_begins_whatever_the_action_after_an_episodes_end() -> None:
         assert not (after[2][done]).any(), "the reset has no reward"
         ready = after[0][~done]
         assert (ready.shape[1], env._spec.input_size) == (8, 8)
+
+
+def test_an_episode_is_cut_at_the_horizon_where_the_environment_goes_on() -> None:
+    env = task_env(FaultyNavigation(), 2)  # whose horizon is 20, and its environments' 100
+    ends = [i for i, step in enumerate(wander(env, 63, 0)) if step[4].all()]
+    assert ends == [19, 40, 61]
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan"])
@@ -331,7 +337,7 @@ def test_a_run_goes_on_is_evaluated_and_gives_and_takes_the_weights_of_meta_trai
         "navigation-2d", meta_batch=2, episodes=2, iterations=1, outer_lr=1e-12, learner_threads=1, **form
     )
     result = train(meta, tmp_path / "meta", start=tmp_path / "rllib")
-    last = load_checkpoint(sorted((tmp_path / "rllib").glob("checkpoint_*"))[-1])
+    last = load_checkpoint(resolve_checkpoint(tmp_path / "rllib"))
     for name, value in load_checkpoint(result.checkpoint).policy.items():
         np.testing.assert_allclose(value, last.policy[name], atol=1e-6)
     back = config(iterations=1, outer_lr=1e-12, value_weight=0.0)
@@ -353,6 +359,26 @@ def test_equal_seeds_give_equal_runs_and_a_normaliser_stays_as_loaded(tmp_path: 
     assert before.policy["reward_scale"] != 1
     for name, value in before.policy.items():
         assert np.array_equal(one.policy[name], value) == (name in ("input_mean", "input_scale", "reward_scale")), name
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"meta_batch": 1},
+        {"minibatches": 50, "num_layers": 0, "inputs": "observation"},
+        {"minibatches": 50, "lr_schedule": "constant", "num_workers": 1},
+    ],
+)
+def test_few_episodes_many_minibatches_no_memory_and_workers_are_possible(sizes: dict[str, Any]) -> None:
+    with training(config("bandit", **sizes)) as trainer:
+        before = trainer.weights()
+        metrics = trainer.step()
+        assert 100 * trainer.train_config.meta_batch <= metrics["env_steps"] < 110 * trainer.train_config.meta_batch
+        after = trainer.weights()
+        for name in ("policy.bias", "value.bias"):
+            assert (after[name] != before[name]).all(), name
 
 
 @pytest.mark.usefixtures("ray_session")
