@@ -3,9 +3,9 @@
     python benchmarks/rllib.py --seeds 0 1 2
 
 The three see the same inputs (observation, previous action, previous reward, start flag) of the same tasks' family, and
-have PPO's same constants. What is reported is the return of sampled actions on held-out tasks, the same for all, whenever
-another ``every`` environment steps are done. Seconds are those of training, from before RLlib or the trainer starts;
-evaluations do not count.
+have PPO's same constants. What is reported is the return of sampled actions on held-out tasks, the same for all,
+whenever another ``every`` environment steps are done. Seconds are those of training, from before RLlib or the trainer
+starts; evaluations do not count.
 
 Started again after an interruption, it goes on with the next job: one that is done is read from its ``result.json``
 under ``--out``.

@@ -383,7 +383,8 @@ def _train(options: Train) -> int:
             before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
-            speed = f"{steps / metrics['seconds']['total'] / 1000:.0f}k steps/s" if steps else ""
+            rate = steps / metrics["seconds"]["total"] / 1000
+            speed = f"{rate:.{0 if rate > 10 else 1}f}k steps/s" if steps else ""
             returns = f"return {before:.1f} → {after:.1f}" if config.inner_steps else f"return {after:.1f}"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
             if not console.is_terminal:
