@@ -172,8 +172,8 @@ def play(module: TorchRLModule, family: TaskDistribution, spec: PolicySpec, num_
     size, identity = spec.observation_size, np.eye(spec.action_size, dtype=np.float32)
     inputs = np.zeros((num_tasks, spec.input_size), np.float32)
     inputs[:, -1] = 1.0
-    initial = module.get_initial_state()
-    state = {name: torch.as_tensor(value).expand(num_tasks, -1).clone() for name, value in initial.items()}
+    initial = {name: torch.as_tensor(value) for name, value in module.get_initial_state().items()}
+    state = {name: value.expand(num_tasks, *value.shape) for name, value in initial.items()}
     returns, alive = np.zeros(num_tasks), np.ones(num_tasks, bool)
     for _ in range(family.horizon):
         inputs[:, :size] = observation
