@@ -182,7 +182,7 @@ def test_an_update_that_is_not_finite_is_exit_code_1_and_one_sentence(
 def test_workers_change_nothing(
     command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "start_ray", lambda num_workers: None)
+    monkeypatch.setattr(run_module, "start_ray", lambda num_workers, always=False: None)
     results = []
     for workers in "02":
         folder = tmp_path / workers
@@ -370,7 +370,7 @@ def test_help_shows_the_options(command: Command, tmp_path: Path, arguments: str
 def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(
     command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "start_ray", lambda num_workers: None)
+    monkeypatch.setattr(run_module, "start_ray", lambda num_workers, always=False: None)
     outcome = command("--num-workers", "7", "--run-dir", tmp_path / "run")
     assert (outcome.code, outcome.out) == (2, "")
     sentence = "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer."

@@ -496,7 +496,7 @@ def test_step_weights_are_normalised(weights: list[float]) -> None:
 
 def test_only_the_clipped_objective_is_good_for_several_epochs() -> None:
     passes = {name: MetaConfig(algorithm=name, epochs=7).passes for name in ALGORITHMS}
-    assert passes == {"promp": 7, "rl2": 7, "maml": 1, "fomaml": 1}
+    assert passes == {"promp": 7, "rl2": 7, "policy-gradient": 7, "maml": 1, "fomaml": 1}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -18,6 +18,8 @@ from ssm_metarl.distributed.learner import Learner
 
 TASKS, COLUMNS, HORIZON = 6, 5, 8
 
+OURS = [name for name in ALGORITHMS if name != "policy-gradient"]  # which RLlib trains
+
 
 def make_learner(seed: int = 0, discrete: bool = False, hidden_dim: int = 6, **options: Any) -> Learner:
     options = {"learner_threads": 1, "epochs": 3} | options
@@ -63,7 +65,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_shards")
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OURS)
 @pytest.mark.parametrize("discrete", [False, True])
 def test_threads_change_nothing(algorithm: str, discrete: bool) -> None:
     """Parameters, moments and statistics are equal to the last bit, update after update."""
@@ -90,7 +92,7 @@ def test_shards_change_only_the_rounding(monkeypatch: pytest.MonkeyPatch) -> Non
         assert statistics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OURS)
 def test_an_update_improves_the_objective(algorithm: str) -> None:
     learner = make_learner(algorithm=algorithm, outer_lr=3e-3)
     stages = experience(learner)
@@ -243,7 +245,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters(stage: int) -
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OURS)
 def test_a_task_lost_at_one_stage_has_no_influence(stage: int, algorithm: str) -> None:
     """The update is that of the other tasks alone."""
     learner, others = make_learner(algorithm=algorithm), make_learner(algorithm=algorithm)
