@@ -50,10 +50,11 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "rl2": Algorithm(inner_ratio=True, second_order=True, clipped=True),
     "maml": Algorithm(inner_ratio=False, second_order=True, clipped=False),
     "fomaml": Algorithm(inner_ratio=False, second_order=False, clipped=False),
+    "policy-gradient": Algorithm(inner_ratio=True, second_order=True, clipped=True),
 }
 """ProMP (Rothfuss et al. 2019, arXiv 1810.06784), RL² (Duan et al. 2016, arXiv 1611.02779), MAML and first-order MAML
 (Finn et al. 2017, arXiv 1703.03400). RL² is ProMP that may do without inner steps: PPO on a policy that learns in its
-recurrent state."""
+recurrent state. "policy-gradient" is that with RLlib's PPO, over single episodes."""
 
 IN_CONTEXT: Mapping[str, object] = {
     "inner_steps": 0,
@@ -68,6 +69,18 @@ IN_CONTEXT: Mapping[str, object] = {
 }
 """Options that "rl2" starts from, where they differ from the defaults."""
 
+POLICY_GRADIENT: Mapping[str, object] = {
+    **IN_CONTEXT,
+    "algorithm": "policy-gradient",
+    "episodes": 1,
+    "epochs": 8,
+    "outer_lr": 2e-3,
+    "gae_lambda": 0.95,
+    # Returns are not scaled, and encoder and memory are shared: with more, the critic's error is all that they learn.
+    "value_weight": 1e-3,
+}
+"""Options that "policy-gradient" starts from, where they differ from the defaults."""
+
 BASELINES = ("linear", "critic", "time")
 """What advantages are measured against: a linear function of observation and time fitted to each task's returns, the
 policy's value head, or the mean return of the time step over the whole batch."""
@@ -78,9 +91,9 @@ class MetaConfig:
     """How the policy adapts and how it is meta-trained.
 
     Attributes:
-        algorithm: "promp", "maml", "fomaml" or "rl2".
+        algorithm: "promp", "maml", "fomaml", "rl2" or "policy-gradient".
         inner_lr: step size of the inner policy gradient steps.
-        inner_steps: number S of inner steps; "rl2" alone can do without (0).
+        inner_steps: number S of inner steps; "rl2" can do without (0), "policy-gradient" has none.
         step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; two numbers: before
             adaptation and after the last step; empty: all on the last.
         outer_lr: Adam's learning rate at the first iteration.
@@ -125,8 +138,10 @@ class MetaConfig:
         for name in ("discount", "gae_lambda"):
             check_number(name, getattr(self, name), low=0.0, high=1.0)
         check_count("inner_steps", self.inner_steps, 0)
-        if self.inner_steps == 0 and self.algorithm != "rl2":
-            raise ValueError(f"inner_steps must be 1 or more for {self.algorithm}: only rl2 learns without.")
+        if self.inner_steps == 0 and self.algorithm not in ("rl2", "policy-gradient"):
+            raise ValueError(
+                f"inner_steps must be 1 or more for {self.algorithm}: only rl2 and policy-gradient learn without."
+            )
         check_count("epochs", self.epochs, 1)
         check_count("minibatches", self.minibatches, 1)
         weights = self.step_weights

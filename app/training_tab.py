@@ -91,7 +91,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
                     gr.Slider(2, 200, first.meta_batch, step=1, label="Tasks an iteration (meta_batch)"),
                     gr.Slider(1, 100, first.episodes, step=1, label="Episodes a task", elem_id="episodes"),
                     gr.Number(first.inner_lr, label="Inner learning rate", minimum=0.001, maximum=10, step=0.01),
-                    gr.Slider(0, 3, first.inner_steps, step=1, label="Inner steps", info="0: rl2 only"),
+                    gr.Slider(0, 3, first.inner_steps, step=1, label="Inner steps", info="0: rl2, policy-gradient"),
                     gr.Number(first.outer_lr, label="Outer learning rate", minimum=1e-6, maximum=0.1, step=1e-4),
                 ]
             with gr.Accordion("Policy, replay and seed", open=False):

@@ -201,46 +201,17 @@ class Learner:
             return list(threads.map(lent, shards))
 
     def optimizer_arrays(self) -> dict[str, Array]:
-        """Adam's moments and step counts as arrays by ``parameter.moment``, for a checkpoint."""
-        arrays = {}
-        for name, parameter in self.policy.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                arrays[f"{name}.{key}"] = value.detach().cpu().numpy().copy()
-        return arrays
+        """Adam's moments and step counts, for a checkpoint."""
+        return optimizer_arrays(self.policy, self.optimizer)
 
     def load(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array]) -> None:
-        """Take parameters and moments of a checkpoint; learning rates stay those of the config.
-
-        Args:
-            weights: by parameter name, of exactly this policy's shapes.
-            optimizer: as from :meth:`optimizer_arrays`.
+        """Take parameters and moments of a checkpoint, see :func:`load_state`; learning rates stay those of the config.
 
         Raises:
             ValueError: a name or shape does not fit; nothing is changed.
         """
-        own = dict(self.policy.named_parameters()) | dict(self.policy.named_buffers())
-        misfit = {name for name in own.keys() | weights.keys() if name not in own or name not in weights}
-        misfit |= {name for name in own.keys() & weights.keys() if tuple(own[name].shape) != weights[name].shape}
-        # Adam keeps all three of its numbers for a parameter, or, without a gradient so far, none.
-        for name in {key.rpartition(".")[0] for key in optimizer}:
-            shape = tuple(own[name].shape) if name in own else None
-            for moment, size in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape)):
-                key = f"{name}.{moment}"
-                if shape is None or key not in optimizer or optimizer[key].shape != size:
-                    misfit.add(key)
-        misfit |= {key for key in optimizer if key.rpartition(".")[2] not in ("step", "exp_avg", "exp_avg_sq")}
-        if misfit:
-            raise ValueError(f"The checkpoint's policy has other sizes: {', '.join(sorted(misfit))} do not fit.")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(torch.as_tensor(weights[name]))
+        load_state(self.policy, self.optimizer, weights, optimizer)
         self._normalize(weights)
-        self.optimizer.state.clear()
-        for key, value in optimizer.items():
-            name, moment = key.rsplit(".", 1)
-            tensor = torch.as_tensor(np.array(value))
-            # Adam keeps its step count on the CPU whatever the parameters' device.
-            self.optimizer.state[own[name]][moment] = tensor if moment == "step" else tensor.to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.outer_lr
 
@@ -266,9 +237,58 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # From malloc.h: one arena for all threads, no block of its own by mmap, no trimming (up to 2 GiB).
+        # From malloc.h: one arena for all threads, no block of its own by mmap, no trimming (up to 2 GiB),
+        # and 64 MiB more at a time than asked for, which keeps a thread's heaps, too.
         for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
             mallopt(parameter, value)
+
+
+def optimizer_arrays(policy: SSMPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Array]:
+    """Adam's moments and step counts as arrays by ``parameter.moment``."""
+    arrays = {}
+    for name, parameter in policy.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            arrays[f"{name}.{key}"] = value.detach().cpu().numpy().copy()
+    return arrays
+
+
+def load_state(
+    policy: SSMPolicy,
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Array],
+    moments: Mapping[str, Array],
+) -> None:
+    """Put the weights and moments of a checkpoint into a policy and its Adam.
+
+    Args:
+        weights: by parameter name, of exactly this policy's shapes.
+        moments: as from :func:`optimizer_arrays`.
+
+    Raises:
+        ValueError: a name or shape does not fit; nothing is changed.
+    """
+    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
+    misfit = {name for name in own.keys() | weights.keys() if name not in own or name not in weights}
+    misfit |= {name for name in own.keys() & weights.keys() if tuple(own[name].shape) != weights[name].shape}
+    # Adam keeps all three of its numbers for a parameter, or, without a gradient so far, none.
+    for name in {key.rpartition(".")[0] for key in moments}:
+        shape = tuple(own[name].shape) if name in own else None
+        for moment, size in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape)):
+            key = f"{name}.{moment}"
+            if shape is None or key not in moments or moments[key].shape != size:
+                misfit.add(key)
+    misfit |= {key for key in moments if key.rpartition(".")[2] not in ("step", "exp_avg", "exp_avg_sq")}
+    if misfit:
+        raise ValueError(f"The checkpoint's policy has other sizes: {', '.join(sorted(misfit))} do not fit.")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.as_tensor(weights[name]))
+    optimizer.state.clear()
+    for key, value in moments.items():
+        name, moment = key.rsplit(".", 1)
+        tensor = torch.as_tensor(np.array(value))
+        # Adam keeps its step count on the CPU whatever the parameters' device.
+        optimizer.state[own[name]][moment] = tensor if moment == "step" else tensor.to(own[name].device)
 
 
 def resolve_device(name: str) -> str:

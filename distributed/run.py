@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -20,11 +20,14 @@ from tensorboardX import SummaryWriter
 
 from ..algorithms.inference import PolicySpec
 from ..tasks import TaskDistribution
-from .checkpoint import checkpoints, load_checkpoint, mark_best, prune
+from .checkpoint import checkpoints, load_checkpoint, mark_best, prune, resolve_checkpoint
 from .config import TrainConfig, available_cores
 from .learner import check_device
 from .storage import Mirror
 from .trainer import MetaTrainer, check_sizes
+
+if TYPE_CHECKING:
+    from .rllib_ppo import PolicyGradientTrainer
 
 
 @dataclass(frozen=True)
@@ -103,18 +106,21 @@ def train(
     config: TrainConfig,
     run_dir: str | Path,
     *,
+    start: str | Path | None = None,
     resume: bool = False,
     on_iteration: Callable[[dict[str, Any]], None] | None = None,
     distribution: TaskDistribution | None = None,
     mirror: str | None = None,
 ) -> TrainResult:
-    """Meta-train in a folder: checkpoints, ``metrics.jsonl`` and TensorBoard events.
+    """Train in a folder: checkpoints, ``metrics.jsonl`` and TensorBoard events.
 
     SIGINT and SIGTERM end the run after the current iteration, with a checkpoint; a second one ends it at once.
 
     Args:
         config: of the run. With ``num_workers`` above 0, Ray is started in this process unless it already is.
         run_dir: folder of the run, new or empty unless ``resume``.
+        start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with, whatever the
+            algorithm that made them; None: initial weights.
         resume: go on from the folder's last checkpoint, exactly as if the run had not stopped.
         on_iteration: called with each iteration's metrics.
         distribution: the family itself, instead of the registered one that ``config.task`` names.
@@ -122,7 +128,7 @@ def train(
 
     Raises:
         ValueError: the folder is not empty or cannot be made, or has no run to resume; or no storage is at the URI.
-        CheckpointError: the checkpoint to resume is damaged or of other sizes.
+        CheckpointError: the checkpoint to resume or to start from is damaged or of other sizes.
         EnvironmentFailure: the environment spoils more than a tenth of the episodes.
     """
     begin = time.perf_counter()
@@ -132,13 +138,23 @@ def train(
     copy = Mirror(run, mirror) if mirror else None
     if copy and resume:
         copy.pull()
+    first = None if start is None or resume else load_checkpoint(resolve_checkpoint(start))
+    if first:
+        check_sizes(str(start), first.spec, spec)
+    elif config.algorithm == "policy-gradient" and spec.normalizes and not resume:
+        raise ValueError(
+            "policy-gradient keeps the normaliser of the checkpoint that it starts from and learns none: "
+            "normalize_observations and scale_rewards must be False without one."
+        )
     last = _prepare(run, resume, spec)
-    start_ray(config.num_workers)
-    trainer = MetaTrainer({**config.to_dict(), "task_distribution": distribution})
+    start_ray(config.num_workers, always=config.algorithm == "policy-gradient")
+    trainer = make_trainer(config, distribution)
     metrics: dict[str, Any] = {}
     try:
         if last:
             trainer.load_checkpoint(str(last))
+        elif first:
+            trainer.start_from(first)
         checkpoint = last or _save(trainer, run, [])
         saved = trainer.meta_iteration
         recent = _cut_metrics(run / "metrics.jsonl", saved)[-config.checkpoint_every :]
@@ -167,6 +183,15 @@ def train(
     finally:
         trainer.stop()
     return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)
+
+
+def make_trainer(config: TrainConfig, distribution: TaskDistribution | None) -> MetaTrainer | PolicyGradientTrainer:
+    """The trainer of a run's algorithm."""
+    if config.algorithm == "policy-gradient":
+        from .rllib_ppo import PolicyGradientTrainer  # only here: RLlib takes seconds to load
+
+        return PolicyGradientTrainer(config, distribution)
+    return MetaTrainer({**config.to_dict(), "task_distribution": distribution})
 
 
 def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
@@ -200,7 +225,7 @@ def prepare_run(run: Path) -> None:
         raise ValueError(f"{run} cannot be made: {error.strerror}.") from None
 
 
-def _save(trainer: MetaTrainer, run: Path, recent: list[float]) -> Path:
+def _save(trainer: MetaTrainer | PolicyGradientTrainer, run: Path, recent: list[float]) -> Path:
     """Checkpoint now; it is the best if the mean return after adaptation of the iterations since the last one is."""
     path = run / f"checkpoint_{trainer.meta_iteration:06d}"
     trainer.save_checkpoint(str(path))

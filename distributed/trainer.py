@@ -63,6 +63,8 @@ class MetaTrainer(tune.Trainable):
         if self._trial_info is not None:  # under Tune, where the learner has the one CPU that was requested for it
             config["learner_threads"] = 1
         self.train_config = TrainConfig.from_dict(config)
+        if self.train_config.algorithm == "policy-gradient":
+            raise ValueError("policy-gradient is no meta-learning algorithm: only train runs it, with RLlib's PPO.")
         self.distribution: TaskDistribution = distribution or self.train_config.family()
         self.spec = self.train_config.policy_spec(self.distribution)
         if self._trial_info is None:
@@ -176,6 +178,11 @@ class MetaTrainer(tune.Trainable):
         loaded = load_checkpoint(checkpoint)
         check_sizes(checkpoint, loaded.spec, self.spec)
         self._continue_from(loaded)
+
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of a checkpoint of this trainer's sizes, and the moments that they are normalised with."""
+        self.learner.load(checkpoint.policy, {})
+        self.learner.normalizer.load(checkpoint.progress.get("normalizer", {}))
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
         """Take parameters, moments and counters of a checkpoint of this trainer's sizes."""

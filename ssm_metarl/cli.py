@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .adapt_cli import Adapt, JsonObject, evaluation_table, json_object, modes_table, run_adapt
+from .algorithms.inference import PolicyConfig
 from .algorithms.maml import ALGORITHMS
 from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
 from .distributed.config import TrainConfig
@@ -63,6 +64,8 @@ class Train:
 
     Attributes:
         config: the run's options.
+        start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with; its task,
+            policy and, for the same algorithm, all other options are the defaults.
         run_dir: folder of the run; by default a new one in --storage.
         storage: parent of the run folders; or a URI such as s3://bucket/runs, where they are copied with every
             checkpoint and resumed from.
@@ -73,6 +76,7 @@ class Train:
     """
 
     config: tyro.conf.OmitArgPrefixes[UncheckedConfig]
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     run_dir: Path | None = None
     storage: str = RUNS
     address: str | None = None
@@ -301,13 +305,24 @@ def _parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | A
 
 
 def _default_config(known: argparse.Namespace) -> TrainConfig:
-    """Options of ``train``: the task's own, or those of the run to resume."""
+    """Options of ``train``: the task's own, those of a checkpoint to start from or a run to resume."""
+    if known.start is not None and not known.resume:
+        return _from_checkpoint(known)
     if not known.resume:
         return TrainConfig.for_task(known.task, **_family_options(known))
     found = checkpoints(known.run_dir) if known.run_dir.is_dir() else []
     if not found:
         raise ValueError(f"There is no checkpoint in {known.run_dir} to resume from.")
     return TrainConfig.from_dict(load_checkpoint(found[-1]).config)
+
+
+def _from_checkpoint(known: argparse.Namespace) -> TrainConfig:
+    """Options of a run that begins with a checkpoint's weights: its own, but for another algorithm that one's."""
+    config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(known.start)).config)
+    if known.algorithm not in ALGORITHMS or known.algorithm == config.algorithm:
+        return config
+    kept = ("task", "task_options", "task_ranges", *(f.name for f in fields(PolicyConfig)))
+    return TrainConfig.for_task(**{name: getattr(config, name) for name in kept}, algorithm=known.algorithm)
 
 
 def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveConfig]:
@@ -368,14 +383,15 @@ def _train(options: Train) -> int:
             before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
-            speed = f"{steps / metrics['seconds']['total'] / 1000:.0f}k steps/s" if steps else ""
+            rate = steps / metrics["seconds"]["total"] / 1000
+            speed = f"{rate:.{0 if rate > 10 else 1}f}k steps/s" if steps else ""
             returns = f"return {before:.1f} → {after:.1f}" if config.inner_steps else f"return {after:.1f}"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
             if not console.is_terminal:
                 console.print(f"iteration {metrics['iteration']}/{config.iterations}: {returns} {speed}")
 
         show.steps = None  # type: ignore[attr-defined]
-        result = train(config, run_dir, resume=options.resume, on_iteration=show, mirror=mirror)
+        result = train(config, run_dir, start=options.start, resume=options.resume, on_iteration=show, mirror=mirror)
     summary: dict[str, Any] = {
         "run_dir": str(run_dir),
         "checkpoint": str(result.checkpoint),

@@ -52,8 +52,9 @@ Command = Callable[..., Outcome]
 def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs the command line in this process, in an empty folder, and fails where it would start Ray."""
 
-    def refuse(num_workers: int) -> None:
+    def refuse(num_workers: int, *, always: bool = False) -> None:
         assert num_workers == 0, "Ray would have been started"
+        assert not always, "Ray would have been started"
 
     def run(*arguments: str | Path) -> Outcome:
         try:
@@ -261,7 +262,12 @@ def test_plot_names_the_pictures_that_it_drew(command: Command, trained: Path) -
             "There is no task family 'cartpol', did you mean 'cartpole'? (valid: ant-dir, ",
         ),
         ("train --help --task cartpol", "There is no task family 'cartpol', did you mean 'cartpole'?"),
-        ("--algorithm mamlet", "algorithm must be one of promp, rl2, maml, fomaml, not 'mamlet'."),
+        ("--algorithm mamlet", "algorithm must be one of promp, rl2, maml, fomaml, policy-gradient, not 'mamlet'."),
+        ("--algorithm policy-gradient --inner-steps 1", "inner_steps must be 0 for policy-gradient, not 1."),
+        ("--algorithm policy-gradient --scale-rewards", "policy-gradient keeps the normaliser of the checkpoint"),
+        ("evolve --algorithm policy-gradient", "algorithm cannot be policy-gradient, which only train runs."),
+        ("--from absent", "absent is neither a checkpoint nor a run"),
+        ("--from {run} --hidden-dim 24", "its policy has hidden_dim 16 instead of 24."),
         ("--step-weights 1 2 3", "step_weights needs one weight for each of 0..1 inner steps"),
         ("--device abacus", "device 'abacus' cannot be used here"),
         ("--resume", "--resume needs --run-dir"),

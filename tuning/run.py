@@ -113,6 +113,8 @@ def evolve(
     family = distribution or config.family()
     store = RunStore(run, mirror)
     check_reference(family)
+    if config.algorithm == "policy-gradient":
+        raise ValueError("A population meta-trains: algorithm cannot be policy-gradient, which only train runs.")
     if config.lr_schedule != "constant":
         raise ValueError(
             f"A self-improving run has no last iteration: lr_schedule must be constant, not {config.lr_schedule}."

@@ -59,8 +59,9 @@ def visible(folder: Path) -> list[str]:
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks for workers fails."""
 
-    def refuse(num_workers: int) -> None:
+    def refuse(num_workers: int, *, always: bool = False) -> None:
         assert num_workers == 0, "Ray would have been started"
+        assert not always, "Ray would have been started"
 
     monkeypatch.setattr(run_module, "start_ray", refuse)
 
