@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +40,7 @@ class Target:
         claim: in words.
         task: the family.
         options: changes to ``TrainConfig.for_task``.
-        goal: least mean return after ``after`` inner steps, over tasks and then seeds.
+        goal: least mean return after ``after`` inner steps, over tasks and then seeds; None: it is reported alone.
         after: inner steps.
         max_env_steps: of training, support and query together; None: no limit.
         max_seconds: wall time of training a seed; None: no limit.
@@ -55,7 +55,7 @@ class Target:
     claim: str
     task: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    goal: float
+    goal: float | None = None
     after: int = 1
     max_env_steps: int | None = None
     max_seconds: float | None = None
@@ -167,6 +167,31 @@ class Options:
     out: Path = Path("runs/benchmarks")
     num_workers: int = 0
     learner_threads: int = field(default_factory=available_cores)
+
+
+def run_target(
+    name: str, target: Target, seeds: Sequence[int], out: Path, num_workers: int, learner_threads: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train and evaluate every seed that has not been done; see ``run_seed``.
+
+    Args:
+        name: of the folder in ``out``; a seed's own in it is named after what changes its result.
+
+    Returns:
+        The seeds' results, and the configuration that they share.
+    """
+    log(f"{name}: {target.claim}")
+    results: list[dict[str, Any]] = []
+    shared: dict[str, Any] = {}
+    for seed in seeds:
+        how = {"seed": seed, "num_workers": num_workers, "learner_threads": learner_threads}
+        config = TrainConfig.for_task(target.task, **{**target.options, **how})
+        protocol = (target.max_env_steps, target.num_tasks, target.steps, target.episodes)
+        key = json.dumps([config.to_dict(), protocol], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
+        results.append(run_seed(target, config, out / name / f"seed-{seed}-{digest}"))
+        shared = {option: value for option, value in config.to_dict().items() if option != "seed"}
+    return results, shared
 
 
 def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any]:
@@ -316,16 +341,9 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(options: Options) -> None:
     target = TARGETS[options.target]
-    log(f"{options.target}: {target.claim}")
-    results = []
-    for seed in options.seeds:
-        how = {"seed": seed, "num_workers": options.num_workers, "learner_threads": options.learner_threads}
-        config = TrainConfig.for_task(target.task, **{**target.options, **how})
-        protocol = (target.max_env_steps, target.num_tasks, target.steps, target.episodes)
-        key = json.dumps([config.to_dict(), protocol], sort_keys=True)
-        digest = hashlib.sha256(key.encode()).hexdigest()[:10]
-        results.append(run_seed(target, config, options.out / options.target / f"seed-{seed}-{digest}"))
-    shared = {name: value for name, value in config.to_dict().items() if name != "seed"}
+    results, shared = run_target(
+        options.target, target, options.seeds, options.out, options.num_workers, options.learner_threads
+    )
     report("learning", {"target": options.target, **summarise(target, results), "config": shared})
 
 

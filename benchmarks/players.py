@@ -18,6 +18,7 @@ from _report import log, report
 
 from ssm_metarl.algorithms.collect import seed_for
 from ssm_metarl.algorithms.evaluation import confidence_interval
+from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.distributed.checkpoint import load_checkpoint, resolve_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.evaluation import SPLIT_BRANCHES, evaluate_checkpoint
@@ -47,28 +48,35 @@ class Options:
     seed: int = 0
 
 
+def play_held_out(
+    player: str, task: str, task_options: Mapping[str, Any], num_tasks: int, trial_episodes: int, seed: int = 0
+) -> Array:
+    """Return of each trial [num_tasks], the very ones that ``evaluate_checkpoint`` gives a policy before any step."""
+    family = make(task, task_options)
+    branch = SPLIT_BRANCHES["test"]
+    tasks = family.sample(num_tasks, np.random.default_rng(seed_for(seed, EVALUATION, branch)), "test")
+    seeds = [seed_for(seed, EVALUATION, branch, 0, number) for number in range(num_tasks)]
+    return play(player, family, tasks, seeds, columns=1, episodes=trial_episodes)[:, 0]
+
+
 def main(options: Options) -> None:
     family_options: Mapping[str, Any] = {"arms": options.arms} if options.task == "bandit" else {}
-    family = make(options.task, family_options)
-    branch = SPLIT_BRANCHES["test"]
-    tasks = family.sample(options.num_tasks, np.random.default_rng(seed_for(options.seed, EVALUATION, branch)), "test")
-    seeds = [seed_for(options.seed, EVALUATION, branch, 0, task) for task in range(len(tasks))]
     rows: dict[str, Any] = {}
     for name in ("uniform", *PLAYERS[options.task]):
         start = time.perf_counter()
-        returns = play(name, family, tasks, seeds, columns=1, episodes=options.trial_episodes)
-        rows[name] = _row(returns.mean(1))
+        trials = (family_options, options.num_tasks, options.trial_episodes, options.seed)
+        rows[name] = _row(play_held_out(name, options.task, *trials))
         log(f"{name}: {rows[name]['return']:.2f} ({time.perf_counter() - start:.0f} s)")
     for path in options.policies:
         config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(path)).config)
         if (config.trial_episodes, dict(config.task_options)) != (options.trial_episodes, dict(family_options)):
             log(f"{path} was trained on other trials: {config.trial_episodes} episodes, {dict(config.task_options)}")
         found = evaluate_checkpoint(
-            path, task_options=family_options, num_tasks=len(tasks), steps=0, episodes=1, seed=options.seed
+            path, task_options=family_options, num_tasks=options.num_tasks, steps=0, episodes=1, seed=options.seed
         )
         rows[str(path)] = _row(found.returns[:, 0])
         log(f"{path}: {rows[str(path)]['return']:.2f}")
-    report("players", {"task": options.task, "num_tasks": len(tasks), "seed": options.seed, "rows": rows})
+    report("players", {"task": options.task, "num_tasks": options.num_tasks, "seed": options.seed, "rows": rows})
 
 
 def _row(returns: Any) -> dict[str, float]:
