@@ -39,7 +39,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     """
     outputs = weight.shape[-1]
     if missing := max(0, NARROW - outputs):
-        weight, bias, residual = (None if v is None else F.pad(v, (0, missing)) for v in (weight, bias, residual))
+        weight = F.pad(weight, (0, missing))
+        bias, residual = (None if v is None else F.pad(v, (0, missing)) for v in (bias, residual))
     tasks = weight.shape[:-2]
     x_rows, residual = (None if v is None else v.reshape(*tasks, -1, v.shape[-1]) for v in (x, residual))
     y: Tensor = _Linear.apply(x_rows, weight, None if bias is None else bias.unsqueeze(-2), residual)
