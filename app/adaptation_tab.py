@@ -19,6 +19,7 @@ from .view import (
     COMPUTE,
     LOOK,
     model_choice,
+    numbers,
     offer_models,
     pictures_html,
     readable,
@@ -61,12 +62,12 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
 
     @readable
     def adapt(
-        name: str | None, mode: str, steps: int, episodes: int, seed: float, keep: bool, *sliders: Any
+        name: str | None, mode: str, steps: int, episodes: int, start: float | None, keep: bool, *sliders: Any
     ) -> tuple[str, str]:
         path = workspace.checkpoint(name)
         params = task_parameters(str(load_checkpoint(path).config.get("task")), *sliders)
         options = AdaptOptions(steps=int(steps), episodes=int(episodes))
-        report = adapt_checkpoint(path, params, mode=mode, options=options, seed=int(seed))
+        report = adapt_checkpoint(path, params, mode=mode, options=options, seed=int(*numbers([seed], [start])))
         with tempfile.TemporaryDirectory() as folder:
             out = workspace.runs / run_name(report.task, f"adapt-{mode}") if keep else Path(folder)
             summary = write_report(report, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,21 @@ from ..tuning.population import EvolveConfig
 from ..tuning.store import RunStore, read_state, request_rollback
 from .view import (
     JOBS,
-    POLL,
-    POLL_SECONDS,
+    Show,
+    follow,
     job_words,
     line_html,
     model_choice,
+    numbers,
     offer_models,
     option_words,
     pictures_html,
-    polled,
     readable,
     run_choice,
-    run_update,
+    start_job,
     table_html,
 )
-from .workspace import Workspace, job_of
+from .workspace import Workspace
 
 PICTURES = {
     "lineage.png": "Lineage: every trial of every generation, where it came from and what became of it",
@@ -51,13 +52,12 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
     def start(
         model: str | None,
         task: str,
-        *values: float,
+        *values: float | None,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> Any:
         path = None if model == INITIAL else workspace.checkpoint(model)
-        command = evolve_command(path, task, *(int(value) for value in values))
-        progress(0.3, desc="Starting the job, and Ray where it does not run yet")
-        name = workspace.start(command)
+        command = evolve_command(path, task, *map(int, numbers(boxes, values)))
+        name = start_job(workspace, command, progress)
         return gr.update(choices=workspace.list_runs("evolve", workspace.jobs()), value=name)
 
     @readable
@@ -68,9 +68,9 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
     def go_on(name: str | None, cycles: float, progress: Any = gr.Progress()) -> str:  # noqa: B008
         run = workspace.folder(name)
         generations = read_state(run)["generation"] + int(cycles)
-        progress(0.3, desc="Starting the job, and Ray where it does not run yet")
-        workspace.start(["evolve", "--resume", "--run-dir", str(run), "--generations", str(generations)])
-        return line_html(name, "goes on")
+        command = ["evolve", "--resume", "--run-dir", str(run), "--generations", str(generations)]
+        start_job(workspace, command, progress)
+        return line_html(name, f"goes on to cycle {generations}")
 
     @readable
     def back(name: str | None, checkpoint: str | None) -> str:
@@ -105,7 +105,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
         with gr.Column(scale=2):
             run = run_choice(elem_id="evolve-run")
             status = gr.HTML(line_html("No run yet."), elem_id="evolve-status")
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 end = gr.Button("Stop", variant="stop", elem_id="evolve-stop")
                 resume = gr.Button("Go on for more cycles", elem_id="evolve-resume")
             population = gr.HTML(elem_id="population")
@@ -113,55 +113,48 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
             decisions = gr.HTML(elem_id="decisions")
             with gr.Row():
                 checkpoint = gr.Dropdown(
-                    [], label="Kept checkpoint", info="best first", elem_id="kept", allow_custom_value=True
+                    [],
+                    label="Kept checkpoint",
+                    info="best first",
+                    elem_id="kept",
+                    allow_custom_value=True,
+                    min_width=280,
                 )
                 rollback = gr.Button("Roll back to it", elem_id="rollback")
             answer = gr.HTML(elem_id="rollback-answer")
 
-    def watch(name: str | None, seen: dict[str, Any]) -> tuple[Any, ...]:
-        same = gr.skip()
-        found = workspace.jobs()
-        runs = workspace.list_runs("evolve", found)
-        chosen = name or next(iter(runs), None)
-        if chosen is None:
-            return same, line_html("No run yet."), same, same, same, same, seen
-        folder = workspace.folder(chosen)
-        job = job_of(found, folder)
+    def look(
+        name: str, folder: Path, job: dict[str, Any] | None, seen: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], Show]:
         state = _state(folder)
-        now = {"runs": runs, "run": chosen, "time": state and state["time"], "status": job and job["status"]}
-        choice = run_update(name, chosen, runs, seen)
-        if {**now, "runs": 0} == {**seen, "runs": 0}:
-            return choice, same, same, same, same, same, now
-        if state is None:
-            return choice, line_html(chosen, *job_words(job)), WAITING, "", "", gr.update(choices=[], value=None), now
-        events = RunStore(folder).events()
-        ended = sum(event["kind"] in ("training", "probation") for event in events)
         kept = [name for name in _by_composite(state) if (folder / "rsi" / "checkpoints" / name / MANIFEST).is_file()]
-        return (
-            choice,
-            _status(chosen, job, state),
-            table_html(population_table(state)),
-            _pictures(folder, ended) if ended else WAITING,
-            table_html(decisions_table(events)),
-            same if kept == seen.get("kept") else gr.update(choices=kept, value=next(iter(kept), None)),
-            {**now, "kept": kept},
-        )
 
-    seen = gr.State({})
-    outputs = [run, status, population, pictures, decisions, checkpoint, seen]
-    inputs = [model, task, cycles, proposals, *more]
-    begin.click(start, inputs, run, show_progress_on=status, **JOBS)
+        def show() -> dict[Any, Any]:
+            # A choice is left alone until the list has others.
+            best = next(iter(kept), None)
+            choice = {checkpoint: gr.update(choices=kept, value=best)} if kept != seen.get("kept") else {}
+            if state is None:
+                line = line_html(name, *job_words(job))
+                return {status: line, population: WAITING, pictures: "", decisions: "", **choice}
+            events = RunStore(folder).events()
+            ended = sum(event["kind"] in ("training", "probation") for event in events)
+            return {
+                status: _status(name, job, state),
+                population: table_html(population_table(state)),
+                pictures: _pictures(folder, ended) if ended else WAITING,
+                decisions: table_html(decisions_table(events)),
+                **choice,
+            }
+
+        return {"time": state and state["time"], "kept": kept}, show
+
+    boxes = [cycles, proposals, *more]
+    begin.click(start, [model, task, *boxes], run, show_progress_on=status, **JOBS)
     end.click(stop, run, status, **JOBS)
     resume.click(go_on, [run, cycles], status, **JOBS)
     rollback.click(back, [run, checkpoint], answer, **JOBS)
     offer_models([page.load, tab.select], workspace, model, before=[INITIAL])
-    gr.on(
-        [page.load, run.change, gr.Timer(POLL_SECONDS).tick],
-        polled(watch, 1, len(outputs)),
-        [run, seen],
-        outputs,
-        **POLL,
-    )
+    follow(page, workspace, "evolve", run, status, [population, pictures, decisions, checkpoint], look)
 
 
 def evolve_command(
@@ -207,8 +200,8 @@ def _state(run: Path) -> dict[str, Any] | None:
         return None  # not there yet
 
 
-def _by_composite(state: dict[str, Any]) -> list[str]:
-    return sorted(state["archive"], key=lambda name: -state["archive"][name]["composite"])
+def _by_composite(state: dict[str, Any] | None) -> list[str]:
+    return [] if state is None else sorted(state["archive"], key=lambda name: -state["archive"][name]["composite"])
 
 
 def _status(name: str, job: dict[str, Any] | None, state: dict[str, Any]) -> str:

@@ -58,7 +58,9 @@ def describe(workspace: Workspace, name: str) -> str:
     path = workspace.checkpoint(name)
     checkpoint = load_checkpoint(path)
     card = _read(path / "card.json")
-    facts = _sizes(checkpoint) | {key: card[key] for key in ("training_seconds", "date", "command") if key in card}
+    facts = _sizes(checkpoint) | {
+        key.replace("_", " "): card[key] for key in ("training_seconds", "date", "command") if key in card
+    }
     parts = [f"<h3>{text_html(name)}</h3>", f"<p>{text_html(card.get('about', ''))}</p>", facts_html(facts)]
     evaluation = card.get("evaluation") or _read(path.parent / "evaluation.json")
     if evaluation:

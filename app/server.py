@@ -33,7 +33,7 @@ def build(workspace: Workspace) -> gr.Blocks:
         gr.Markdown(
             "# SSM-MetaRL\nPolicies that learn to adapt: look at one, train one, set it a task, let it improve."
         )
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):  # all in sight on a narrow screen, too
             for title, build_tab in TABS.items():
                 with gr.Tab(title) as tab:
                     build_tab(page, tab, workspace)
@@ -68,6 +68,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
         prevent_thread_lock=True,
         ssr_mode=False,
         footer_links=[],
+        max_file_size=0,  # no box takes a file, but Gradio's address for them would
         theme=theme(),
         css_paths=Path(__file__).with_name("page.css"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,18 @@ from ..tasks import names
 from .view import (
     JOBS,
     LOOK,
-    POLL,
-    POLL_SECONDS,
+    Show,
+    follow,
     job_words,
     line_html,
+    numbers,
     option_words,
-    polled,
     readable,
     run_choice,
-    run_update,
+    start_job,
     table_html,
 )
-from .workspace import Workspace, job_of
+from .workspace import Workspace
 
 OPTIONS = (
     "iterations",
@@ -62,10 +63,9 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
         return [config.algorithm, *(getattr(config, name) for name in OPTIONS)]
 
     @readable
-    def start(task: str, algorithm: str, *values: float, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-        command = train_command(task, algorithm, dict(zip(OPTIONS, values, strict=True)))
-        progress(0.3, desc="Starting the job, and Ray where it does not run yet")
-        name = workspace.start(command)
+    def start(task: str, algorithm: str, *values: float | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+        command = train_command(task, algorithm, dict(zip(OPTIONS, numbers(boxes, values), strict=True)))
+        name = start_job(workspace, command, progress)
         return gr.update(choices=workspace.list_runs("train", workspace.jobs()), value=name)
 
     @readable
@@ -75,9 +75,12 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
     @readable
     def go_on(name: str | None, iterations: float, progress: Any = gr.Progress()) -> str:  # noqa: B008
         run = workspace.folder(name)
-        progress(0.3, desc="Starting the job, and Ray where it does not run yet")
-        workspace.start(["train", "--resume", "--run-dir", str(run), "--iterations", str(int(iterations))])
-        return line_html(name, "goes on")
+        saved = checkpoints(run)
+        if not saved:
+            raise ValueError(f"There is no checkpoint in {name} to go on from.")
+        total = load_checkpoint(saved[-1]).progress["iteration"] + int(iterations)
+        start_job(workspace, ["train", "--resume", "--run-dir", str(run), "--iterations", str(total)], progress)
+        return line_html(name, f"goes on to iteration {total}")
 
     with gr.Row():
         with gr.Column(scale=1):
@@ -86,7 +89,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
             first = TrainConfig.for_task("navigation-2d")
             iterations = gr.Slider(1, 500, first.iterations, step=1, label="Iterations", elem_id="iterations")
             with gr.Accordion("Experience and learning", open=False):
-                values = [
+                boxes = [
                     iterations,
                     gr.Slider(2, 200, first.meta_batch, step=1, label="Tasks an iteration (meta_batch)"),
                     gr.Slider(1, 100, first.episodes, step=1, label="Episodes a task", elem_id="episodes"),
@@ -95,7 +98,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
                     gr.Number(first.outer_lr, label="Outer learning rate", minimum=1e-6, maximum=0.1, step=1e-4),
                 ]
             with gr.Accordion("Policy, replay and seed", open=False):
-                values += [
+                boxes += [
                     gr.Slider(4, 256, first.hidden_dim, step=1, label="Width (hidden_dim)"),
                     gr.Slider(2, 256, first.state_dim, step=2, label="State variables (state_dim)"),
                     gr.Slider(0, 4, first.num_layers, step=1, label="SSM layers", info="0: a policy without memory"),
@@ -108,9 +111,9 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
         with gr.Column(scale=2):
             run = run_choice(elem_id="train-run")
             status = gr.HTML(line_html("No run yet."), elem_id="train-status")
-            with gr.Row():
+            with gr.Row(equal_height=True):
                 end = gr.Button("Stop with a checkpoint", variant="stop", elem_id="train-stop")
-                resume = gr.Button("Go on", elem_id="train-resume")
+                resume = gr.Button("Go on for more iterations", elem_id="train-resume")
             curve = gr.LinePlot(
                 x="environment steps",
                 y="return",
@@ -121,43 +124,41 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
             )
             with gr.Row():
                 speed = gr.LinePlot(
-                    x="iteration", y="steps/s", title="Steps a second", y_axis_format="~s", height=220, min_width=280
+                    x="iteration",
+                    y="steps/s",
+                    title="Steps a second",
+                    x_axis_format="~s",
+                    y_axis_format="~s",
+                    height=220,
+                    min_width=280,
                 )
                 phases = gr.LinePlot(
-                    x="iteration", y="seconds", color="phase", title="Time by phase", height=220, min_width=280
+                    x="iteration",
+                    y="seconds",
+                    color="phase",
+                    title="Time by phase",
+                    x_axis_format="~s",
+                    height=220,
+                    min_width=280,
                 )
             evaluation = gr.HTML(elem_id="train-evaluation")
 
-    def watch(name: str | None, seen: dict[str, Any]) -> tuple[Any, ...]:
-        found = workspace.jobs()
-        runs = workspace.list_runs("train", found)
-        chosen = name or next(iter(runs), None)
-        if chosen is None:
-            return gr.skip(), line_html("No run yet."), gr.skip(), gr.skip(), gr.skip(), gr.skip(), seen
-        folder = workspace.folder(chosen)
+    def look(name: str, folder: Path, job: dict[str, Any] | None, _: object) -> tuple[dict[str, Any], Show]:
         lines = _lines(folder)
-        job = job_of(found, folder)
-        now = {"runs": runs, "run": chosen, "lines": len(lines), "status": job and job["status"]}
-        choice = run_update(name, chosen, runs, seen)
-        if {**now, "runs": 0} == {**seen, "runs": 0}:
-            return choice, gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), now
-        held_out = folder / "evaluation.json"
-        table = table_html(evaluation_table(json.loads(held_out.read_text()))) if held_out.is_file() else ""
-        return choice, _status(folder, chosen, job, lines), *curves(lines), table, now
 
-    seen = gr.State({})
-    outputs = [run, status, curve, speed, phases, evaluation, seen]
-    gr.on([task.change, algorithm.input], defaults, [task, algorithm], [algorithm, *values], **LOOK)
-    begin.click(start, [task, algorithm, *values], run, show_progress_on=status, **JOBS)
+        def show() -> dict[Any, Any]:
+            held_out = folder / "evaluation.json"
+            table = table_html(evaluation_table(json.loads(held_out.read_text()))) if held_out.is_file() else ""
+            plots = dict(zip((curve, speed, phases), curves(lines), strict=True))
+            return {status: _status(folder, name, job, lines), **plots, evaluation: table}
+
+        return {"lines": len(lines)}, show
+
+    gr.on([task.change, algorithm.input], defaults, [task, algorithm], [algorithm, *boxes], **LOOK)
+    begin.click(start, [task, algorithm, *boxes], run, show_progress_on=status, **JOBS)
     end.click(stop, run, status, **JOBS)
     resume.click(go_on, [run, iterations], status, **JOBS)
-    gr.on(
-        [page.load, run.change, gr.Timer(POLL_SECONDS).tick],
-        polled(watch, 1, len(outputs)),
-        [run, seen],
-        outputs,
-        **POLL,
-    )
+    follow(page, workspace, "train", run, status, [curve, speed, phases, evaluation], look)
 
 
 def train_command(task: str, algorithm: str, options: dict[str, float]) -> list[str]:
@@ -207,7 +208,9 @@ def _status(run: Path, name: str, job: dict[str, Any] | None, lines: list[dict[s
     last = lines[-1]
     steps = last["env_steps"] - (lines[-2]["env_steps"] if len(lines) > 1 else 0)
     saved = checkpoints(run)
-    total = load_checkpoint(saved[0]).config.get("iterations") if saved else None
+    # A run that goes on may have a new goal before it has a checkpoint that knows it.
+    asked = re.search(r"--iterations[ =](\d+)", job["command"]) if job else None
+    total = asked[1] if asked else load_checkpoint(saved[-1]).config.get("iterations") if saved else None
     returns = " → ".join(f"{value:.1f}" for value in last["return_by_step"])
     done = job is not None and job["status"] in jobs.ENDED
     return line_html(

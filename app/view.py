@@ -6,17 +6,19 @@ import base64
 import functools
 import html
 import logging
+import math
 import mimetypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import gradio as gr
+from gradio.components import FormComponent
 from rich.table import Table
 
 from ..distributed.jobs import JobError
 from ..distributed.trainer import EnvironmentFailure
-from .workspace import Workspace
+from .workspace import Workspace, job_of
 
 COMPUTE: Mapping[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}
 """Of events that play episodes in this process: one after the other, the others wait in the queue."""
@@ -31,6 +33,12 @@ LOOK: Mapping[str, Any] = {"concurrency_id": "look", "concurrency_limit": 4, "sh
 """Of events that show what a person chose: they take no time, and their errors are to be seen."""
 
 POLL_SECONDS = 2.0
+
+Show: TypeAlias = Callable[[], dict[Any, Any]]
+"""Makes new values of components."""
+
+Look: TypeAlias = Callable[[str, Path, dict[str, Any] | None, Mapping[str, Any]], tuple[dict[str, Any], Show]]
+"""Takes a run's name, its folder, its job, and what was seen last time; gives what is seen now, and what shows it."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,23 +58,78 @@ def readable(handler: Callable[P, R]) -> Callable[P, R]:
     return handle
 
 
-def polled(handler: Callable[P, tuple[Any, ...]], line: int, outputs: int) -> Callable[P, tuple[Any, ...]]:
-    """A handler that only looks, again and again: an error becomes the status line, and not a message every time.
+def follow(
+    page: gr.Blocks,
+    workspace: Workspace,
+    kind: Literal["train", "evolve"],
+    run: gr.Dropdown,
+    status: gr.HTML,
+    more: Sequence[Any],
+    look: Look,
+) -> None:
+    """Keep the list of runs, and what is shown of the chosen one, as they are; an error becomes the status line.
 
     Args:
-        handler: gives a value for each output.
-        line: which of them is the status line.
-        outputs: how many there are.
+        page: with its opening the following begins.
+        kind: of the runs.
+        run: list of the runs; a choice that was made is left alone, for it may be newer than the look.
+        status: says how the run stands.
+        more: the other components that show it.
+        look: see :data:`Look`.
     """
+    memory = gr.State({})
 
-    @functools.wraps(handler)
-    def handle(*args: P.args, **kwargs: P.kwargs) -> tuple[Any, ...]:
+    def news(name: str | None, seen: dict[str, Any]) -> dict[Any, Any]:
+        found = workspace.jobs()
+        runs = workspace.list_runs(kind, found)
+        chosen = name or next(iter(runs), None)
+        if chosen is None:
+            return {status: line_html("No run yet.")}
+        folder = workspace.folder(chosen)
+        job = job_of(found, folder)
+        if job is None and not folder.is_dir():
+            raise ValueError(f"There is no run {chosen!r}.")
+        stamp, show = look(chosen, folder, job, seen)
+        now = {**stamp, "run": chosen, "status": job and job["status"]}
+        values: dict[Any, Any] = {memory: {**now, "runs": runs}}
+        if name is None:
+            values[run] = gr.update(choices=runs, value=chosen)
+        elif runs != seen.get("runs"):
+            values[run] = gr.update(choices=runs)
+        return values if now.items() <= seen.items() else values | show()
+
+    def handle(name: str | None, seen: dict[str, Any]) -> dict[Any, Any]:
         try:
-            return handler(*args, **kwargs)
+            return news(name, seen)
         except Exception as error:
-            return tuple(line_html(_sentence(error)) if i == line else gr.skip() for i in range(outputs))
+            return {status: line_html(_sentence(error)), memory: {}}
 
-    return handle
+    gr.on(
+        [page.load, run.change, gr.Timer(POLL_SECONDS).tick],
+        handle,
+        [run, memory],
+        [run, status, *more, memory],
+        **POLL,
+    )
+
+
+def start_job(workspace: Workspace, command: Sequence[str], progress: gr.Progress) -> str:
+    """Start a command as a job, and say meanwhile what takes its time; the name of its run."""
+    progress(0.3, desc="Starting the job, and Ray where it does not run yet")
+    return workspace.start(command)
+
+
+def numbers(boxes: Sequence[FormComponent], values: Sequence[float | None]) -> list[float]:
+    """What boxes hold.
+
+    Raises:
+        ValueError: one was left empty, or holds no finite number.
+    """
+    given = [value for value in values if value is not None and math.isfinite(value)]
+    if len(given) < len(values):
+        wrong = next(box.label for box, value in zip(boxes, values, strict=True) if value not in given)
+        raise ValueError(f"{wrong}: a number is missing.")
+    return given
 
 
 def _sentence(error: Exception) -> str:
@@ -139,13 +202,6 @@ def run_choice(**options: Any) -> gr.Dropdown:
     """A list of runs; a name is checked when it is used, for a page can be older than the server that it asks."""
     words = "a job goes on when this page is closed"
     return gr.Dropdown([], label="Run", info=words, allow_custom_value=True, **options)
-
-
-def run_update(name: str | None, chosen: str, runs: list[str], seen: Mapping[str, Any]) -> Any:
-    """What a look at the runs changes in their list: never a choice that was made, which may be newer than the look."""
-    if name is None:
-        return gr.update(choices=runs, value=chosen)
-    return gr.skip() if runs == seen.get("runs") else gr.update(choices=runs)
 
 
 def offer_models(triggers: Sequence[Any], workspace: Workspace, model: gr.Dropdown, before: Sequence[str] = ()) -> None:

@@ -105,14 +105,17 @@ class Workspace:
         """Start a command as a job; the name of its run.
 
         Raises:
-            ValueError: enough jobs run already.
+            ValueError: enough jobs run already, or one in the run's own folder.
             JobError: see ``distributed.jobs.submit``.
         """
-        running = [job["job"] for job in self.jobs() if job["status"] not in jobs.ENDED]
+        running = [job for job in self.jobs() if job["status"] not in jobs.ENDED]
         if len(running) >= MAX_JOBS:
-            raise ValueError(f"{len(running)} jobs run already ({', '.join(running)}): stop one first, or wait.")
+            which = ", ".join(job["job"] for job in running)
+            raise ValueError(f"{len(running)} jobs run already ({which}): stop one first, or wait.")
         words, run_dir = prepared(command, str(self.runs.resolve()))
         assert run_dir is not None
+        if job := job_of(running, Path(run_dir)):
+            raise ValueError(f"{Path(run_dir).name} goes on already, as {job['job']}: stop it first, or wait.")
         jobs.submit(words, run_dir, self.address)
         return str(Path(run_dir).relative_to(self.runs.resolve()))
 

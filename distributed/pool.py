@@ -318,7 +318,7 @@ class _Batch:
             RuntimeError: when all are lost.
         """
         if not self.played:
-            raise RuntimeError(f"All {len(self.tasks)} tasks were lost. {next(iter(self.lost.values()))}")
+            raise RuntimeError(f"Every task was lost. {next(iter(self.lost.values()))}")
         like = next(iter(self.played.values()))
         parts = dict(self.played)
         for i, reason in self.lost.items():

@@ -296,6 +296,6 @@ def check_resources(num_workers: int) -> None:
     cpus = ray.cluster_resources().get("CPU", 0.0)
     if 1 + num_workers > cpus:
         raise ValueError(
-            f"{num_workers} workers and the learner need {1 + num_workers} CPUs, "
+            f"{num_workers} worker{'s' * (num_workers > 1)} and the learner need {1 + num_workers} CPUs, "
             f"but this Ray cluster has {cpus:g}; use num_workers={max(int(cpus) - 1, 0)} or fewer."
         )

@@ -165,7 +165,7 @@ def _show(summary: Mapping[str, Any], console: Console) -> None:
 
 def modes_table(report: Mapping[str, Any]) -> Table:
     """The modes of adaptation side by side; ``ModeComparison.summary()`` as a table."""
-    table = Table(title=f"{report['task']}: {report['num_tasks']} tasks of split {report['split']}")
+    table = Table(title=_title(report))
     gain = f"gain over {report['compared_with']}"
     for column in ("mode", "IQM", "mean", gain, "P(better)", "unchanged", "steps/task"):
         table.add_column(column, justify="right")
@@ -181,10 +181,15 @@ def modes_table(report: Mapping[str, Any]) -> Table:
 
 def evaluation_table(report: Mapping[str, Any]) -> Table:
     """Returns by inner step; ``Evaluation.summary()`` as a table."""
-    table = Table(title=f"{report['task']}: {report['num_tasks']} tasks of split {report['split']}")
+    table = Table(title=_title(report))
     for column in ("inner steps", "return", "95 % interval", "episode length"):
         table.add_column(column, justify="right")
     rows = zip(report["return"], report["ci_low"], report["ci_high"], report["episode_length"], strict=True)
     for step, (mean, low, high, length) in enumerate(rows):
         table.add_row(str(step), f"{mean:.2f}", f"{low:.2f} … {high:.2f}", f"{length:.1f}")
     return table
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    count = report["num_tasks"]
+    return f"{report['task']}: {count} task{'s' * (count != 1)} of split {report['split']}"

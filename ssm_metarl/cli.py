@@ -31,7 +31,7 @@ from .distributed.trainer import EnvironmentFailure
 from .job_cli import COMMANDS, JobCommand, run_job, run_name
 from .plots import plot_evolution, plot_run
 from .population_view import PopulationView, evolution_summary
-from .tuning.population import EvolveConfig
+from .tuning.population import EvolveConfig, all_generations
 from .tuning.run import EvolutionFailure, evolve
 from .tuning.store import read_state, request_rollback
 
@@ -446,7 +446,7 @@ def _evolve(options: Evolve) -> int:
     if result.signal is not None:
         _say(f"Interrupted; go on with: evolve --resume --run-dir {shlex.quote(str(run_dir))}")
         return 128 + result.signal
-    return 0 if result.state["finished"] == f"{result.state['config']['generations']} generations" else 1
+    return 0 if result.state["finished"] == all_generations(result.state["config"]["generations"]) else 1
 
 
 def _rollback(options: Rollback) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from ..algorithms.collect import seed_for
 from .metrics import Assessment, compare, composite, composite_interval, metrics
 from .mutation import SIZES, Proposal, moves, propose
-from .population import EvolveConfig, Record, Report, Slot
+from .population import EvolveConfig, Record, Report, Slot, all_generations
 from .safety import below_floor, collapsed, keeps
 from .store import RunStore
 
@@ -132,7 +132,7 @@ class Evolution:
         if asked is not None:
             self.sole = asked.id
         if self._border and 0 < self.config.generations <= self.generation:
-            self.finished = f"{self.config.generations} generations"
+            self.finished = all_generations(self.config.generations)
             return
         self.finished = None
         if stopped_by_failures:  # a person looked at it
@@ -262,7 +262,7 @@ class Evolution:
         for slot in self.living:
             slot.proposal = slot.fallback = slot.partner = None
         if self.config.generations and self.generation >= self.config.generations:
-            self.finished = self.finished or f"{self.config.generations} generations"
+            self.finished = self.finished or all_generations(self.config.generations)
         self._border = bool(self.finished)
         if not self.finished:
             self.generation += 1
@@ -360,7 +360,8 @@ class Evolution:
             record=record,
         )
         if self.failures >= self.config.max_failures:
-            self.finished = f"emergency stop: {self.failures} failures in a row, the last: {reason}"
+            failures = f"{self.failures} failure{'s' * (self.failures > 1)} in a row"
+            self.finished = f"emergency stop: {failures}, the last: {reason}"
             self._log(slot, "stop", decision="stopped", reason=self.finished)
 
     def _remember_best(self, quiet: bool) -> Slot | None:

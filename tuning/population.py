@@ -71,6 +71,11 @@ class Record:
     interval: tuple[float, float]
 
 
+def all_generations(count: int) -> str:
+    """What a run says, and its state keeps as ``finished``, that ended because it did its generations."""
+    return f"{count} generation{'s' * (count != 1)}"
+
+
 @dataclass(kw_only=True)
 class Slot:
     """A trial: its place in the population, whatever policy it holds.

@@ -35,7 +35,6 @@ PATIENCE = 120_000  # ms; the machine may be busy, and Ray takes its time to sta
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("app") / "runs"
     train(TrainConfig.for_task("navigation-2d", iterations=6, **SMALL), folder / "point")
-    train(TrainConfig.for_task("cartpole", iterations=1, **SMALL), folder / "cart")
     return folder
 
 
@@ -108,11 +107,7 @@ def visit(page: Page, address: str) -> None:
 
 
 def tab(page: Page, name: str) -> None:
-    """Open a tab: by its title, or from the menu of those that do not fit."""
-    title = page.get_by_role("tab", name=name, exact=True).first
-    if not title.is_visible():
-        page.locator(".overflow-menu button").first.click()
-    title.click()
+    page.get_by_role("tab", name=name, exact=True).click()
 
 
 def choose(page: Page, selector: str, value: str) -> None:
@@ -173,7 +168,7 @@ def test_a_model_has_a_card_and_is_evaluated(page: Page, tmp_path: Path) -> None
     picture(page, tmp_path, "pretrained")
 
 
-def test_a_policy_adapts_to_a_task_set_by_sliders(page: Page, tmp_path: Path) -> None:
+def test_a_policy_adapts_to_a_task_set_by_sliders(page: Page, runs: Path, tmp_path: Path) -> None:
     tab(page, "Test-time adaptation")
     choose(page, "#adapt-model", "point")
     slider = page.get_by_label("range slider for Hidden goal, x")
@@ -182,11 +177,14 @@ def test_a_policy_adapts_to_a_task_set_by_sliders(page: Page, tmp_path: Path) ->
         slider.press("ArrowRight")
     put(page, "Hidden goal, y", 0.25)
     put(page, "Episodes a step", 20)
+    page.get_by_label("Keep the adapted policy").check()
     page.get_by_role("button", name="Adapt", exact=True).click()
     page.locator("#after").wait_for()
     before, after = (float(page.locator(name).inner_text()) for name in ("#before", "#after"))
     assert after > before
     assert '{"goal": [0.35, 0.25]}' in page.locator("#adapt-result").inner_text()
+    assert "Kept as" in page.locator("#adapt-result").inner_text()
+    assert [path.parent.name for path in runs.glob("*adapt-standard*/policy/manifest.json")] == ["policy"]
     assert page.locator("#adapt-pictures img").count() == 2
     assert page.evaluate(
         "[...document.querySelectorAll('#adapt-pictures img')].every(i => i.complete && i.naturalWidth)"
@@ -199,14 +197,18 @@ def test_a_policy_adapts_to_a_task_set_by_sliders(page: Page, tmp_path: Path) ->
     picture(page, tmp_path, "adaptation")
 
 
-def test_an_episode_of_the_cart_is_shown_before_and_after(page: Page, tmp_path: Path) -> None:
+def test_the_pretrained_model_adapts_to_a_cart_and_an_episode_is_shown(page: Page, tmp_path: Path) -> None:
+    assert page.locator("#model input").input_value() == "pretrained:cartpole"
     tab(page, "Test-time adaptation")
-    choose(page, "#adapt-model", "cart")
     put(page, "Gravity", 7)
+    page.get_by_label("left").check()
     page.get_by_label("hybrid").check()
     page.get_by_role("button", name="Adapt", exact=True).click()
     page.locator("#after").wait_for()
+    before, after = (float(page.locator(name).inner_text()) for name in ("#before", "#after"))
+    assert after > before + 100
     assert '"gravity": 7' in page.locator("#adapt-result").inner_text()
+    assert '"direction": -1' in page.locator("#adapt-result").inner_text()
     assert page.locator("#adapt-pictures img[src^='data:image/gif']").count() == 1
     picture(page, tmp_path, "cart")
 
@@ -222,26 +224,72 @@ def test_an_error_is_a_sentence_and_the_page_goes_on(page: Page, runs: Path) -> 
     os.utime(damaged / "manifest.json", (0, 0))  # not the newest, which is chosen when the page opens
     choose(page, "#model", "damaged")
     assert "manifest.json" in toast(page)
-    choose(page, "#model", "cart")
-    page.locator("#card h3", has_text="cart").wait_for()
+    choose(page, "#model", "point")
+    page.locator("#card h3", has_text="point").wait_for()
     assert "Traceback" not in page.content()
     shutil.rmtree(damaged)
 
 
-def test_the_tabs_are_reached_with_the_keyboard(page: Page) -> None:
-    for _ in range(20):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.getAttribute('role')") == "tab":
-            break
-    page.get_by_role("tab", name="Meta-training", exact=True).first.focus()
-    page.keyboard.press("Enter")
-    page.locator("#train-start").wait_for()
-    page.locator("#train-task input").focus()
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.id") == "train-start":
-            return
-    pytest.fail("the button to start is not reached")
+def test_each_tab_answers_wrong_input_with_a_sentence_and_goes_on(page: Page) -> None:
+    def press(name: str) -> str:
+        page.get_by_role("button", name=name, exact=True).click()
+        return toast(page)
+
+    tab(page, "Meta-training")
+    page.get_by_role("button", name="Policy, replay and seed").click()
+    put(page, "Seed", "")
+    assert "Seed: a number is missing." in press("Start meta-training")
+    put(page, "Seed", 0)
+    put(page, "State variables (state_dim)", 7)
+    assert "state_dim must be even" in press("Start meta-training")
+    choose(page, "#train-run", "../../etc")
+    page.locator("#train-status", has_text="is not in the runs folder").wait_for()
+    assert "is not in the runs folder" in press("Go on for more iterations")
+    choose(page, "#train-run", "nothing")
+    page.locator("#train-status", has_text="There is no run 'nothing'.").wait_for()
+    choose(page, "#train-run", "point")
+    page.locator("#train-status", has_text="iteration 6 of 6").wait_for()
+    assert "No job of point is running." in press("Stop with a checkpoint")
+
+    tab(page, "Test-time adaptation")
+    choose(page, "#adapt-model", "/etc")
+    assert "is not in the runs folder" in toast(page)
+    assert "is not in the runs folder" in press("Adapt")
+    assert "is not in the runs folder" in press("Compare")
+    choose(page, "#adapt-model", "point")
+    put(page, "Seed", "")
+    assert "Seed: a number is missing." in press("Adapt")
+
+    tab(page, "Self-improvement")
+    assert "Choose a run first." in press("Go on for more cycles")
+    page.get_by_role("button", name="Length of a cycle").click()
+    put(page, "Environment steps a cycle", "")
+    assert "Environment steps a cycle and trial: a number is missing." in press("Start self-improvement")
+    choose(page, "#evolve-run", "point")
+    assert "is no run of evolve" in press("Go on for more cycles")
+    assert "Choose a checkpoint first." in press("Roll back to it")
+    assert "Traceback" not in page.content()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_tab_and_its_button_are_reached_with_the_keyboard(page: Page, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+
+    def reach(found: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            if page.evaluate(f"(() => {{ const e = document.activeElement; return {found} }})()"):
+                return
+        pytest.fail(f"not reached at {width} pixels: {found}")
+
+    buttons = {"Meta-training": "train-start", "Test-time adaptation": "adapt", "Self-improvement": "evolve-start"}
+    for title, button in buttons.items():
+        page.evaluate("scrollTo(0, 0)")
+        page.mouse.click(2, 2)  # from here on Tab goes through the page
+        reach(f"e.getAttribute('role') == 'tab' && e.innerText.trim() == '{title}'")
+        page.keyboard.press("Enter")
+        page.locator(f"#{button}").wait_for()
+        reach(f"e.id == '{button}'")
 
 
 def test_a_meta_training_is_started_watched_found_again_and_stopped(
@@ -282,6 +330,12 @@ def test_a_meta_training_is_started_watched_found_again_and_stopped(
     page.get_by_role("button", name="Stop with a checkpoint").click()
     assert f"No job of {name} is running." in toast(page)
 
+    put(page, "Iterations", 2)
+    page.get_by_role("button", name="Go on for more iterations").click()
+    page.locator("#train-status", has_text=f"iteration {saved + 2} of {saved + 2}").wait_for()
+    page.locator("#train-status", has_text="succeeded").wait_for()
+    page.locator("#train-evaluation tbody tr").first.wait_for()
+
 
 def test_a_cycle_of_self_improvement_ends_with_a_decision(page: Page, runs: Path, tmp_path: Path) -> None:
     tab(page, "Self-improvement")
@@ -295,10 +349,18 @@ def test_a_cycle_of_self_improvement_ends_with_a_decision(page: Page, runs: Path
     page.get_by_role("button", name="Start self-improvement").click()
     page.locator("#population tbody tr").first.wait_for()
     page.locator("#decisions tbody tr", has_text=re.compile("kept|rolled back")).first.wait_for()
-    page.locator("#evolve-status", has_text="succeeded").wait_for()
+    page.locator("#evolve-status", has_text=re.compile("succeeded.* 1 generation(?!s)")).wait_for()
     assert page.locator("#evolution-pictures img").count() == 2
     page.get_by_role("button", name="Roll back to it").click()
     page.locator("#rollback-answer", has_text="will be the best").wait_for()
     name = page.locator("#evolve-run input").input_value()
     assert len(list((runs / name / "rsi" / "requests").iterdir())) == 1
     picture(page, tmp_path, "evolution")
+
+    put(page, "Cycles", 10)
+    page.get_by_role("button", name="Go on for more cycles").click()
+    page.locator("#evolve-status", has_text=re.compile("running.* of 11")).wait_for()
+    page.locator("#decisions tbody tr", has_text="asked for").first.wait_for()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    page.locator("#evolve-status", has_text="stopped").wait_for()
+    page.locator("#population tbody tr").nth(1).wait_for()

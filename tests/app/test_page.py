@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,11 @@ def test_more_jobs_than_the_limit_are_refused(workspace: Workspace, monkeypatch:
     monkeypatch.setattr(jobs, "submit", lambda *_: pytest.fail("it would have been started"))
     with pytest.raises(ValueError, match=r"jobs run already \(job-0, job-1\)"):
         workspace.start(["train"])
+    point = str(workspace.runs.resolve() / "point")
+    running[:] = [{"job": "job-2", "status": "RUNNING", "run_dir": point, "command": "train"}]
+    with pytest.raises(ValueError, match="point goes on already, as job-2"):
+        workspace.start(["train", "--resume", "--run-dir", point])
+    running.clear()
     with pytest.raises(ValueError, match="No job of point is running"):
         workspace.stop("point")
 
@@ -175,6 +181,14 @@ def test_the_sliders_set_the_task() -> None:
         adaptation_tab.task_parameters("bandit", *physics, 1, 0.3, -0.4, "[")
 
 
+def test_an_empty_box_is_named() -> None:
+    boxes = [gr.Number(label="Seed"), gr.Slider(1, 9, label="Cycles")]
+    assert view.numbers(boxes, [3, 4.5]) == [3, 4.5]
+    for values, named in (([None, 2], "Seed"), ([2, float("nan")], "Cycles"), ([float("inf"), 2], "Seed")):
+        with pytest.raises(ValueError, match=f"^{named}: a number is missing.$"):
+            view.numbers(boxes, values)
+
+
 def test_a_table_of_the_terminal_is_one_of_the_page() -> None:
     table = Table(title="A & B", caption="what\nit says")
     table.add_column("name")
@@ -225,23 +239,33 @@ def test_a_taken_port_is_one_sentence(
 
 
 @pytest.fixture
-def served(workspace: Workspace, free_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, float]]:
-    """Address of the page, and the seconds from the command to its first page, but for imports."""
+def served(workspace: Workspace, free_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of the page."""
     for name, value in DEAD_END.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    begin = time.monotonic()
     page = server.build(workspace)
     server.launch(page, "127.0.0.1", free_port)
-    address = f"http://127.0.0.1:{free_port}/"
-    urllib.request.urlopen(address, timeout=10).close()
-    yield address, time.monotonic() - begin
+    yield f"http://127.0.0.1:{free_port}/"
     page.close(verbose=False)
 
 
-def test_the_page_is_there_within_seconds_and_needs_nothing_from_outside(served: tuple[str, float]) -> None:
-    address, seconds = served
-    assert seconds < 5
+def test_the_page_hands_out_no_file_and_takes_none(served: str, runs: Path) -> None:
+    def status(path: str, content: bytes | None = None) -> int:
+        kind = {"Content-Type": "multipart/form-data; boundary=x"} if content else {}
+        try:
+            return urllib.request.urlopen(urllib.request.Request(served + path, content, kind), timeout=10).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    for path in ("/etc/passwd", str(runs.resolve() / "point" / "metrics.jsonl"), str(ROOT / "README.md")):
+        assert status(f"gradio_api/file={path}") == 403
+    upload = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nsomething\r\n--x--\r\n'
+    assert status("gradio_api/upload", upload) == 413
+
+
+def test_the_page_needs_nothing_from_outside(served: str) -> None:
+    address = served
     text = urllib.request.urlopen(address, timeout=10).read().decode()
     wanted = re.findall(r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"([^\"]*)\"", text)
     assert wanted

@@ -330,7 +330,7 @@ def test_a_clearly_better_mutation_is_kept(new_run: NewRun, seed: int) -> None:
     proposals = {slot.id: slot.proposal for slot in evolution.slots if slot.proposal}
     assert len(proposals) == 2
     finish(evolution, World(gain=children_gain(0.1)))
-    assert evolution.finished == "1 generations"
+    assert evolution.finished == "1 generation"
     for trial, proposal in proposals.items():
         slot = evolution.slots[trial]
         assert (slot.status, slot.checkpoint) == ("kept", f"generation_0001_trial_{trial}")
