@@ -197,7 +197,10 @@ class Learner:
             finally:
                 self._modules.put(module)
 
-        with ThreadPoolExecutor(self._threads) as threads:
+        # A new thread knows of torch's number of threads only from its first parallel operation on; what comes before
+        # is rounded by the number of cores.
+        own = 1 if self.device.type == "cpu" else torch.get_num_threads()
+        with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(own,)) as threads:
             return list(threads.map(lent, shards))
 
     def optimizer_arrays(self) -> dict[str, Array]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +82,37 @@ def test_threads_change_nothing(algorithm: str, discrete: bool) -> None:
     for statistics, parameters in results[1:]:
         assert statistics == results[0][0]
         assert_equal(parameters, results[0][1])
+
+
+def test_threads_change_nothing_in_any_environment() -> None:
+    """The suite sets OMP_NUM_THREADS; without it a new thread begins with as many threads as there are cores."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert len(set(done.stdout.split())) == 1, done.stdout
+
+
+PROGRAM = """
+import hashlib
+from builders import make_spec, toy_rollouts, uneven
+from ssm_metarl.algorithms import adaptation
+from ssm_metarl.distributed import learner as module
+from ssm_metarl.distributed.config import TrainConfig
+
+for user in (module, adaptation):
+    user.task_shards = lambda shape: [slice(i, i + 1) for i in range(shape[0])]
+for threads in (1, 2, 3):
+    config = TrainConfig(learner_threads=threads, epochs=3, step_weights=(1, 2))
+    learner = module.Learner(make_spec(hidden_dim=6), config, 0)
+    weights, stages = learner.weights(), []
+    for stage in range(2):
+        played = toy_rollouts(learner.policy.spec, weights, uneven(6, 5, 8, stage), 5, 8, stage)
+        stages.append(learner.batch(weights, played))
+        weights = learner.adapt(weights, stages[-1])
+    learner.update(stages)
+    print(hashlib.sha256(b"".join(array.tobytes() for array in learner.weights().values())).hexdigest())
+"""
 
 
 def test_shards_change_only_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
