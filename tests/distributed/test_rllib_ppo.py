@@ -368,7 +368,7 @@ def test_equal_seeds_give_equal_runs_and_a_normaliser_stays_as_loaded(tmp_path: 
     [
         {"meta_batch": 1},
         {"minibatches": 50, "num_layers": 0, "inputs": "observation"},
-        {"minibatches": 50, "lr_schedule": "constant", "num_workers": 1},
+        pytest.param({"minibatches": 50, "lr_schedule": "constant", "num_workers": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_few_episodes_many_minibatches_no_memory_and_workers_are_possible(sizes: dict[str, Any]) -> None:
