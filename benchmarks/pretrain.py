@@ -61,7 +61,7 @@ MODELS = {
             "steps, with which it was not trained, are small and change little; policies that were meta-trained with "
             "them reached less after three steps than this one does before the first."
         ),
-        options={"algorithm": "rl2", "inner_lr": 0.005, "iterations": 400, "replay_episodes": 256},
+        options={"algorithm": "rl2", "inner_lr": 0.005, "replay_episodes": 256},
         evaluation=40,
     ),
 }

@@ -111,7 +111,7 @@ TARGETS: Mapping[str, Target] = {
     "navigation-2d-rl2": Target(
         claim="Memory finds the goal; gradient steps, with which it was not trained, are small.",
         task="navigation-2d",
-        options={"algorithm": "rl2", "inner_lr": 0.005, "iterations": 400},
+        options={"algorithm": "rl2", "inner_lr": 1e-4, "iterations": 400},
         episodes=40,
     ),
     **{
