@@ -346,6 +346,7 @@ def test_a_run_goes_on_is_evaluated_and_gives_and_takes_the_weights_of_meta_trai
         np.testing.assert_allclose(value, last.policy[name], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_equal_seeds_give_equal_runs_and_a_normaliser_stays_as_loaded(tmp_path: Path) -> None:
     form = {"normalize_observations": True, "scale_rewards": True, "num_layers": 1}
