@@ -17,8 +17,18 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
-from .inference import check_count, check_number, policy_inputs
-from .maml import Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, play, task_shards
+from .inference import check_count, check_number, policy_inputs, task_numbers
+from .maml import (
+    CRITICS,
+    Batch,
+    MetaConfig,
+    critic_inputs,
+    for_tasks,
+    inner_step,
+    make_batch,
+    play,
+    task_shards,
+)
 from .policy import SSMPolicy, numpy_weights
 from .replay import ReplayBuffer, TaskModel, as_columns, effective_sample_size
 from .rollouts import Array, Rollouts
@@ -113,6 +123,8 @@ class StandardAdapter:
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}.")
         self.policy = policy
+        # What a task is nobody knows at test time; inner steps never did.
+        config = replace(config, baseline="linear") if config.baseline == "informed" else config
         self.config = config if step_size is None else replace(config, inner_lr=step_size)
         self.steps, self.kl_bound, self.optimizer = steps, kl_bound, optimizer
 
@@ -331,7 +343,7 @@ def batch_for(
     run: Run | None = None,
     weight: Array | None = None,
 ) -> Batch:
-    """Rollouts as the objectives read them, with the critic's values where it is the baseline.
+    """Rollouts as the objectives read them, with a critic's values where one is the baseline.
 
     Args:
         weights: that acted, shared or [M, ...].
@@ -339,17 +351,19 @@ def batch_for(
         weight: [M, K], of each column in the objectives; None: 1.
     """
     device = next(policy.parameters()).device
-    if config.baseline != "critic":
+    if config.baseline not in CRITICS:
         return make_batch(policy.spec, rollouts, config, device, weight=weight)
     inputs, resets = critic_inputs(policy.spec, rollouts)
     own = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
     shared = own["encoder.weight"].dim() == 2
+    known = torch.as_tensor(task_numbers(rollouts.tasks), device=device) if config.baseline == "informed" else None
 
     def value(module: SSMPolicy, part: slice) -> Array:
         parameters = own if shared else {name: value[part] for name, value in own.items()}
         arguments = (torch.as_tensor(array[part], device=device) for array in (inputs, resets))
         with torch.no_grad():
-            return functional_call(module, parameters, tuple(arguments)).values.cpu().numpy()
+            told = None if known is None else known[part]
+            return functional_call(module, parameters, (*arguments, None, told)).values.cpu().numpy()
 
     shards = task_shards(resets.shape)
     values = run(value, shards) if run else [value(policy, part) for part in shards]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -23,6 +23,10 @@ MIN_DECAY = 1e-6
 
 MAX_NU = 10.0
 """Largest ν that has an effect: beyond, a mode forgets all in one step, and exp(ν) would overflow in gradients."""
+
+
+CRITIC_UNITS = 128
+"""Width of what a critic that is told the task makes of it and of the policy's last layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,16 +87,19 @@ class PolicySpec(PolicyConfig):
         observation_size: O, length of an observation.
         action_size: A, length of a continuous action, or the number of discrete actions.
         discrete: whether actions are integers in [0, A).
+        task_size: P, how many numbers describe a task to the critic that is told it; 0: there is none such.
     """
 
     observation_size: int
     action_size: int
     discrete: bool
+    task_size: int = 0
 
     def __post_init__(self) -> None:
         check_count("observation_size", self.observation_size, 1)
         check_count("action_size", self.action_size, 1)
         check_flag("discrete", self.discrete)
+        check_count("task_size", self.task_size, 0)
         super().__post_init__()
 
     @property
@@ -201,6 +208,37 @@ def policy_inputs(spec: PolicySpec, rollouts: Rollouts) -> Array:
     inputs[..., size:-1] *= ~rollouts.resets[..., None]
     inputs[..., -1] = rollouts.starts
     return inputs
+
+
+def task_numbers(tasks: Sequence[Any]) -> Array:
+    """What a critic is told of tasks: all their numbers, by the order of their names.
+
+    Args:
+        tasks: M JSON values.
+
+    Returns:
+        [M, P] float32.
+
+    Raises:
+        ValueError: a task has something else than numbers, or none, or the tasks do not have equally many.
+    """
+
+    def numbers(value: Any) -> Iterator[float]:
+        if isinstance(value, Mapping):
+            for name in sorted(value):
+                yield from numbers(value[name])
+        elif isinstance(value, list | tuple):
+            for each in value:
+                yield from numbers(each)
+        elif isinstance(value, int | float):
+            yield float(value)
+        else:
+            raise ValueError(f"The informed baseline needs tasks that are numbers, but there is {value!r} in one.")
+
+    found = [list(numbers(task)) for task in tasks]
+    if len({len(each) for each in found}) > 1 or (found and not found[0]):
+        raise ValueError("The informed baseline needs tasks that are numbers, equally many in each.")
+    return np.array(found, np.float32)
 
 
 class NumpyPolicy:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
 
-from .inference import PolicySpec, check_count, check_number, policy_inputs, step_size
+from .inference import PolicySpec, check_count, check_number, policy_inputs, step_size, task_numbers
 from .policy import PolicyOutput, SSMPolicy
 from .returns import advantages as estimate
 from .returns import normalized
@@ -81,9 +81,12 @@ POLICY_GRADIENT: Mapping[str, object] = {
 }
 """Options that "policy-gradient" starts from, where they differ from the defaults."""
 
-BASELINES = ("linear", "critic", "time")
+BASELINES = ("linear", "critic", "informed", "time")
 """What advantages are measured against: a linear function of observation and time fitted to each task's returns, the
-policy's value head, or the mean return of the time step over the whole batch."""
+policy's value head, a value head that is told the task, or the mean return of the time step over the whole batch."""
+
+CRITICS = ("critic", "informed")
+"""The baselines that the policy learns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,8 @@ class MetaConfig:
         lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
         minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
-        baseline: of the advantages, see ``BASELINES``; "critic" also bootstraps where a column was cut.
+        baseline: of the advantages, see ``BASELINES``; critics also bootstrap where a column was cut. "informed" needs
+            tasks that are as many numbers each; acting and adapting do not need them.
         value_weight: weight of the critic's squared error.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
@@ -195,6 +199,7 @@ class Batch(NamedTuple):
         outer_advantages: the same for the outer objective; with the linear baseline the same numbers. With the others
             they are normalised over all tasks, which are told apart by what is expected of them.
         targets: [M, T, K] float32, what the value head should have said; None without a critic.
+        known: [M, P] float32, what the critic is told of the tasks; None: nothing.
     """
 
     inputs: Tensor
@@ -205,6 +210,7 @@ class Batch(NamedTuple):
     share: Tensor
     outer_advantages: Tensor
     targets: Tensor | None = None
+    known: Tensor | None = None
 
     def tasks(self, part: slice | Tensor) -> Batch:
         """The batch of some of its tasks: a slice, or indices [n]."""
@@ -223,7 +229,7 @@ def make_batch(
     """Rollouts with inputs rebuilt and advantages estimated.
 
     Args:
-        values: with the critic as baseline, what it says of :func:`critic_inputs`, [M, T + 1, K].
+        values: with a critic as baseline, what it says of :func:`critic_inputs`, [M, T + 1, K].
         reward_scale: what rewards are divided by for the critic.
         weight: [M, K], of each column in the objectives, at least 0; None: 1.
     """
@@ -232,7 +238,7 @@ def make_batch(
     discount, gae_lambda, baseline = config.discount, config.gae_lambda, config.baseline
     raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale, weight)
     outer = normalized(raw, counted, (1, 2) if baseline == "linear" else (0, 1, 2))
-    if baseline == "time":  # of all tasks, but how a task adapts must not depend on the others
+    if baseline in ("time", "informed"):  # how a task adapts must depend neither on the others nor on what it is
         own = normalized(estimate(rollouts, discount, gae_lambda, weight=weight)[0], counted)
     else:
         own = normalized(raw, counted)
@@ -251,6 +257,7 @@ def make_batch(
         share=tensor(share),
         outer_advantages=tensor(outer),
         targets=tensor((raw + expected).astype(np.float32)) if values is not None else None,
+        known=tensor(task_numbers(rollouts.tasks)) if baseline == "informed" else None,
     )
 
 
@@ -279,7 +286,7 @@ def for_tasks(parameters: Mapping[str, Tensor], tasks: int) -> Parameters:
 
 def play(policy: SSMPolicy, parameters: Parameters, batch: Batch) -> PolicyOutput:
     """What the policy with ``parameters``, shared or [M, ...] each, says of every step of a batch."""
-    output: PolicyOutput = functional_call(policy, parameters, (batch.inputs, batch.resets))
+    output: PolicyOutput = functional_call(policy, parameters, (batch.inputs, batch.resets, None, batch.known))
     return output
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .inference import PolicySpec
+from .inference import PolicySpec, task_numbers
 from .returns import discounted_returns
 from .rollouts import Array, Rollouts
 
@@ -53,7 +53,7 @@ class RunningMoments:
 
 
 class Normalizer:
-    """What a policy's normaliser is set to: moments of the observations, and of the discounted returns.
+    """What a policy's normaliser is set to: moments of the observations, of the discounted returns, and of the tasks.
 
     The learner updates it after every iteration; at test time a policy keeps what it was trained with.
 
@@ -66,9 +66,14 @@ class Normalizer:
         self._spec, self._discount = spec, discount
         self._observations = RunningMoments(spec.observation_size)
         self._rewards, self._returns = RunningMoments(1), RunningMoments(1)
+        self._tasks = RunningMoments(spec.task_size)
 
     def update(self, rollouts: Rollouts) -> None:
         """Take in the valid steps of a record."""
+        if self._spec.task_size:
+            self._tasks.update(task_numbers(rollouts.tasks))
+        if not self._spec.normalizes:
+            return
         valid = rollouts.valid
         self._observations.update(rollouts.observations[valid])
         self._rewards.update(rollouts.rewards[valid][:, None])
@@ -76,7 +81,13 @@ class Normalizer:
         self._returns.update(returns[valid][:, None])
 
     def arrays(self) -> dict[str, Array]:
-        """The policy's ``input_mean`` and ``input_scale`` [I], and ``reward_scale`` [1], float32."""
+        """``input_mean`` and ``input_scale`` [I], ``reward_scale`` [1], ``task_mean`` and ``task_scale`` [P]."""
+        spec = self._spec
+        tasks = {"task_mean": self._tasks.mean, "task_scale": self._tasks.scale} if spec.task_size else {}
+        found = {**(self._of_steps() if spec.normalizes else {}), **tasks}
+        return {name: value.astype(np.float32) for name, value in found.items()}
+
+    def _of_steps(self) -> dict[str, Array]:
         spec = self._spec
         mean, scale = np.zeros(spec.input_size), np.ones(spec.input_size)
         if spec.normalize_observations:
@@ -86,13 +97,10 @@ class Normalizer:
         if spec.inputs == "full":
             # What the policy reads is one reward, not a return: divided by a long return's spread it would be lost.
             scale[-2] = self._rewards.scale[0] if spec.scale_rewards else 1.0
-        found = {"input_mean": mean, "input_scale": scale, "reward_scale": reward_scale}
-        return {name: value.astype(np.float32) for name, value in found.items()}
+        return {"input_mean": mean, "input_scale": scale, "reward_scale": reward_scale}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; empty where nothing is normalised."""
-        if not self._spec.normalizes:
-            return {}
         return {name: moments.to_dict() for name, moments in self._moments().items()}
 
     def load(self, values: Mapping[str, Any]) -> None:
@@ -108,4 +116,5 @@ class Normalizer:
                 moments.load(values[name])
 
     def _moments(self) -> dict[str, RunningMoments]:
-        return {"observations": self._observations, "rewards": self._rewards, "returns": self._returns}
+        steps = {"observations": self._observations, "rewards": self._rewards, "returns": self._returns}
+        return {**(steps if self._spec.normalizes else {}), **({"tasks": self._tasks} if self._spec.task_size else {})}

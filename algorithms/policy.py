@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from .functions import tanh
-from .inference import PolicySpec, step_size
+from .functions import linear, tanh
+from .inference import CRITIC_UNITS, PolicySpec, step_size
 from .rollouts import Array
 from .ssm import Affine, SSMBlock, along
 
@@ -44,6 +44,9 @@ class SSMPolicy(nn.Module):
     input_mean: Tensor
     input_scale: Tensor
     reward_scale: Tensor
+    # With ``spec.task_size``.
+    task_mean: Tensor
+    task_scale: Tensor
 
     def __init__(self, spec: PolicySpec, seed: int = 0) -> None:
         super().__init__()
@@ -60,8 +63,14 @@ class SSMPolicy(nn.Module):
             log_std = torch.full((spec.action_size,), math.log(spec.initial_std))
             self.policy.log_std = nn.Parameter(log_std)
         self.value = Affine(width, 1, 0.01 * width**-0.5, generator)
+        if spec.task_size:
+            self.critic = InformedCritic(width, spec.task_size, generator)
+            self.register_buffer("task_mean", torch.zeros(spec.task_size))
+            self.register_buffer("task_scale", torch.ones(spec.task_size))
         if spec.learned_step_sizes:
-            adapted = {name: value for name, value in self.named_parameters() if not name.startswith("value.")}
+            adapted = {
+                name: value for name, value in self.named_parameters() if not name.startswith(("value.", "critic."))
+            }
             factors = {step_size(name).partition(".")[2]: torch.ones_like(value) for name, value in adapted.items()}
             self.step_sizes = nn.ParameterDict(factors)
         if spec.normalizes:
@@ -69,13 +78,20 @@ class SSMPolicy(nn.Module):
             self.register_buffer("input_scale", torch.ones(spec.input_size))
             self.register_buffer("reward_scale", torch.ones(1))
 
-    def forward(self, inputs: Tensor, resets: Tensor | None = None, state: list[Tensor] | None = None) -> PolicyOutput:
+    def forward(
+        self,
+        inputs: Tensor,
+        resets: Tensor | None = None,
+        state: list[Tensor] | None = None,
+        known: Tensor | None = None,
+    ) -> PolicyOutput:
         """Run over a whole sequence.
 
         Args:
             inputs: [M, T, K, I], see ``policy_inputs``.
             resets: [M, T, K] bool, where the recurrent state is zeroed before the step; None: nowhere.
             state: for each block [M, K, N/2, 2]; None: zero.
+            known: [M, P], what a critic that is told the task is told; None: that it is an average one.
 
         Returns:
             Distributions and values over [M, T, K], and the state after the last step.
@@ -85,7 +101,7 @@ class SSMPolicy(nn.Module):
         for i, block in enumerate(self.blocks):
             hidden, last = block(hidden, resets, None if state is None else state[i])
             after.append(last)
-        return PolicyOutput(self._distribution(hidden), self.value(hidden).squeeze(-1), after)
+        return PolicyOutput(self._distribution(hidden), self._values(hidden, known), after)
 
     def step(self, inputs: Tensor, state: list[Tensor]) -> PolicyOutput:
         """Run over one step: as :meth:`forward` with inputs [M, K, I], distributions and values over [M, K]."""
@@ -95,7 +111,16 @@ class SSMPolicy(nn.Module):
             assert isinstance(block, SSMBlock)
             hidden, last = block.step(hidden, before)
             after.append(last)
-        return PolicyOutput(self._distribution(hidden), self.value(hidden).squeeze(-1), after)
+        return PolicyOutput(self._distribution(hidden), self._values(hidden, None), after)
+
+    def _values(self, hidden: Tensor, known: Tensor | None) -> Tensor:
+        values = self.value(hidden)
+        if self.spec.task_size:
+            if known is not None:
+                known = (known - self.task_mean) / self.task_scale
+                known = known.reshape(*known.shape[:-1], *[1] * (hidden.dim() - known.dim()), known.shape[-1])
+            values = values + self.critic(hidden, known)
+        return values.squeeze(-1)  # type: ignore[no-any-return]
 
     @property
     def reward_scaling(self) -> float:
@@ -123,6 +148,32 @@ class SSMPolicy(nn.Module):
     def numpy_weights(self) -> dict[str, Array]:
         """Copies of parameters and normaliser as float32 arrays by name: what workers act with and checkpoints keep."""
         return numpy_weights(dict(self.named_parameters()) | dict(self.named_buffers()))
+
+
+class InformedCritic(Affine):
+    """What is added to a value when the task is known: C · tanh(hidden W + task U + b).
+
+    The baseline of a policy gradient may depend on whatever the action does not change, and the task is such; it takes
+    out of the advantages what a task is worth as a whole. The policy reads none of this (Pinto et al. 2018, arXiv
+    1710.06542; Baisero and Amato 2022, arXiv 2105.11674).
+
+    Args:
+        width: H, of the policy's last layer.
+        task_size: P.
+        generator: source of the initial weights.
+    """
+
+    def __init__(self, width: int, task_size: int, generator: torch.Generator) -> None:
+        # 2: a value is a product of what is remembered and what is known.
+        scale = 2 * (width + task_size) ** -0.5
+        super().__init__(width, CRITIC_UNITS, scale, generator)
+        self.task = nn.Parameter(torch.randn((task_size, CRITIC_UNITS), generator=generator) * scale)
+        self.out = nn.Parameter(torch.randn((CRITIC_UNITS, 1), generator=generator) * 0.01 * CRITIC_UNITS**-0.5)
+
+    def forward(self, hidden: Tensor, known: Tensor | None = None) -> Tensor:
+        """[M, ..., H] and [M, ..., P] → [M, ..., 1]; None: zeros."""
+        inner = super().forward(hidden)
+        return linear(tanh(inner if known is None else inner + linear(known, self.task)), self.out)
 
 
 class ActionHead(Affine):

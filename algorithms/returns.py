@@ -111,8 +111,8 @@ def advantages(
         discount: in [0, 1].
         gae_lambda: in [0, 1].
         baseline: "linear", fitted to each task's returns; "time", the time step's mean return over all tasks; both take
-            columns to end at a known horizon. "critic": ``values``, which bootstrap where a column was cut.
-        values: [M, T + 1, K], the critic's, for each column up to the one after its last valid step.
+            columns to end at a known horizon. Any other: ``values``, which bootstrap where a column was cut.
+        values: [M, T + 1, K], a critic's, for each column up to the one after its last valid step.
         reward_scale: rewards are divided by it.
         weight: [M, K], of each column where a linear baseline is fitted; None: 1.
 
@@ -121,7 +121,7 @@ def advantages(
     """
     rewards, valid = rollouts.rewards / np.float32(reward_scale), rollouts.valid
     following = np.zeros_like(rewards[:, 0])
-    if baseline == "critic":
+    if baseline not in ("linear", "time"):
         assert values is not None
         last = np.take_along_axis(values, rollouts.lengths()[:, None], 1)[:, 0]
         following = np.where((rollouts.terminated & valid).any(1), 0.0, last)

@@ -33,7 +33,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from .. import pretrained
-from ..algorithms.inference import PolicySpec, step_size
+from ..algorithms.inference import CRITIC_UNITS, PolicySpec, step_size
 from ..algorithms.replay import ReplayBuffer
 from ..algorithms.rollouts import Array
 
@@ -100,7 +100,14 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
     if not spec.discrete:
         shapes["policy.log_std"] = (actions,)
     sizes = {step_size(name): shape for name, shape in shapes.items()} if spec.learned_step_sizes else {}
-    shapes |= {"value.weight": (width, 1), "value.bias": (1,), **dict(sorted(sizes.items()))}
+    shapes |= {"value.weight": (width, 1), "value.bias": (1,)}
+    told, units = (spec.task_size,), (CRITIC_UNITS,)
+    if spec.task_size:
+        shapes |= {"critic.weight": (width, *units), "critic.bias": units}
+        shapes |= {"critic.task": (*told, *units), "critic.out": (*units, 1)}
+    shapes |= dict(sorted(sizes.items()))
+    if spec.task_size:
+        shapes |= {"task_mean": told, "task_scale": told}
     if spec.normalizes:
         shapes |= {"input_mean": (spec.input_size,), "input_scale": (spec.input_size,), "reward_scale": (1,)}
     return shapes

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 
-from ..algorithms.inference import PolicyConfig, PolicySpec, check_count, check_keys, check_number
+from ..algorithms.inference import PolicyConfig, PolicySpec, check_count, check_keys, check_number, task_numbers
 from ..algorithms.maml import IN_CONTEXT, POLICY_GRADIENT, MetaConfig
 from ..tasks import TaskDistribution, make
 
@@ -135,7 +136,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
         """Sizes of the policy for a family's spaces.
 
         Raises:
-            ValueError: for a space that the policy cannot take.
+            ValueError: for a space that the policy cannot take, or tasks that its critic cannot.
         """
         observation, action = distribution.observation_space, distribution.action_space
         if not isinstance(observation, spaces.Box) or len(observation.shape) != 1:
@@ -150,4 +151,5 @@ class TrainConfig(MetaConfig, PolicyConfig):
         else:
             raise ValueError(f"{distribution.name}: actions must be Discrete or a Box with one axis, not {action}.")
         form = {f.name: getattr(self, f.name) for f in fields(PolicyConfig)}
-        return PolicySpec(observation.shape[0], size, discrete, **form)
+        example = distribution.sample(1, np.random.default_rng(self.seed)) if self.baseline == "informed" else []
+        return PolicySpec(observation.shape[0], size, discrete, task_numbers(example).size, **form)

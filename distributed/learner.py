@@ -65,10 +65,9 @@ class Learner:
 
     def observe(self, rollouts: Sequence[Rollouts]) -> None:
         """Take an iteration's rollouts into the running moments, with which the next one is normalised."""
-        if self.policy.spec.normalizes:
-            for each in rollouts:
-                self.normalizer.update(each)
-            self._normalize(self.normalizer.arrays())
+        for each in rollouts:
+            self.normalizer.update(each)
+        self._normalize(self.normalizer.arrays())
 
     def _normalize(self, arrays: Mapping[str, Array]) -> None:
         for module in (self.policy, *self._lent):

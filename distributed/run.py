@@ -24,7 +24,7 @@ from .checkpoint import checkpoints, load_checkpoint, mark_best, prune, resolve_
 from .config import TrainConfig, available_cores
 from .learner import check_device
 from .storage import Mirror
-from .trainer import MetaTrainer, check_sizes
+from .trainer import MetaTrainer, check_sizes, with_critic
 
 if TYPE_CHECKING:
     from .rllib_ppo import PolicyGradientTrainer
@@ -138,7 +138,7 @@ def train(
     copy = Mirror(run, mirror) if mirror else None
     if copy and resume:
         copy.pull()
-    first = None if start is None or resume else load_checkpoint(resolve_checkpoint(start))
+    first = None if start is None or resume else with_critic(load_checkpoint(resolve_checkpoint(start)), spec)
     if first:
         check_sizes(str(start), first.spec, spec)
     elif config.algorithm == "policy-gradient" and spec.normalizes and not resume:

@@ -16,6 +16,8 @@ from ray.tune import PlacementGroupFactory
 
 from ..algorithms.collect import seed_for
 from ..algorithms.inference import PolicySpec
+from ..algorithms.normalize import RunningMoments
+from ..algorithms.policy import SSMPolicy
 from ..algorithms.replay import ReplayBuffer
 from ..algorithms.rollouts import Array, Rollouts
 from ..tasks import Task, TaskDistribution, names, register
@@ -232,6 +234,24 @@ def check_sizes(checkpoint: str | Path, found: PolicySpec, wanted: PolicySpec) -
     ]
     if differences:
         raise CheckpointError(f"{checkpoint}: its policy has {', '.join(differences)}.")
+
+
+def with_critic(checkpoint: Checkpoint, spec: PolicySpec, seed: int = 0) -> Checkpoint:
+    """The checkpoint with the critic of another baseline: one that is told ``spec.task_size`` numbers, new, or none."""
+    if checkpoint.spec.task_size == spec.task_size:
+        return checkpoint
+    moments = {name: value for name, value in checkpoint.progress.get("normalizer", {}).items() if name != "tasks"}
+    if spec.task_size:
+        moments["tasks"] = RunningMoments(spec.task_size).to_dict()
+    own = replace(checkpoint.spec, task_size=spec.task_size)
+    kept = {name: value for name, value in checkpoint.policy.items() if not name.startswith(("critic.", "task_"))}
+    return replace(
+        checkpoint,
+        spec=own,
+        policy={name: kept.get(name, value) for name, value in SSMPolicy(own, seed).numpy_weights().items()},
+        optimizer={},
+        progress={**checkpoint.progress, "normalizer": moments},
+    )
 
 
 def play(

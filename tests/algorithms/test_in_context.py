@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from torch.func import functional_call
 
 from builders import ToyEnv, make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
-from ssm_metarl.algorithms.adaptation import adapt_weights, batch_for
+from ssm_metarl.algorithms.adaptation import StandardAdapter, adapt_weights, batch_for
 from ssm_metarl.algorithms.collect import collect, seed_for
-from ssm_metarl.algorithms.inference import NumpyPolicy, policy_inputs, step_size
+from ssm_metarl.algorithms.inference import NumpyPolicy, policy_inputs, step_size, task_numbers
 from ssm_metarl.algorithms.maml import MetaConfig, critic_inputs, for_tasks, inner_step, meta_loss
 from ssm_metarl.algorithms.morph import resize
 from ssm_metarl.algorithms.normalize import Normalizer, RunningMoments
@@ -179,7 +179,7 @@ def test_the_time_baseline_is_the_mean_of_a_step_over_all() -> None:
         assert not found[:, t][~here].any()
 
 
-@pytest.mark.parametrize("baseline", ["critic", "time"])
+@pytest.mark.parametrize("baseline", ["critic", "time", "informed"])
 def test_what_a_task_adapts_by_does_not_depend_on_the_other_tasks(baseline: str) -> None:
     policy, _, record = recorded(5)
     config = MetaConfig(algorithm="rl2", baseline=baseline, inner_steps=1)
@@ -206,6 +206,89 @@ def test_the_value_head_learns_what_the_critic_should_have_said() -> None:
     assert batch.targets is not None
     expected = (2 * (values - batch.targets) * batch.share).sum()
     torch.testing.assert_close(gradient[0], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+# --- The critic that is told the task ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_known_moves_values_and_no_action(own: bool) -> None:
+    """V = hidden w + v + C · tanh(hidden W + known U + b), with shared weights and with weights a task."""
+    spec = make_spec(task_size=4, discrete=True)
+    policy = make_policy(spec)
+    policy.task_mean += 0.5
+    policy.task_scale *= 2.0
+    weights = {name: value.astype(np.float64) for name, value in policy.numpy_weights().items()}
+    parameters = {name: torch.tensor(value) for name, value in weights.items()}
+    if own:
+        parameters = for_tasks(parameters, 3)
+    rng = np.random.default_rng(0)
+    inputs, known = torch.tensor(rng.normal(size=(3, 7, 2, spec.input_size))), rng.normal(size=(3, 4))
+    told = functional_call(policy.double(), parameters, (inputs, None, None, torch.tensor(known)))
+    untold = functional_call(policy, parameters, (inputs,))
+    torch.testing.assert_close(told.actions.logits, untold.actions.logits, rtol=0, atol=0)
+    hidden = torch.tanh(inputs @ policy.encoder.weight + policy.encoder.bias)
+    hidden, _ = policy.blocks[0](hidden)
+    for output, read in ((told, (known - 0.5) / 2.0), (untold, np.zeros((3, 4)))):
+        inner = hidden.detach().numpy() @ weights["critic.weight"] + weights["critic.bias"]
+        inner = inner + (read @ weights["critic.task"])[:, None, None]
+        expected = hidden.detach().numpy() @ weights["value.weight"] + weights["value.bias"]
+        expected = expected + np.tanh(inner) @ weights["critic.out"]
+        np.testing.assert_allclose(output.values.detach().numpy(), expected[..., 0], atol=1e-9)
+
+
+def test_nobody_needs_to_know_the_task_to_adapt() -> None:
+    """The inner step, in training and at test time, is that of the linear baseline."""
+    spec = make_spec(discrete=True, task_size=2)
+    policy = make_policy(spec)
+    weights = policy.numpy_weights()
+    tasks = [{**task, "best": i % 2} for i, task in enumerate(uneven(3, 2, 9))]
+    record = toy_rollouts(spec, weights, tasks, 2, 9)
+    record = replace(record, tasks=tuple({"goal": [0.1 * i, 1.0]} for i in range(3)))
+    informed, linear = (MetaConfig(algorithm="rl2", baseline=baseline) for baseline in ("informed", "linear"))
+    batch, plain = (batch_for(policy, weights, record, config) for config in (informed, linear))
+    torch.testing.assert_close(batch.advantages, plain.advantages, rtol=0, atol=0)
+    assert batch.known is not None
+    assert batch.targets is not None
+    assert (batch.outer_advantages != plain.outer_advantages).any()
+    # At test time there may be nothing to be told.
+    foreign = replace(record, tasks=("whatever",) * 3)
+    adapted = StandardAdapter(policy, informed, steps=1).adapt(lambda *_: foreign, 2)
+    expected = StandardAdapter(policy, linear, steps=1).adapt(lambda *_: record, 2)
+    for name, value in expected.weights.items():
+        np.testing.assert_array_equal(adapted.weights[name], value, err_msg=name)
+
+
+def test_the_critic_bootstraps_on_what_it_is_told() -> None:
+    """GAE of the informed values, whose targets the meta-loss then holds them to."""
+    spec = make_spec(discrete=True, task_size=1)
+    policy = make_policy(spec)
+    weights = policy.numpy_weights()
+    record = toy_rollouts(spec, weights, uneven(3, 2, 9), 2, 9)
+    record = replace(record, tasks=tuple({"mass": float(i)} for i in range(3)))
+    config = MetaConfig(algorithm="rl2", inner_steps=0, baseline="informed", value_weight=1.0)
+    batch = batch_for(policy, weights, record, config)
+    inputs, resets = (torch.from_numpy(array) for array in critic_inputs(spec, record))
+    known = torch.tensor([[0.0], [1.0], [2.0]])
+    values = policy(inputs, resets, None, known).values.detach().numpy()
+    raw, expected = advantages(record, config.discount, config.gae_lambda, "informed", values)
+    np.testing.assert_allclose(batch.targets, raw + expected, atol=1e-5)
+    parameters = tensors(weights)
+    (gradient,) = torch.autograd.grad(
+        meta_loss(policy, parameters, [batch], config).losses.sum(), parameters["value.bias"]
+    )
+    error = 2 * (torch.from_numpy(values[:, :-1]) - batch.targets) * batch.share
+    torch.testing.assert_close(gradient[0], error.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_numbers_of_a_task() -> None:
+    tasks = [{"b": [1, 2.5], "a": {"y": 3, "x": True}}, {"a": {"x": 0, "y": 4}, "b": (5, 6)}]
+    found = task_numbers(tasks)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [[1, 3, 1, 2.5], [0, 4, 5, 6]])
+    for wrong in ([{"kind": "door"}], [{}], [{"a": [1]}, {"a": [1, 2]}], ["goal"], [{"a": None}]):
+        with pytest.raises(ValueError, match="informed baseline needs tasks that are numbers"):
+            task_numbers(wrong)
 
 
 # --- RL² as a member of the family ------------------------------------------------------------------------
@@ -438,7 +521,9 @@ def test_step_sizes_are_resized_with_their_parameters() -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("discrete", [False, True])
 def test_checkpoints_know_the_arrays_of_every_form(gated: bool, discrete: bool) -> None:
-    for flags in ({}, {"learned_step_sizes": True}, {"normalize_observations": True, "learned_step_sizes": True}):
+    step_sizes = {"learned_step_sizes": True}
+    for flags in ({}, step_sizes, {"normalize_observations": True, **step_sizes}, {"task_size": 2, **step_sizes},
+                  {"task_size": 2, "scale_rewards": True}):  # fmt: skip
         spec = make_spec(num_layers=2, gated=gated, discrete=discrete, **flags)
         arrays = SSMPolicy(spec).numpy_weights()
         assert list(arrays) == list(expected_shapes(spec))

@@ -87,7 +87,8 @@ def test_parameters_of_each_task_equal_a_loop_over_tasks(spec: Any, seed: int) -
     tasks = 3
     policy, parameters = make_policy(spec, seed), tensors(task_weights(spec, tasks, seed))
     inputs, resets = draw(seed, tasks, 4, 2, spec.input_size), draw(seed, tasks, 4, 2) > 1
-    together = functional_call(policy, parameters, (inputs, resets))
+    known = draw(seed, tasks, spec.task_size) if spec.task_size else [None] * tasks
+    together = functional_call(policy, parameters, (inputs, resets, None, known if spec.task_size else None))
 
     def gradients(output: Any, of: Any) -> Any:
         loss = sum(head.square().sum() for head in heads(output))
@@ -96,7 +97,7 @@ def test_parameters_of_each_task_equal_a_loop_over_tasks(spec: Any, seed: int) -
     batched = gradients(together, parameters)
     for task in range(tasks):
         own = {name: value[task] for name, value in parameters.items()}
-        alone = functional_call(policy, own, (inputs[task], resets[task]))
+        alone = functional_call(policy, own, (inputs[task], resets[task], None, known[task]))
         for ours, theirs in zip(heads(together), heads(alone), strict=True):
             torch.testing.assert_close(ours[task], theirs, **CLOSE)
         for ours, theirs in zip(batched, gradients(alone, own), strict=True):

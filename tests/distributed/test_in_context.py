@@ -94,7 +94,9 @@ def returns(run: Path, config: TrainConfig) -> float:
 
 
 @pytest.mark.usefixtures("look")
-@pytest.mark.parametrize("baseline", ["critic", pytest.param("time", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "baseline", ["informed", *(pytest.param(other, marks=pytest.mark.slow) for other in ("critic", "time"))]
+)
 def test_a_trial_is_played_for_its_whole_return(tmp_path: Path, baseline: str) -> None:
     assert returns(tmp_path / "run", options(baseline=baseline)) > 0.9
 
@@ -130,10 +132,10 @@ def changed(**options: Any) -> dict[str, Any]:
     return TrainConfig.for_task("cartpole", **{**small, **options}).to_dict()
 
 
-@pytest.mark.parametrize("inner_steps", [0, 1])
-def test_going_on_from_a_checkpoint_is_going_on(tmp_path: Path, inner_steps: int) -> None:
+@pytest.mark.parametrize(("inner_steps", "baseline"), [(0, "critic"), (1, "critic"), (1, "informed")])
+def test_going_on_from_a_checkpoint_is_going_on(tmp_path: Path, inner_steps: int, baseline: str) -> None:
     """Normaliser, learned step sizes and minibatches included, to the bit."""
-    config = changed(inner_steps=inner_steps, learned_step_sizes=bool(inner_steps))
+    config = changed(inner_steps=inner_steps, learned_step_sizes=bool(inner_steps), baseline=baseline)
     trainer, other = MetaTrainer(config), MetaTrainer(config)
     for _ in range(2):
         trainer.step()
