@@ -82,8 +82,7 @@ POLICY_GRADIENT: Mapping[str, object] = {
 """Options that "policy-gradient" starts from, where they differ from the defaults."""
 
 BASELINES = ("linear", "critic", "informed", "time")
-"""What advantages are measured against: a linear function of observation and time fitted to each task's returns, the
-policy's value head, a value head that is told the task, or the mean return of the time step over the whole batch."""
+"""What advantages are measured against, see ``MetaConfig``."""
 
 CRITICS = ("critic", "informed")
 """The baselines that the policy learns."""
@@ -103,8 +102,9 @@ class MetaConfig:
         lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
         minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
-        baseline: of the advantages, see ``BASELINES``; critics also bootstrap where a column was cut. "informed" needs
-            tasks that are as many numbers each; acting and adapting do not need them.
+        baseline: of the advantages: "linear" (fitted to each task's returns), "critic" (the policy's value head),
+            "informed" (a value head that in training is told the task, which must be numbers) or "time" (the step's
+            mean return over all tasks). Critics also bootstrap where a column was cut.
         value_weight: weight of the critic's squared error.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.

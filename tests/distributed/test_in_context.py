@@ -170,3 +170,20 @@ def test_one_policy_before_and_after_adaptation() -> None:
     metrics = trainer.step()
     assert len(metrics["return_by_step"]) == 2
     assert np.isfinite(metrics["loss"])
+
+
+def test_a_policy_goes_on_with_another_critic(tmp_path: Path) -> None:
+    """From one that is told the task to one that is not, and back, with the normaliser."""
+    small = {name: value for name, value in changed().items() if name != "iterations"}
+    last = None
+    for baseline, told in (("informed", True), ("critic", False), ("informed", True)):
+        config = TrainConfig.from_dict({**small, "baseline": baseline, "iterations": 1, "outer_lr": 1e-12})
+        checkpoint = train(config, tmp_path / f"{len(list(tmp_path.iterdir()))}", start=last).checkpoint
+        found = load_checkpoint(checkpoint)
+        assert ("critic.task" in found.policy) == told == ("tasks" in found.progress["normalizer"])
+        if last is not None:
+            before = load_checkpoint(last)
+            for name in ("encoder.weight", "blocks.0.B", "policy.weight", "value.weight"):
+                np.testing.assert_allclose(found.policy[name], before.policy[name], atol=1e-6, err_msg=name)
+            assert found.progress["normalizer"]["rewards"]["count"] > before.progress["normalizer"]["rewards"]["count"]
+        last = checkpoint
