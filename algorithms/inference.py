@@ -220,12 +220,16 @@ def task_numbers(tasks: Sequence[Any]) -> Array:
         [M, P] float32.
 
     Raises:
-        ValueError: a task has something else than numbers, or none, or the tasks do not have equally many.
+        ValueError: a task has something else than numbers, or a seed, or none, or the tasks do not have equally many.
     """
 
     def numbers(value: Any) -> Iterator[float]:
         if isinstance(value, Mapping):
             for name in sorted(value):
+                if name == "seed":
+                    raise ValueError(
+                        "The informed baseline needs tasks that are numbers; a seed, as here, tells nothing."
+                    )
                 yield from numbers(value[name])
         elif isinstance(value, list | tuple):
             for each in value:
