@@ -120,7 +120,7 @@ class SSMPolicy(nn.Module):
                 known = (known - self.task_mean) / self.task_scale
                 known = known.reshape(*known.shape[:-1], *[1] * (hidden.dim() - known.dim()), known.shape[-1])
             values = values + self.critic(hidden, known)
-        return values.squeeze(-1)  # type: ignore[no-any-return]
+        return values.squeeze(-1)
 
     @property
     def reward_scaling(self) -> float:
