@@ -82,7 +82,7 @@ class Bandit(TaskDistribution):
     in_context: Mapping[str, Any] = {
         "meta_batch": 200,
         "episodes": 2,
-        "iterations": 450,
+        "iterations": 400,
         # What a pull tells pays over many pulls. A critic that does not know the odds errs by so much that only short
         # stretches (λ = .3) let a policy learn, and what it then learns is to be greedy.
         "baseline": "informed",

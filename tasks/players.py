@@ -351,6 +351,19 @@ class PSRL(TabularPlayer):
         self._successors[(*where, observations.argmax(axis=-1))] += ~starts
 
 
+class GreedyTabular(PSRL):
+    """Takes in every state the action of the highest mean reward by PSRL's posterior; it plans and explores nothing.
+
+    Next states are so random here that what an action pays at once is nearly all that it is worth.
+    """
+
+    def act(self, observations: Observations) -> Actions:
+        """See ``Player.act``."""
+        self._states = observations.argmax(axis=-1)
+        here = self.rows, self._states
+        return (self._sums[here] / (1.0 + self._visits[here])).argmax(axis=-1)
+
+
 # --- Playing ----------------------------------------------------------------------------------------------
 
 PLAYERS: Mapping[str, Mapping[str, Callable[[Trials], Player]]] = {
@@ -365,6 +378,7 @@ PLAYERS: Mapping[str, Mapping[str, Callable[[Trials], Player]]] = {
     "tabular-mdp": {
         "psrl": PSRL,
         "psrl-prior-0": functools.partial(PSRL, prior_mean=0.0),
+        "greedy": GreedyTabular,
         "clairvoyant": ClairvoyantTabular,
     },
 }

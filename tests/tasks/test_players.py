@@ -174,9 +174,10 @@ def test_order_of_the_bandit_players() -> None:
         ("psrl", 25, 403.5, 6.0),
         ("psrl-prior-0", 10, 138.1, 3.0),  # 138.1 and 408.8 in Duan et al. 2016
         ("psrl-prior-0", 25, 408.8, 6.0),
+        ("greedy", 10, 159.2, 3.0),  # 4,000 MDPs in a loop of its own
     ],
 )
-def test_psrl(player: str, episodes: int, figure: float, tolerance: float) -> None:
+def test_players_of_tabular_mdps(player: str, episodes: int, figure: float, tolerance: float) -> None:
     returns = earned(player, TabularMDP(), 1000, episodes=episodes, seed=1)
     assert returns.mean() == pytest.approx(figure, abs=tolerance)
 
