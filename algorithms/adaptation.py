@@ -18,17 +18,7 @@ from torch.distributions import kl_divergence
 from torch.func import functional_call
 
 from .inference import check_count, check_number, policy_inputs, task_numbers
-from .maml import (
-    CRITICS,
-    Batch,
-    MetaConfig,
-    critic_inputs,
-    for_tasks,
-    inner_step,
-    make_batch,
-    play,
-    task_shards,
-)
+from .maml import CRITICS, Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, play, task_shards
 from .policy import SSMPolicy, numpy_weights
 from .replay import ReplayBuffer, TaskModel, as_columns, effective_sample_size
 from .rollouts import Array, Rollouts

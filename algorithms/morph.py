@@ -60,7 +60,10 @@ AXES: dict[str, tuple[str, ...]] = {
 stream, and of the same number in a block), real state variables, and complex modes, two state variables each. Moments
 and learned step sizes have the axes of their parameter."""
 
-READERS = ("B", "C", "out.weight", "policy.weight", "value.weight", "critic.weight")
+VALUE_HEADS = ("value.weight", "critic.weight")
+"""Readers that say what a policy expects, not what it does."""
+
+READERS = ("B", "C", "out.weight", "policy.weight", *VALUE_HEADS)
 """Parameters whose row j is how unit (for C: state variable) j is read: zero where j is new. Whatever else a unit or
 mode has, D and gate included, stays inside it and reaches others through these rows alone."""
 
@@ -281,7 +284,7 @@ def _without_block(spec: PolicySpec, arrays: Arrays, block: int, hidden: Array, 
         elif own > block:
             rest[re.sub(rf"(blocks[./]){own}([./])", rf"\g<1>{own - 1}\2", key)] = value
     present = _activities(spec, rest, probe)["policy.weight"]
-    for name in [name for name in ("policy.weight", "value.weight", "critic.weight") if name in rest]:
+    for name in [name for name in ("policy.weight", *VALUE_HEADS) if name in rest]:
         rest |= _absorb(rest, name, np.arange(spec.hidden_dim), present, rest[name], hidden - present)
     return rest
 
@@ -296,7 +299,7 @@ def _shrink_width(spec: PolicySpec, arrays: Arrays, smaller: PolicySpec, probe: 
     shares = np.zeros(spec.hidden_dim)
     for name, activity in activities.items():
         # No policy gradient trains the value heads, so that what they read says nothing.
-        if name not in ("value.weight", "critic.weight"):
+        if name not in VALUE_HEADS:
             read = _rms(activity, 0) * np.linalg.norm(_effective(spec, name, arrays[name]), axis=1)
             # Readers have different units (a state, a preactivation, a logit): only shares can be added up.
             shares += read / max(read.sum(), np.finfo(np.float64).tiny)

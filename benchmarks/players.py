@@ -69,7 +69,8 @@ def main(options: Options) -> None:
         log(f"{name}: {rows[name]['return']:.2f} ({time.perf_counter() - start:.0f} s)")
     for path in options.policies:
         config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(path)).config)
-        if (config.trial_episodes, dict(config.task_options)) != (options.trial_episodes, dict(family_options)):
+        own, played = config.family(), make(options.task, family_options)
+        if (config.trial_episodes, own.action_space) != (options.trial_episodes, played.action_space):
             log(f"{path} was trained on other trials: {config.trial_episodes} episodes, {dict(config.task_options)}")
         found = evaluate_checkpoint(
             path, task_options=family_options, num_tasks=options.num_tasks, steps=0, episodes=1, seed=options.seed

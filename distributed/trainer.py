@@ -236,7 +236,7 @@ def check_sizes(checkpoint: str | Path, found: PolicySpec, wanted: PolicySpec) -
         raise CheckpointError(f"{checkpoint}: its policy has {', '.join(differences)}.")
 
 
-def with_critic(checkpoint: Checkpoint, spec: PolicySpec, seed: int = 0) -> Checkpoint:
+def with_critic(checkpoint: Checkpoint, spec: PolicySpec) -> Checkpoint:
     """The checkpoint with the critic of another baseline: one that is told ``spec.task_size`` numbers, new, or none."""
     if checkpoint.spec.task_size == spec.task_size:
         return checkpoint
@@ -248,7 +248,7 @@ def with_critic(checkpoint: Checkpoint, spec: PolicySpec, seed: int = 0) -> Chec
     return replace(
         checkpoint,
         spec=own,
-        policy={name: kept.get(name, value) for name, value in SSMPolicy(own, seed).numpy_weights().items()},
+        policy={name: kept.get(name, value) for name, value in SSMPolicy(own).numpy_weights().items()},
         optimizer={},
         progress={**checkpoint.progress, "normalizer": moments},
     )

@@ -23,7 +23,7 @@ from ..distributed.learner import check_device
 from ..distributed.run import interrupts, prepare_run, start_ray
 from ..distributed.storage import write_folder
 from ..distributed.telemetry import Telemetry
-from ..distributed.trainer import check_resources
+from ..distributed.trainer import check_resources, with_critic
 from ..tasks import TaskDistribution
 from .evolution import Evolution
 from .metrics import normalise
@@ -125,8 +125,9 @@ def evolve(
     else:
         if not evolution_config.generation_steps:
             evolution_config = replace(evolution_config, generation_steps=default_generation_steps(config, family))
-        checkpoint = None if start is None else load_checkpoint(resolve_checkpoint(start))
-        if checkpoint and checkpoint.spec != config.policy_spec(family):
+        spec = config.policy_spec(family)
+        checkpoint = None if start is None else with_critic(load_checkpoint(resolve_checkpoint(start)), spec)
+        if checkpoint and checkpoint.spec != spec:
             raise ValueError(
                 f"The policy of {start} does not have the sizes asked for, or the spaces of {family.name!r}."
             )
