@@ -74,7 +74,7 @@ def test_navigation_arrives_after_adaptation() -> None:
     options = AdaptOptions(episodes=20)
     found = compare_modes("pretrained:navigation-2d", ("none", "standard"), options=options, num_tasks=20)
     summary = found.summary()["modes"]
-    assert summary["standard"]["mean"]["value"] > -12
+    assert summary["standard"]["mean"]["value"] > -3
     assert np.isfinite(summary["none"]["mean"]["value"])
 
 
