@@ -50,6 +50,8 @@ class PolicyConfig:
         min_period: shortest period, in steps, of the oscillations that the modes start with, 2 or more; their phases
             are uniform up to 2π/min_period (LRU's max_phase). Slow ones tell apart what changes slowly; single steps
             of a long past are told apart by those of all periods from 2 on, which make a delay line.
+        memory_slots: addresses of an associative memory in each block, which binds what was done where to what came of
+            it (see ``SlotMemory``); 0: none.
     """
 
     hidden_dim: int = 64
@@ -63,11 +65,13 @@ class PolicyConfig:
     scale_rewards: bool = False
     encoder_scale: float = 1.0
     min_period: float = 20.0
+    memory_slots: int = 0
 
     def __post_init__(self) -> None:
         check_count("hidden_dim", self.hidden_dim, 1)
         check_count("state_dim", self.state_dim, 2)
         check_count("num_layers", self.num_layers, 0)
+        check_count("memory_slots", self.memory_slots, 0)
         if self.state_dim % 2:
             raise ValueError(f"state_dim must be even (complex modes are pairs), not {self.state_dim}.")
         for name in ("gated", "learned_step_sizes", "normalize_observations", "scale_rewards"):
@@ -270,7 +274,8 @@ class NumpyPolicy:
         head, head_bias = weights["policy.weight"], weights["policy.bias"]
         # [I], or [M, 1, I]
         self._normalizer = (vector(weights["input_mean"]), vector(weights["input_scale"])) if spec.normalizes else None
-        self._blocks = []
+        self._blocks: list[Any] = []
+        self._memories: list[tuple[Array, Array, Array]] = []  # none, or one a block
         for i in range(spec.num_layers):
             name = f"blocks.{i}."
             decay = np.exp(np.minimum(weights[name + "nu"].astype(np.float64), MAX_NU)) + MIN_DECAY
@@ -282,6 +287,13 @@ class NumpyPolicy:
             into = np.concatenate([into[..., 0::2], into[..., 1::2]], -1)
             out, skip = weights[name + "C"], weights[name + "D"]
             out = np.concatenate([out[..., 0::2, :], out[..., 1::2, :]], -2)
+            if spec.memory_slots:
+                address, into_slots, offset = (
+                    weights[f"{name}memory.{part}"] for part in ("address", "weight", "bias")
+                )
+                if not spec.gated:
+                    into_slots, offset = into_slots * _TWO, offset * _TWO
+                self._memories.append((np.ascontiguousarray(address), np.ascontiguousarray(into_slots), vector(offset)))
             a_re, a_im = modulus * np.cos(phase), modulus * np.sin(phase)
             straight, crossed = (
                 vector(np.stack(pair, -2).astype(np.float32)) for pair in ((a_re, a_re), (-a_im, a_im))
@@ -304,9 +316,11 @@ class NumpyPolicy:
             self._log_norm = log_std.sum(-1) + np.float32(0.5 * spec.action_size * math.log(2 * math.pi))
 
     def initial_state(self, tasks: int, columns: int) -> list[Array]:
-        """Zero state: for each block [M, K, 2, N/2] float32, real parts and imaginary parts."""
-        shape = (tasks, columns, 2, self.spec.state_dim // 2)
-        return [np.zeros(shape, np.float32) for _ in self._blocks]
+        """Zero state: for each block [M, K, 2, N/2] float32, real parts and imaginary parts; then for each block with a
+        memory [M, K, S, H+2], sums, weights and the last address."""
+        modes, memory = (2, self.spec.state_dim // 2), (self.spec.memory_slots, self.spec.hidden_dim + 2)
+        shapes = [modes] * len(self._blocks) + [memory] * len(self._memories)
+        return [np.zeros((tasks, columns, *shape), np.float32) for shape in shapes]
 
     def head(self, inputs: Array, state: list[Array]) -> tuple[Array, list[Array]]:
         """Action mean or logits for one step.
@@ -326,8 +340,9 @@ class NumpyPolicy:
         _tanh_of_half(hidden)
         head_weight, head_bias = self._head
         head = None
-        new_state = []
-        for i, (h, block) in enumerate(zip(state, self._blocks, strict=True)):
+        new_state: list[Array] = []
+        memories: list[Array] = []
+        for i, (h, block) in enumerate(zip(state, self._blocks, strict=False)):
             into, straight, crossed, out, skip, (last_weight, last_bias) = block
             new = straight * h
             new += crossed * h[..., ::-1, :]
@@ -335,6 +350,10 @@ class NumpyPolicy:
             new_state.append(new)
             y = np.matmul(new.reshape(*h.shape[:-2], -1), out)
             y += skip * hidden
+            if self._memories:
+                recalled, memory = _recall(hidden, state[len(self._blocks) + i], *self._memories[i])
+                y += recalled
+                memories.append(memory)
             if self.spec.gated:
                 gate = last_weight * hidden
                 gate += last_bias
@@ -353,7 +372,7 @@ class NumpyPolicy:
         if head is not None:
             read += head
         read += head_bias
-        return read, new_state
+        return read, new_state + memories
 
     def act(self, inputs: Array, state: list[Array], noise: Array | None) -> tuple[Array, Array, list[Array]]:
         """Sample (or, without noise, take the most likely) actions.
@@ -382,6 +401,23 @@ class NumpyPolicy:
         log_prob = np.float32(-0.5) * (noise * noise).sum(-1)
         log_prob -= self._log_norm
         return head + self._std * noise, log_prob, state
+
+
+def _recall(hidden: Array, state: Array, address: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    """One step of ``SlotMemory``: what is recalled [M, K, H], and the state [M, K, S, H+2] after it."""
+    value = np.matmul(hidden, weight)
+    value += bias
+    value = np.concatenate([value, np.ones_like(value[..., :1])], -1)
+    new = np.empty_like(state)
+    np.multiply(state[..., -1:], value[..., None, :], out=new[..., :-1])
+    new[..., :-1] += state[..., :-1]
+    at = np.matmul(hidden, address)
+    at -= at.max(-1, keepdims=True)
+    np.exp(at, out=at)
+    at /= at.sum(-1, keepdims=True)
+    new[..., -1] = at
+    found = np.matmul(at[..., None, :], new[..., :-1])[..., 0, :]
+    return found[..., :-1] / (found[..., -1:] + _ONE), new
 
 
 def _sigmoid(x: Array) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .functions import skip_tanh
 from .inference import PolicySpec
 from .policy import SSMPolicy
 from .rollouts import Array
-from .scan import scan
 from .ssm import SSMBlock
 
 Arrays = dict[str, Array]
@@ -41,6 +41,9 @@ AXES: dict[str, tuple[str, ...]] = {
     "gate.bias": ("unit",),
     "out.weight": ("unit", "unit"),
     "out.bias": ("unit",),
+    "memory.weight": ("unit", "unit"),
+    "memory.bias": ("unit",),
+    "memory.address": ("unit", "slot"),
     "policy.weight": ("unit", "action"),
     "policy.bias": ("action",),
     "policy.log_std": ("action",),
@@ -63,11 +66,11 @@ and learned step sizes have the axes of their parameter."""
 VALUE_HEADS = ("value.weight", "critic.weight")
 """Readers that say what a policy expects, not what it does."""
 
-READERS = ("B", "C", "out.weight", "policy.weight", *VALUE_HEADS)
+READERS = ("B", "C", "out.weight", "memory.weight", "memory.address", "policy.weight", *VALUE_HEADS)
 """Parameters whose row j is how unit (for C: state variable) j is read: zero where j is new. Whatever else a unit or
 mode has, D and gate included, stays inside it and reaches others through these rows alone."""
 
-SILENT = {True: ("C", "D"), False: ("out.weight", "out.bias")}
+SILENT = {True: ("C", "D", "memory.weight", "memory.bias"), False: ("out.weight", "out.bias")}
 """Parameters that are zero in a new block, gated or not, so that its output is its input."""
 
 RIDGE = 1e-3
@@ -235,25 +238,35 @@ def _activities(spec: PolicySpec, arrays: Arrays, probe: _Probe) -> Arrays:
     """What the rows of each reader are multiplied with over the probe: [M·T·K, H or N] by the reader's name."""
     model, met = _model(spec, arrays), {}
 
-    def note(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
+    def note(name: str, meets: Callable[..., Tensor]) -> Callable[[Any, tuple[Any, ...]], None]:
         def before_forward(module: Any, inputs: tuple[Any, ...]) -> None:
-            activity = _states(module, *inputs) if name.endswith("C") else inputs[0]
-            met[name] = activity.flatten(0, -2).numpy()
+            met[name] = meets(module, *inputs).flatten(0, -2).numpy()
 
         return before_forward
 
     for name in model.state_dict():
-        if _parse(name).leaf in READERS and not _parse(name).step_sizes:
-            model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(note(name))
+        key = _parse(name)
+        if key.leaf in READERS and not key.step_sizes:
+            # Inside a block one operation follows the other, and only the block itself is called.
+            owner = f"blocks.{key.block}" if key.leaf in _INSIDE else name.rpartition(".")[0]
+            meets = _INSIDE.get(key.leaf, lambda module, x, *others: x)
+            model.get_submodule(owner).register_forward_pre_hook(note(name, meets))
     model(*probe)
     return met
 
 
-def _states(block: SSMBlock, x: Tensor, resets: Tensor | None, state: Tensor | None) -> Tensor:
+def _states(block: SSMBlock, x: Tensor, resets: Tensor | None, state: None) -> Tensor:
     """A block's states [M, T, K, N], of which it tells only the last."""
-    a, gain = block.modes()
-    keep = None if resets is None else (~resets).to(x.dtype)
-    return torch.view_as_real(scan(a, block._driven(x, gain), keep)).flatten(-2)
+    return torch.view_as_real(block.states(x, resets)).flatten(-2)
+
+
+def _mixed(block: SSMBlock, x: Tensor, resets: Tensor | None, state: None) -> Tensor:
+    """What the last matrix of a block that is not gated mixes, [M, T, K, H]."""
+    recalled = None if block.memory is None else block.memory(x, resets)[0]
+    return skip_tanh(block.read(block.states(x, resets), recalled), x, block.D)
+
+
+_INSIDE: dict[str, Callable[..., Tensor]] = {"C": _states, "out.weight": _mixed}
 
 
 # --- Shrinking --------------------------------------------------------------------------------------------

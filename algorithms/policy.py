@@ -54,7 +54,7 @@ class SSMPolicy(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         width = spec.hidden_dim
         self.encoder = Affine(spec.input_size, width, spec.encoder_scale * spec.input_size**-0.5, generator)
-        form = (width, spec.state_dim, spec.gated, generator, spec.min_period)
+        form = (width, spec.state_dim, spec.gated, generator, spec.min_period, spec.memory_slots)
         blocks = [SSMBlock(*form) for _ in range(spec.num_layers)]
         self.blocks = nn.ModuleList(blocks)
         # A small last layer starts near the uniform or zero-mean policy.
@@ -90,27 +90,27 @@ class SSMPolicy(nn.Module):
         Args:
             inputs: [M, T, K, I], see ``policy_inputs``.
             resets: [M, T, K] bool, where the recurrent state is zeroed before the step; None: nowhere.
-            state: for each block [M, K, N/2, 2]; None: zero.
+            state: as of ``initial_state``; None: zero.
             known: [M, P], what a critic that is told the task is told; None: that it is an average one.
 
         Returns:
             Distributions and values over [M, T, K], and the state after the last step.
         """
         hidden = tanh(self.encoder(self._normalized(inputs)))
-        after = []
+        after: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            hidden, last = block(hidden, resets, None if state is None else state[i])
-            after.append(last)
+            hidden, last = block(hidden, resets, None if state is None else self._of_block(i, state))
+            after += last
         return PolicyOutput(self._distribution(hidden), self._values(hidden, known), after)
 
     def step(self, inputs: Tensor, state: list[Tensor]) -> PolicyOutput:
         """Run over one step: as :meth:`forward` with inputs [M, K, I], distributions and values over [M, K]."""
         hidden = tanh(self.encoder(self._normalized(inputs)))
-        after = []
-        for block, before in zip(self.blocks, state, strict=True):
+        after: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
             assert isinstance(block, SSMBlock)
-            hidden, last = block.step(hidden, before)
-            after.append(last)
+            hidden, last = block.step(hidden, self._of_block(i, state))
+            after += last
         return PolicyOutput(self._distribution(hidden), self._values(hidden, None), after)
 
     def _values(self, hidden: Tensor, known: Tensor | None) -> Tensor:
@@ -128,9 +128,15 @@ class SSMPolicy(nn.Module):
         return float(self.reward_scale) if self.spec.normalizes else 1.0
 
     def initial_state(self, *lead: int) -> list[Tensor]:
-        """Zero state, for each block [*lead, N/2, 2]."""
-        size = (*lead, self.spec.state_dim // 2, 2)
-        return [torch.zeros(size, device=self.encoder.weight.device) for _ in self.blocks]
+        """Zero state, for each block modes [*lead, N/2, 2], and with a memory after them [*lead, S, H+2]."""
+        sizes = [(self.spec.state_dim // 2, 2)]
+        if self.spec.memory_slots:
+            sizes.append((self.spec.memory_slots, self.spec.hidden_dim + 2))
+        return [torch.zeros((*lead, *size), device=self.encoder.weight.device) for _ in self.blocks for size in sizes]
+
+    def _of_block(self, block: int, state: list[Tensor]) -> list[Tensor]:
+        each = len(state) // len(self.blocks)
+        return state[block * each : (block + 1) * each]
 
     def _normalized(self, inputs: Tensor) -> Tensor:
         if not self.spec.normalizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from .functions import gated_residual, linear, skip_tanh
 from .inference import MAX_NU, MIN_DECAY
 from .scan import scan
+
+CHUNK = 128
+"""Steps within which a memory is evaluated as a product of matrices, of which every step meets every earlier one."""
 
 
 def along(vector: Tensor, x: Tensor) -> Tensor:
@@ -29,6 +33,7 @@ class SSMBlock(nn.Module):
     with N/2 complex modes a = exp(-(e^ν + ε) + iθ), so |a| < 1 whatever the parameters are, and γ = sqrt(1 - |a|²),
     which gives every mode the same output variance for white input (Orvieto et al. 2023, arXiv 2303.06349, eq. 7).
     There is no normalisation across hidden units: it would keep a policy from growing without changing its function.
+    With ``slots`` what a :class:`SlotMemory` reads is added to y.
 
     Complex quantities are kept as real pairs (re, im) side by side: B is [H, N], C is [N, H], the state [..., N/2, 2].
     Every parameter may carry a leading task axis M (through ``torch.func.functional_call``); then x is [M, T, K, H].
@@ -39,10 +44,17 @@ class SSMBlock(nn.Module):
         gated: form of the output.
         generator: source of the initial weights.
         min_period: least period of the initial modes, in steps: θ is uniform in [0, 2π/min_period].
+        slots: of the memory; 0: there is none.
     """
 
     def __init__(
-        self, hidden_dim: int, state_dim: int, gated: bool, generator: torch.Generator, min_period: float = 20.0
+        self,
+        hidden_dim: int,
+        state_dim: int,
+        gated: bool,
+        generator: torch.Generator,
+        min_period: float = 20.0,
+        slots: int = 0,
     ) -> None:
         super().__init__()
         self.gated = gated
@@ -58,6 +70,7 @@ class SSMBlock(nn.Module):
             self.gate = nn.ParameterDict({"weight": torch.ones(hidden_dim), "bias": torch.zeros(hidden_dim)})
         else:
             self.out = Affine(hidden_dim, hidden_dim, hidden_dim**-0.5, generator)
+        self.memory = SlotMemory(hidden_dim, slots, generator) if slots else None
 
     def modes(self) -> tuple[Tensor, Tensor]:
         """The modes a, [(M,) N/2] complex with |a| < 1, and their input gain γ, [(M,) N/2] real."""
@@ -69,44 +82,62 @@ class SSMBlock(nn.Module):
         into = self.B * gain.repeat_interleave(2, -1).unsqueeze(-2)
         return torch.view_as_complex(linear(x, into).unflatten(-1, (-1, 2)))
 
-    def _output(self, h: Tensor, x: Tensor) -> Tensor:
+    def read(self, h: Tensor, recalled: Tensor | None) -> Tensor:
+        """Re(C h), and what the memory recalled: y without D ⊙ x, [..., H]."""
         y = linear(torch.view_as_real(h).flatten(-2), self.C)
+        return y if recalled is None else y + recalled
+
+    def _output(self, h: Tensor, recalled: Tensor | None, x: Tensor) -> Tensor:
+        y = self.read(h, recalled)
         if self.gated:
             return gated_residual(y, x, self.D, self.gate["weight"], self.gate["bias"])
         return linear(skip_tanh(y, x, self.D), self.out.weight, self.out.bias, residual=x)
 
+    def states(self, sequence: Tensor, resets: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """The state space model's complex states h over a sequence, [M, T, K, N/2]; arguments as of :meth:`forward`."""
+        a, gain = self.modes()
+        keep = None if resets is None else (~resets).to(sequence.dtype)
+        before = None if state is None else torch.view_as_complex(state)
+        return scan(a, self._driven(sequence, gain), keep, before)
+
     def forward(
-        self, sequence: Tensor, resets: Tensor | None = None, state: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, sequence: Tensor, resets: Tensor | None = None, state: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run over a whole sequence.
 
         Args:
             sequence: [M, T, K, H] (or [T, K, H] when parameters have no task axis).
             resets: [M, T, K] bool, where the state is zeroed before the step; None: nowhere.
-            state: [M, K, N/2, 2], state before the first step; None: zero.
+            state: before the first step, [M, K, N/2, 2] and with a memory [M, K, S, H+2]; None: zero.
 
         Returns:
             Output of the sequence's shape, and the state after the last step.
         """
-        a, gain = self.modes()
-        keep = None if resets is None else (~resets).to(sequence.dtype)
-        before = None if state is None else torch.view_as_complex(state)
-        h = scan(a, self._driven(sequence, gain), keep, before)
-        return self._output(h, sequence), torch.view_as_real(h[..., -1, :, :])
+        h = self.states(sequence, resets, None if state is None else state[0])
+        after, recalled = [torch.view_as_real(h[..., -1, :, :])], None
+        if self.memory is not None:
+            recalled, contents = self.memory(sequence, resets, None if state is None else state[1])
+            after.append(contents)
+        return self._output(h, recalled, sequence), after
 
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run over one step; equals :meth:`forward` on a sequence of one step without reset.
 
         Args:
             x: [M, K, H] (or [K, H]).
-            state: [M, K, N/2, 2].
+            state: as of :meth:`forward`.
 
         Returns:
             Output [M, K, H] and the new state.
         """
         a, gain = self.modes()
-        h = torch.addcmul(self._driven(x, gain), along(a, x), torch.view_as_complex(state))
-        return self._output(h, x), torch.view_as_real(h)
+        h = torch.addcmul(self._driven(x, gain), along(a, x), torch.view_as_complex(state[0]))
+        after, recalled = [torch.view_as_real(h)], None
+        if self.memory is not None:
+            recalled, contents = self.memory(x.unsqueeze(-3), None, state[1])
+            recalled = recalled.squeeze(-3)
+            after.append(contents)
+        return self._output(h, recalled, x), after
 
 
 class Affine(nn.Module):
@@ -120,6 +151,74 @@ class Affine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
         return linear(x, self.weight, self.bias)
+
+
+class SlotMemory(nn.Module):
+    r"""Associative memory: what followed a situation is added up under its address, and recalled where it comes again.
+
+    .. math:: p_t = \mathrm{softmax}(A x_t), \qquad
+        (S_t, n_t) = (S_{t-1}, n_{t-1}) + p_{t-1} ⊗ (V x_t + b, 1), \qquad
+        r_t = \frac{p_t S_t}{1 + p_t n_t}
+
+    With addresses that hit one slot each, r is the posterior mean of V x + b after the situation, given one prior
+    observation of 0, and with b it tells how many there were. It is a state space model as H3 and Mamba-2, whose input
+    and output maps depend on what is seen: without that dependence a state cannot bind what was done where to what came
+    of it. Written is the address of the step before (the shift of H3: Fu et al. 2023, arXiv 2212.14052), since an input
+    holds the previous action and its reward; sums divided by their weights are linear attention (Katharopoulos et al.
+    2020, arXiv 2006.16236), evaluated as a product of matrices in chunks (Dao and Gu 2024, arXiv 2405.21060). Nothing
+    is forgotten until a reset.
+
+    Args:
+        hidden_dim: H, width of what comes in and of what is recalled.
+        slots: S.
+        generator: source of the initial weights.
+    """
+
+    def __init__(self, hidden_dim: int, slots: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_normal((hidden_dim, hidden_dim), hidden_dim**-0.5, generator))
+        self.bias = nn.Parameter(torch.ones(hidden_dim))  # of 1: counts are recalled from the beginning
+        # 3: situations that differ have addresses that do, too, from the beginning.
+        self.address = nn.Parameter(_normal((hidden_dim, slots), 3 * hidden_dim**-0.5, generator))
+
+    def forward(self, x: Tensor, resets: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Write and recall over a whole sequence.
+
+        Args:
+            x: [M, T, K, H] (or [T, K, H]).
+            resets: [M, T, K] bool, where the memory is emptied before the step; None: nowhere.
+            state: before the first step, [M, K, S, H+2]: sums, weights and the last address; None: zero.
+
+        Returns:
+            What is recalled, of the sequence's shape, and the state after the last step.
+        """
+        address = linear(x, self.address).softmax(-1).movedim(-3, -2)  # [M, K, T, S]
+        value = linear(x, self.weight, self.bias).movedim(-3, -2)
+        value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
+        if state is None:
+            state = address.new_zeros(*address.shape[:-2], address.shape[-1], value.shape[-1] + 1)
+        contents, last = state[..., :-1], state[..., -1].unsqueeze(-2)
+        written = torch.cat([last, address[..., :-1, :]], -2)
+        if resets is None:
+            resets = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
+        fresh = resets.movedim(-1, -2)
+        written = written.masked_fill(fresh.unsqueeze(-1), 0.0)
+        # [M, K, T]: what was written since as many resets is what can be recalled.
+        age = fresh.cumsum(-1)
+        before = torch.zeros_like(age[..., :1])
+        recalled = []
+        for start in range(0, x.shape[-3], CHUNK):
+            part = slice(start, start + CHUNK)
+            at, under, what, ages = address[..., part, :], written[..., part, :], value[..., part, :], age[..., part]
+            end = ages[..., -1:]
+            weights = (at @ under.mT).tril() * (ages.unsqueeze(-1) == ages.unsqueeze(-2))
+            found = weights @ what + (at * (ages == before).unsqueeze(-1)) @ contents
+            recalled.append(found[..., :-1] / (1 + found[..., -1:]))
+            kept = (under * (ages == end).unsqueeze(-1)).mT @ what
+            contents = contents * (before == end).unsqueeze(-1) + kept
+            before = end
+        after = torch.cat([contents, address[..., -1, :].unsqueeze(-1)], -1)
+        return torch.cat(recalled, -2).movedim(-2, -3), after
 
 
 def _normal(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:

@@ -96,6 +96,10 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
             shapes |= {block + "gate.bias": (width,), block + "gate.weight": (width,)}
         else:
             shapes |= {block + "out.weight": (width, width), block + "out.bias": (width,)}
+        if spec.memory_slots:
+            memory = block + "memory."
+            shapes |= {memory + "weight": (width, width), memory + "bias": (width,)}
+            shapes[memory + "address"] = (width, spec.memory_slots)
     shapes |= {"policy.weight": (width, actions), "policy.bias": (actions,)}
     if not spec.discrete:
         shapes["policy.log_std"] = (actions,)

@@ -53,8 +53,10 @@ from .trainer import BAD_EPISODES_ALLOWED, INITIAL_WEIGHTS, ROLLOUTS, Environmen
 COLUMNS = 20
 """Most episodes that a worker plays side by side: RLlib's time a step falls little beyond."""
 
-STATE = "ssm"
-"""Name of the recurrent state in RLlib's batches."""
+
+def state_name(number: int) -> str:
+    """Name in RLlib's batches of a tensor of ``SSMPolicy.initial_state``."""
+    return f"ssm_{number}"
 
 
 # --- The environment --------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
     """An ``SSMPolicy`` as RLlib's workers and learner call it; its state dict is the policy's, name by name.
 
     Sequences come as [B, T, I], zero-padded at their end, each with the recurrent state before its first step
-    [B, layers, N/2, 2] (zero where an episode begins: a sequence never goes beyond one).
+    (zero where an episode begins: a sequence never goes beyond one), of which each tensor has a name of its own.
 
     Values are in rewards as the environment gives them; the policy's critic itself speaks in units of its
     ``reward_scaling``.
@@ -211,9 +213,8 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
         self.ssm = SSMPolicy(PolicySpec.from_dict(self.model_config["spec"]))
 
     def get_initial_state(self) -> dict[str, Tensor]:
-        """Zero state of one episode, [layers, N/2, 2]; of a policy without memory, none."""
-        state = self.ssm.initial_state()
-        return {STATE: torch.stack(state)} if state else {}
+        """Zero state of one episode, as ``SSMPolicy.initial_state`` by :func:`state_name`; without blocks, empty."""
+        return {state_name(i): each for i, each in enumerate(self.ssm.initial_state())}
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
         """Parameters and normaliser, as in a checkpoint's ``policy.safetensors``."""
@@ -225,7 +226,7 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
 
     def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
         logits, _, state = self._run(batch[Columns.OBS], batch)
-        return {Columns.ACTION_DIST_INPUTS: logits, **({Columns.STATE_OUT: {STATE: state}} if len(state) else {})}
+        return {Columns.ACTION_DIST_INPUTS: logits, **({Columns.STATE_OUT: state} if state else {})}
 
     def _forward_train(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
         inputs = batch[Columns.OBS]
@@ -242,11 +243,12 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
         """Values [B, T] of the steps in a batch; ``embeddings`` are those that ``forward_train`` has found already."""
         return self._forward_train(batch)[Columns.EMBEDDINGS] if embeddings is None else embeddings
 
-    def _run(self, inputs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _run(self, inputs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Inputs of RLlib's distribution [B, T, ...], values [B, T] and the state after the last step."""
         stateful = self.is_stateful()
         sequence = inputs.transpose(0, 1) if stateful else inputs[None]  # the policy's axes: time first
-        before = list(batch[Columns.STATE_IN][STATE].unbind(1)) if stateful else None
+        given = batch[Columns.STATE_IN] if stateful else {}
+        before = [given[state_name(i)] for i in range(len(given))] if stateful else None
         output = self.ssm(sequence, state=before)
         if self.ssm.spec.discrete:
             logits = output.actions.logits
@@ -255,8 +257,9 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
             logits = torch.cat([normal.loc, normal.scale.log()], -1)
         values = output.values * self.ssm.reward_scaling
         if not stateful:
-            return logits[0], values[0], torch.empty(0)
-        return logits.transpose(0, 1), values.transpose(0, 1), torch.stack(output.state, 1)
+            return logits[0], values[0], {}
+        state = {state_name(i): each for i, each in enumerate(output.state)}
+        return logits.transpose(0, 1), values.transpose(0, 1), state
 
 
 # --- The algorithm ----------------------------------------------------------------------------------------

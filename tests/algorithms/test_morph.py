@@ -115,7 +115,7 @@ def numpy_head(spec: Any, weights: Any, inputs: Any, resets: Any) -> Any:
 @settings(max_examples=40)
 @given(spec=specs(), seed=seeds, by=st.lists(growths, min_size=1, max_size=3))
 def test_growth_keeps_the_function_whatever_the_history(spec: Any, seed: int, by: Any) -> None:
-    """From any state, also of the new modes."""
+    """From any state, also of the new modes; the memory of a new block is empty."""
     policy = make_policy(spec, seed).numpy_weights()
     small, weights = spec, policy
     for step, growth in enumerate(by):
@@ -124,20 +124,31 @@ def test_growth_keeps_the_function_whatever_the_history(spec: Any, seed: int, by
         small, weights = morph.spec, morph.policy
     inputs, resets = probe_for(spec, seed + 1, 30)
     rng = np.random.default_rng(seed)
-    modes = spec.state_dim // 2
-    states = [rng.normal(size=(2, 3, small.state_dim // 2, 2)).astype(np.float32) for _ in range(small.num_layers)]
-    expected = run(spec, policy, inputs, resets, [h[:, :, :modes] for h in states[: spec.num_layers]])
+    states = [np.abs(rng.normal(size=(2, 3, *h.shape))).astype(np.float32) for h in SSMPolicy(small).initial_state()]
+    sizes = [h.shape for h in SSMPolicy(spec).initial_state()]
+    for h in states[len(sizes) :]:
+        h *= h.shape[-1] == 2
+    old = [cut(h, size) for h, size in zip(states, sizes, strict=False)]
+    expected = run(spec, policy, inputs, resets, old)
     ours = run(small, weights, inputs, resets, states)
     assert_same_function(ours, expected)
-    for one, other in zip(ours[2], expected[2], strict=False):
-        close(one[:, :, :modes], other)
+    for one, other, size in zip(ours[2], expected[2], sizes, strict=False):
+        close(cut(one, size), other)
 
 
+def cut(state: Any, size: Any) -> Any:
+    """Of a larger policy's state what is a smaller one's: its modes, or a memory's sums, weights and last address."""
+    if size[1] == 2:
+        return state[:, :, : size[0]]
+    return np.concatenate([state[..., : size[1] - 2], state[..., -2:]], -1)
+
+
+@pytest.mark.parametrize("slots", [0, 3])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_new_can_learn(kind: str, gated: bool) -> None:
+def test_what_is_new_can_learn(kind: str, gated: bool, slots: int) -> None:
     """The weights that keep it from being read have a gradient."""
-    spec = make_spec(num_layers=2, gated=gated)
+    spec = make_spec(num_layers=2, gated=gated, memory_slots=slots)
     target = replace(spec, **{kind: getattr(spec, kind) + 2})
     inputs, resets = probe_for(spec, 0)
     morph = resize(spec, make_policy(spec).numpy_weights(), {}, target, inputs, 1)
@@ -155,8 +166,10 @@ def test_what_is_new_can_learn(kind: str, gated: bool) -> None:
             assert parameter.grad is not None
             assert parameter.grad[zeros].all(), name
             learning.add(leaf(name))
-    readers = {"B", "policy.weight", "value.weight"} if gated else {"B", "out.weight", "policy.weight", "value.weight"}
-    assert learning == {"state_dim": {"C"}, "hidden_dim": readers, "num_layers": set(SILENT[gated])}[kind]
+    own = {each for each in READERS if each.startswith("memory.") <= bool(slots)} - {"C", "critic.weight"}
+    readers = own - {"out.weight"} if gated else own
+    silent = {each for each in SILENT[gated] if each.startswith("memory.") <= bool(slots)}
+    assert learning == {"state_dim": {"C"}, "hidden_dim": readers, "num_layers": silent}[kind]
 
 
 @settings(max_examples=20)
@@ -272,6 +285,23 @@ def test_the_dominant_one_stays(kind: str, spec: Any, seed: int, chosen: int) ->
         np.testing.assert_array_equal(shrunk["encoder.weight"][:, 0], policy["encoder.weight"][:, chosen])
     else:
         np.testing.assert_array_equal(shrunk["blocks.0.nu"], policy[f"blocks.{chosen}.nu"])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("slots", [0, 3])
+def test_units_that_are_one_leave_a_block_as_it_was(gated: bool, slots: int) -> None:
+    """Twins in the stream and inside: whoever reads one can read the other instead, the block's last matrix, too."""
+    spec = make_spec(num_layers=1, gated=gated, memory_slots=slots)
+    policy = make_policy(spec).numpy_weights()
+    inputs, resets = probe_for(spec, 0, 100)
+    for name, value in policy.items():
+        for axis, kind in enumerate(AXES[leaf(name)]):
+            if kind == "unit" and (leaf(name) not in READERS or axis):
+                twins = np.moveaxis(value, axis, 0)
+                twins[-1] = twins[-2]
+        if leaf(name) in READERS and AXES[leaf(name)][0] == "unit":
+            value[:-2] *= 3.0  # the other four are read more, and stay
+    assert resize(spec, policy, {}, replace(spec, hidden_dim=5), inputs, 0, resets).error < 5e-3
 
 
 @pytest.mark.parametrize("redundant", ["twin units", "constant unit", "twin modes", "modes reset at every step"])

@@ -42,7 +42,7 @@ def test_sequence_splits_and_steps_agree(spec: Any, seed: int, lengths: Any, den
     parameters = tensors(task_weights(spec, tasks, seed) if per_task else policy.numpy_weights())
     inputs = draw(seed, tasks, steps, columns, spec.input_size)
     resets = torch.rand(tasks, steps, columns, generator=torch.Generator().manual_seed(seed)) < density
-    start = [draw(seed + i, *state.shape) for i, state in enumerate(policy.initial_state(tasks, columns))]
+    start = [draw(seed + i, *state.shape).abs() for i, state in enumerate(policy.initial_state(tasks, columns))]
 
     def run(*arguments: Any) -> Any:
         return functional_call(policy, parameters, arguments)

@@ -12,14 +12,19 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from builders import seeds, step_with
-from ssm_metarl.algorithms.ssm import SSMBlock
+from ssm_metarl.algorithms import ssm
+from ssm_metarl.algorithms.ssm import SlotMemory, SSMBlock
+
+FORMS = pytest.mark.parametrize(("gated", "slots"), [(False, 0), (True, 0), (False, 3), (True, 3)])
 
 EXTREMES = (-1e4, -100.0, -20.0, 0.0, 20.0, 100.0, 1e4)
 
 
-def make_block(seed: int, hidden: int = 3, state: int = 4, gated: bool = False, dtype: Any = torch.float32) -> SSMBlock:
+def make_block(
+    seed: int, hidden: int = 3, state: int = 4, gated: bool = False, slots: int = 0, dtype: Any = torch.float32
+) -> SSMBlock:
     generator = torch.Generator().manual_seed(seed)
-    block = SSMBlock(hidden, state, gated, generator)
+    block = SSMBlock(hidden, state, gated, generator, slots=slots)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -30,11 +35,23 @@ def draw(seed: int, *shape: int, dtype: Any = torch.float32) -> Any:
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
+def some_state(block: SSMBlock, seed: int, *lead: int, dtype: Any = torch.float32) -> list[Any]:
+    """As after some steps: the weights of a memory are not negative."""
+    sizes = [(len(block.nu), 2)]
+    if block.memory is not None:
+        sizes.append((block.memory.address.shape[-1], len(block.D) + 2))
+    return [draw(seed + i, *lead, *size, dtype=dtype).abs() for i, size in enumerate(sizes)]
+
+
+def empty_state(block: SSMBlock, *lead: int) -> list[Any]:
+    return [torch.zeros_like(each) for each in some_state(block, 0, *lead)]
+
+
 def stepwise(block: SSMBlock, sequence: Any, resets: Any, state: Any) -> tuple[Any, Any]:
     """The sequence through ``step``, with the state zeroed where it is reset."""
     outputs = []
     for x, reset in zip(sequence.unbind(-3), resets.unbind(-2), strict=True):
-        y, state = block.step(x, torch.where(reset[..., None, None], 0.0, state))
+        y, state = block.step(x, [torch.where(reset[..., None, None], 0.0, each) for each in state])
         outputs.append(y)
     return torch.stack(outputs, -3), state
 
@@ -43,10 +60,12 @@ def moduli(block: SSMBlock) -> Any:
     """|a|, seen from outside: what is left after a step of a state of 1 when nothing comes in."""
     state = torch.zeros(1, len(block.nu), 2)
     state[..., 0] = 1.0
-    return block.step(torch.zeros(1, len(block.D)), state)[1].norm(dim=-1)
+    return block.step(torch.zeros(1, len(block.D)), [state])[1][0].norm(dim=-1)
 
 
-blocks = st.builds(make_block, seeds, st.integers(1, 5), st.sampled_from([2, 4, 8]), st.booleans())
+blocks = st.builds(
+    make_block, seeds, st.integers(1, 5), st.sampled_from([2, 4, 8]), st.booleans(), st.sampled_from([0, 3])
+)
 
 
 @settings(max_examples=40)
@@ -62,7 +81,7 @@ def test_sequence_splits_and_steps_agree(block: Any, seed: int, lead: Any, lengt
     steps, columns = sum(lengths), 3
     sequence = draw(seed, *lead, steps, columns, len(block.D))
     resets = torch.rand(*lead, steps, columns, generator=torch.Generator().manual_seed(seed + 1)) < density
-    state = draw(seed + 2, *lead, columns, len(block.nu), 2)
+    state = some_state(block, seed + 2, *lead, columns)
     whole, end = block(sequence, resets, state)
     stepped, stepped_end = stepwise(block, sequence, resets, state)
     pieces, carried = [], state
@@ -71,12 +90,15 @@ def test_sequence_splits_and_steps_agree(block: Any, seed: int, lead: Any, lengt
         pieces.append(y)
     weight = draw(seed + 3, *whole.shape)
     gradients = [
-        torch.autograd.grad((weight * y).sum() + h.square().sum(), list(block.parameters()), retain_graph=True)
+        torch.autograd.grad(
+            (weight * y).sum() + sum(each.square().sum() for each in h), list(block.parameters()), retain_graph=True
+        )
         for y, h in ((whole, end), (stepped, stepped_end), (torch.cat(pieces, -3), carried))
     ]
     for y, h in ((stepped, stepped_end), (torch.cat(pieces, -3), carried)):
         torch.testing.assert_close(y, whole, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(h, end, rtol=1e-5, atol=1e-5)
+        for one, other in zip(h, end, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for other in gradients[1:]:
         for one, two in zip(gradients[0], other, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-3)
@@ -85,7 +107,7 @@ def test_sequence_splits_and_steps_agree(block: Any, seed: int, lead: Any, lengt
 @settings(max_examples=20)
 @given(block=blocks, seed=seeds, at=st.integers(0, 5))
 def test_a_reset_is_a_new_start(block: Any, seed: int, at: int) -> None:
-    sequence, state = draw(seed, 6, 2, len(block.D)), draw(seed + 1, 2, len(block.nu), 2)
+    sequence, state = draw(seed, 6, 2, len(block.D)), some_state(block, seed + 1, 2)
     resets = torch.zeros(6, 2, dtype=torch.bool)
     resets[at, 0] = True
     output, end = block(sequence, resets, state)
@@ -93,25 +115,30 @@ def test_a_reset_is_a_new_start(block: Any, seed: int, at: int) -> None:
     after, after_end = block(sequence[at:])
     torch.testing.assert_close(output[:at], before[:at])
     torch.testing.assert_close(output[at:, 0], after[:, 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(end[0], after_end[0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(end, after_end, strict=True):
+        torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output[:, 1], before[:, 1])
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_columns_tasks_and_time_are_apart(gated: bool) -> None:
-    """A number that is not one spoils its own task, column and future, nothing else."""
-    block, sequence = make_block(0, gated=gated), draw(1, 2, 5, 3, 3)
+@FORMS
+def test_columns_tasks_and_time_are_apart(gated: bool, slots: int) -> None:
+    """A number that is not one spoils its own task, column and future, nothing else.
+
+    A memory's products of matrices multiply it by 0 for the past, too, of the same column.
+    """
+    block, sequence = make_block(0, gated=gated, slots=slots), draw(1, 2, 5, 3, 3)
     resets = torch.zeros(2, 5, 3, dtype=torch.bool)
     resets[:, 2, 1] = True
     clean, clean_end = block(sequence, resets)
     sequence[1, 3, 2] = float("nan")
     output, end = block(sequence, resets)
     spoiled = torch.zeros(2, 5, 3, dtype=torch.bool)
-    spoiled[1, 3:, 2] = True
+    spoiled[1, 0 if slots else 3 :, 2] = True
     assert output.isnan().any(-1).equal(spoiled)
-    assert end.isnan().any(-1).any(-1).equal(spoiled[:, -1])
     torch.testing.assert_close(output[~spoiled], clean[~spoiled])
-    torch.testing.assert_close(end[~spoiled[:, -1]], clean_end[~spoiled[:, -1]])
+    for one, other in zip(end, clean_end, strict=True):
+        assert one.isnan().any(-1).any(-1).equal(spoiled[:, -1])
+        torch.testing.assert_close(one[~spoiled[:, -1]], other[~spoiled[:, -1]])
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -123,7 +150,7 @@ def test_every_mode_is_stable_at_any_parameter(gated: bool) -> None:
     assert (moduli(block) < 1).all()
     output, end = block(draw(0, 300, 2, 3))
     assert output.isfinite().all()
-    assert end.isfinite().all()
+    assert end[0].isfinite().all()
     gradients = torch.autograd.grad(output.square().sum(), list(block.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)
 
@@ -136,7 +163,7 @@ def test_every_mode_is_stable_after_any_update(sign: float, learning_rate: float
     optimizer = torch.optim.Adam([block.nu, block.theta], learning_rate)
     for _ in range(60):
         optimizer.zero_grad()
-        (sign * block(sequence)[1].square().sum()).backward()
+        (sign * block(sequence)[1][0].square().sum()).backward()
         optimizer.step()
         assert (moduli(block) < 1).all()
 
@@ -151,19 +178,21 @@ def test_parameters_of_each_task_equal_a_loop_over_tasks(block: Any, seed: int, 
     }
     sequence = draw(seed, tasks, 4, 3, len(block.D))
     resets = draw(seed + 1, tasks, 4, 3) > 1.0
-    state = draw(seed + 2, tasks, 3, len(block.nu), 2) if with_state else None
+    state = some_state(block, seed + 2, tasks, 3) if with_state else None
+    start = some_state(block, seed + 3, tasks, 3)
     output, end = functional_call(block, parameters, (sequence, resets, state))
-    stepped = step_with(block, parameters, sequence[:, 0], draw(seed + 3, tasks, 3, len(block.nu), 2))
+    stepped = step_with(block, parameters, sequence[:, 0], start)
     gradients = torch.autograd.grad(output.square().sum(), list(parameters.values()))
     for task in range(tasks):
         own = {name: value[task] for name, value in parameters.items()}
         alone, alone_end = functional_call(
-            block, own, (sequence[task], resets[task], None if state is None else state[task])
+            block, own, (sequence[task], resets[task], None if state is None else [each[task] for each in state])
         )
         torch.testing.assert_close(output[task], alone, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(end[task], alone_end, rtol=1e-5, atol=1e-5)
-        first = step_with(block, own, sequence[task, 0], draw(seed + 3, tasks, 3, len(block.nu), 2)[task])
-        for ours, theirs in zip(stepped, first, strict=True):
+        for ours, theirs in zip(end, alone_end, strict=True):
+            torch.testing.assert_close(ours[task], theirs, rtol=1e-5, atol=1e-5)
+        first, after = step_with(block, own, sequence[task, 0], [each[task] for each in start])
+        for ours, theirs in zip((stepped[0], *stepped[1]), (first, *after), strict=True):
             torch.testing.assert_close(ours[task], theirs, rtol=1e-5, atol=1e-5)
         own_gradients = torch.autograd.grad(alone.square().sum(), list(own.values()))
         for together, single in zip(gradients, own_gradients, strict=True):
@@ -175,13 +204,16 @@ def test_parameters_of_each_task_equal_a_loop_over_tasks(block: Any, seed: int, 
     torch.testing.assert_close(functional_call(block, same, (sequence,))[0], block(sequence)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@FORMS
 @pytest.mark.parametrize("tasks", [None, 2])
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "resets-and-state"])
-def test_first_and_second_derivatives(gated: bool, tasks: int | None, full: bool) -> None:
+def test_first_and_second_derivatives(
+    gated: bool, slots: int, tasks: int | None, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With respect to the sequence, the state and every parameter, shared or of each task."""
+    monkeypatch.setattr(ssm, "CHUNK", 2)
     lead = () if tasks is None else (tasks,)
-    block = make_block(0, 2, 4, gated, torch.float64)
+    block = make_block(0, 2, 4, gated, slots, torch.float64)
     names = [name for name, _ in block.named_parameters()]
     values = [
         (value.expand(*lead, *value.shape) + 0.1 * draw(i, *lead, *value.shape, dtype=torch.float64))
@@ -190,16 +222,18 @@ def test_first_and_second_derivatives(gated: bool, tasks: int | None, full: bool
         for i, value in enumerate(block.parameters())
     ]
     sequence = draw(1, *lead, 3, 2, 2, dtype=torch.float64).requires_grad_()
-    state = draw(2, *lead, 2, 2, 2, dtype=torch.float64).requires_grad_() if full else None
+    state = [each.requires_grad_() for each in some_state(block, 2, *lead, 2, dtype=torch.float64)] if full else []
     resets = torch.tensor([[False, False], [True, False], [False, False]]).expand(*lead, 3, 2) if full else None
 
     def function(*inputs: Any) -> Any:
-        *parameters, sequence, state = inputs
-        return functional_call(block, dict(zip(names, parameters, strict=True)), (sequence, resets, state))
+        sequence, *state = inputs[len(names) :]
+        parameters = dict(zip(names, inputs, strict=False))
+        output, after = functional_call(block, parameters, (sequence, resets, state or None))
+        return output, *after
 
-    assert gradcheck(function, (*values, sequence, state))
+    assert gradcheck(function, (*values, sequence, *state))
     # By random projections: the whole second derivative is large.
-    assert gradgradcheck(function, (*values, sequence, state), fast_mode=True)
+    assert gradgradcheck(function, (*values, sequence, *state), fast_mode=True)
 
 
 def test_modes_start_spread_over_the_time_scales_of_a_trial() -> None:
@@ -225,15 +259,15 @@ def test_modes_have_one_output_variance_for_white_input(nu: float) -> None:
         block.nu.fill_(nu)
         block.B.copy_(torch.tensor([[1.0, 0.0]]))
     # Each column's state after long has the stationary distribution.
-    _, state = block(draw(0, 4000, 500, 1))
+    _, (state,) = block(draw(0, 4000, 500, 1))
     assert state.square().sum(-1).mean().item() == pytest.approx(1.0, rel=0.2)
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
-@pytest.mark.parametrize("gated", [False, True])
-def test_gradients_of_long_sequences_equal_those_with_a_graph(gated: bool, lead: Any) -> None:
+@FORMS
+def test_gradients_of_long_sequences_equal_those_with_a_graph(gated: bool, slots: int, lead: Any) -> None:
     """Without a graph the gradients are made piece by piece, with one all at once."""
-    block = make_block(0, gated=gated, dtype=torch.float64)
+    block = make_block(0, gated=gated, slots=slots, dtype=torch.float64)
     values = {name: value.expand(*lead, *value.shape).clone() for name, value in block.named_parameters()}
     sequence = draw(1, *lead, 50, 130, 3, dtype=torch.float64).requires_grad_()
     resets = draw(2, *lead, 50, 130) > 1
@@ -248,10 +282,10 @@ def test_gradients_of_long_sequences_equal_those_with_a_graph(gated: bool, lead:
         torch.testing.assert_close(piece, whole)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_vmap_over_any_argument(gated: bool) -> None:
+@FORMS
+def test_vmap_over_any_argument(gated: bool, slots: int) -> None:
     """Values and gradients of vmap, with one parameter or the input alone batched, are those of a loop."""
-    block = make_block(0, gated=gated, dtype=torch.float64)
+    block = make_block(0, gated=gated, slots=slots, dtype=torch.float64)
     shared = {name: value.detach() for name, value in block.named_parameters()}
     sequence = draw(1, 7, 4, 3, dtype=torch.float64)
 
@@ -271,3 +305,45 @@ def test_vmap_over_any_argument(gated: bool) -> None:
             torch.testing.assert_close(all_values[i], value)
             torch.testing.assert_close(all_by_x[i], by_x)
             torch.testing.assert_close({n: v[i] for n, v in all_grads.items()}, grads)
+
+
+# --- The memory -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(seed=seeds, steps=st.integers(1, 9), chunk=st.integers(1, 10), density=st.sampled_from([0.0, 0.3]))
+def test_a_memory_is_its_recurrence(seed: int, steps: int, chunk: int, density: float) -> None:
+    """Whatever the chunks; from a state, and after resets."""
+    memory = SlotMemory(3, 4, torch.Generator().manual_seed(seed)).double()
+    x, state = draw(seed, steps, 2, 3, dtype=torch.float64), draw(seed + 1, 2, 4, 5, dtype=torch.float64).abs()
+    resets = torch.rand(steps, 2, generator=torch.Generator().manual_seed(seed)) < density
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssm, "CHUNK", chunk)
+        recalled, after = memory(x, resets, state)
+    for column in range(2):
+        sums, counts, last = state[column, :, :3], state[column, :, 3], state[column, :, 4]
+        for t in range(steps):
+            if resets[t, column]:
+                sums, counts, last = (torch.zeros_like(each) for each in (sums, counts, last))
+            value = x[t, column] @ memory.weight + memory.bias
+            sums, counts = sums + torch.outer(last, value), counts + last
+            last = (x[t, column] @ memory.address).softmax(-1)
+            torch.testing.assert_close(recalled[t, column], last @ sums / (1 + last @ counts))
+        torch.testing.assert_close(after[column], torch.cat([sums, counts[:, None], last[:, None]], 1))
+
+
+def test_a_memory_recalls_the_posterior_mean_of_what_followed() -> None:
+    """Inputs say which of three places one is at, and what the step there, from the place before, paid."""
+    memory = SlotMemory(4, 3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        memory.address.zero_()[:3] = 100 * torch.eye(3)
+        memory.weight.zero_()[3, 3] = 1.0
+        memory.bias.zero_()
+    places, paid = [0, 1, 0, 2, 0, 1], [0.0, 4.0, -1.0, 2.0, 5.0, 7.0]
+    x = torch.zeros(6, 1, 4)
+    x[torch.arange(6), 0, torch.tensor(places)] = 1.0
+    x[:, 0, 3] = torch.tensor(paid)
+    recalled, _ = memory(x)
+    # Of place 0: nothing, then 4, then 4 and 2; of place 1: nothing, then -1; with a prior observation of 0.
+    expected = torch.tensor([0.0, 0.0, 4 / 2, 0.0, (4 + 2) / 3, -1 / 2])
+    torch.testing.assert_close(recalled[:, 0, 3], expected)

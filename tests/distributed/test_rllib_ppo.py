@@ -24,7 +24,7 @@ from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint, 
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.evaluation import evaluate_checkpoint
 from ssm_metarl.distributed.learner import Learner
-from ssm_metarl.distributed.rllib_ppo import STATE, PolicyGradientTrainer, SSMModule, TaskEnv, ppo_config
+from ssm_metarl.distributed.rllib_ppo import PolicyGradientTrainer, SSMModule, TaskEnv, ppo_config, state_name
 from ssm_metarl.distributed.run import train
 from ssm_metarl.distributed.trainer import EnvironmentFailure, MetaTrainer
 from ssm_metarl.tasks import Task, TaskDistribution, make
@@ -157,6 +157,7 @@ SPECS = {
     "discrete": make_spec(discrete=True, gated=True, action_size=3),
     "normalised": make_spec(normalize_observations=True, scale_rewards=True),
     "observation": make_spec(inputs="observation", discrete=True),
+    "memory slots": make_spec(num_layers=2, memory_slots=3),
     "memoryless": make_spec(num_layers=0),
 }
 
@@ -213,7 +214,8 @@ def test_step_by_step_chunk_by_chunk_and_at_once_the_module_is_the_policy(form: 
     if module.is_stateful():
         train = {Columns.OBS: inputs, **states(module, columns)}
         torch.testing.assert_close(module.compute_values(train), values, atol=1e-5, rtol=1e-5)
-        assert batch[Columns.STATE_IN][STATE].shape == (columns, policy.spec.num_layers, policy.spec.state_dim // 2, 2)
+        for i, after in enumerate(expected.state):
+            torch.testing.assert_close(batch[Columns.STATE_IN][state_name(i)], after, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_changes_nothing() -> None:
@@ -260,9 +262,9 @@ def test_rllibs_own_rollouts_are_those_of_our_inference(task: str) -> None:
                     away = (actions[t] - head[0, 0]) / np.exp(log_std)
                     expected = (-0.5 * away**2 - log_std - 0.5 * np.log(2 * np.pi)).sum()
                 np.testing.assert_allclose(log_probs[t], expected, atol=1e-5, rtol=1e-5)
-            kept = episode.get_extra_model_outputs(Columns.STATE_OUT)[STATE][-1]
-            for layer, h in zip(kept, state, strict=True):
-                np.testing.assert_allclose(layer.T, h[0, 0], atol=1e-5, rtol=1e-5)
+            kept = episode.get_extra_model_outputs(Columns.STATE_OUT)
+            for layer, h in enumerate(state):
+                np.testing.assert_allclose(kept[state_name(layer)][-1].T, h[0, 0], atol=1e-5, rtol=1e-5)
             states_of[episode.id_] = state
     runner.stop()
     assert done >= 2
