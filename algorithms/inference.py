@@ -274,8 +274,7 @@ class NumpyPolicy:
         head, head_bias = weights["policy.weight"], weights["policy.bias"]
         # [I], or [M, 1, I]
         self._normalizer = (vector(weights["input_mean"]), vector(weights["input_scale"])) if spec.normalizes else None
-        self._blocks: list[Any] = []
-        self._memories: list[tuple[Array, Array, Array]] = []  # none, or one a block
+        self._blocks = []
         for i in range(spec.num_layers):
             name = f"blocks.{i}."
             decay = np.exp(np.minimum(weights[name + "nu"].astype(np.float64), MAX_NU)) + MIN_DECAY
@@ -287,13 +286,10 @@ class NumpyPolicy:
             into = np.concatenate([into[..., 0::2], into[..., 1::2]], -1)
             out, skip = weights[name + "C"], weights[name + "D"]
             out = np.concatenate([out[..., 0::2, :], out[..., 1::2, :]], -2)
+            memory = None
             if spec.memory_slots:
-                address, into_slots, offset = (
-                    weights[f"{name}memory.{part}"] for part in ("address", "weight", "bias")
-                )
-                if not spec.gated:
-                    into_slots, offset = into_slots * _TWO, offset * _TWO
-                self._memories.append((np.ascontiguousarray(address), np.ascontiguousarray(into_slots), vector(offset)))
+                address, value, offset = (weights[f"{name}memory.{part}"] for part in ("address", "weight", "bias"))
+                memory = np.ascontiguousarray(address), np.ascontiguousarray(value), vector(offset)
             a_re, a_im = modulus * np.cos(phase), modulus * np.sin(phase)
             straight, crossed = (
                 vector(np.stack(pair, -2).astype(np.float32)) for pair in ((a_re, a_re), (-a_im, a_im))
@@ -307,7 +303,8 @@ class NumpyPolicy:
                     head_bias = head_bias + np.matmul(bias[..., None, :], head)[..., 0, :]
                     mix, bias = np.matmul(mix, head), np.zeros_like(head_bias)
                 last = (np.ascontiguousarray(mix), vector(bias))
-            arrays = (np.ascontiguousarray(into), straight, crossed, np.ascontiguousarray(out), vector(skip), last)
+            out = np.ascontiguousarray(out)
+            arrays = (np.ascontiguousarray(into), straight, crossed, out, vector(skip), last, memory)
             self._blocks.append(arrays)
         self._head = (np.ascontiguousarray(head), vector(head_bias))
         if not spec.discrete:
@@ -316,11 +313,12 @@ class NumpyPolicy:
             self._log_norm = log_std.sum(-1) + np.float32(0.5 * spec.action_size * math.log(2 * math.pi))
 
     def initial_state(self, tasks: int, columns: int) -> list[Array]:
-        """Zero state: for each block [M, K, 2, N/2] float32, real parts and imaginary parts; then for each block with a
-        memory [M, K, S, H+2], sums, weights and the last address."""
-        modes, memory = (2, self.spec.state_dim // 2), (self.spec.memory_slots, self.spec.hidden_dim + 2)
-        shapes = [modes] * len(self._blocks) + [memory] * len(self._memories)
-        return [np.zeros((tasks, columns, *shape), np.float32) for shape in shapes]
+        """Zero state: for each block [M, K, 2, N/2] float32, real parts and imaginary parts, and with a memory after that
+        [M, K, S, H+2], sums, weights and the last address."""
+        sizes = [(2, self.spec.state_dim // 2)]
+        if self.spec.memory_slots:
+            sizes.append((self.spec.memory_slots, self.spec.hidden_dim + 2))
+        return [np.zeros((tasks, columns, *size), np.float32) for _ in self._blocks for size in sizes]
 
     def head(self, inputs: Array, state: list[Array]) -> tuple[Array, list[Array]]:
         """Action mean or logits for one step.
@@ -341,19 +339,22 @@ class NumpyPolicy:
         head_weight, head_bias = self._head
         head = None
         new_state: list[Array] = []
-        memories: list[Array] = []
-        for i, (h, block) in enumerate(zip(state, self._blocks, strict=False)):
-            into, straight, crossed, out, skip, (last_weight, last_bias) = block
+        before = iter(state)
+        for i, block in enumerate(self._blocks):
+            h = next(before)
+            into, straight, crossed, out, skip, (last_weight, last_bias), memory = block
             new = straight * h
             new += crossed * h[..., ::-1, :]
             new += np.matmul(hidden, into).reshape(h.shape)
             new_state.append(new)
             y = np.matmul(new.reshape(*h.shape[:-2], -1), out)
             y += skip * hidden
-            if self._memories:
-                recalled, memory = _recall(hidden, state[len(self._blocks) + i], *self._memories[i])
+            if memory is not None:
+                recalled, contents = _recall(hidden, next(before), *memory)
+                if not self.spec.gated:
+                    recalled *= _TWO
                 y += recalled
-                memories.append(memory)
+                new_state.append(contents)
             if self.spec.gated:
                 gate = last_weight * hidden
                 gate += last_bias
@@ -372,7 +373,7 @@ class NumpyPolicy:
         if head is not None:
             read += head
         read += head_bias
-        return read, new_state + memories
+        return read, new_state
 
     def act(self, inputs: Array, state: list[Array], noise: Array | None) -> tuple[Array, Array, list[Array]]:
         """Sample (or, without noise, take the most likely) actions.

@@ -27,7 +27,8 @@ def run(spec: Any, weights: Any, inputs: Any, noise: Any) -> tuple[Any, Any, Any
         action, log_prob, state = policy.act(inputs[:, t], state, None if noise is None else noise[:, t])
         actions.append(action)
         log_probs.append(log_prob)
-    end = [np.ascontiguousarray(part.swapaxes(-1, -2)) for part in state]
+    each = 2 if spec.memory_slots else 1  # of a block's state; its modes have their parts in halves here
+    end = [h if i % each else np.ascontiguousarray(h.swapaxes(-1, -2)) for i, h in enumerate(state)]
     return np.stack(heads, 1), np.stack(actions, 1), np.stack(log_probs, 1), end
 
 
