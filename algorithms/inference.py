@@ -313,8 +313,8 @@ class NumpyPolicy:
             self._log_norm = log_std.sum(-1) + np.float32(0.5 * spec.action_size * math.log(2 * math.pi))
 
     def initial_state(self, tasks: int, columns: int) -> list[Array]:
-        """Zero state: for each block [M, K, 2, N/2] float32, real parts and imaginary parts, and with a memory after that
-        [M, K, S, H+2], sums, weights and the last address."""
+        """Zero state: for each block [M, K, 2, N/2] float32, real parts and imaginary parts, and with a memory after
+        that [M, K, S, H+2], sums, weights and the last address."""
         sizes = [(2, self.spec.state_dim // 2)]
         if self.spec.memory_slots:
             sizes.append((self.spec.memory_slots, self.spec.hidden_dim + 2))
