@@ -4,6 +4,7 @@ How many times faster the block is (above 1: faster), by key:
 
     forward_backward_vs_lstm, …_vs_gru       gradient to input and parameters, 100 steps of 400 sequences
     long_forward_backward_vs_lstm, …_vs_gru  the same, 1000 steps of 20 sequences
+    slots_vs_lstm, …_vs_gru, long_slots_…    the block with 16 memory slots instead
     scan_vs_lstm, scan_vs_gru, long_scan_…   the bare recurrence instead of the block
     second_order_vs_gru                      MAML's meta-gradient over 20 tasks of 20 episodes of 100 steps
     second_order_vs_batched_gru              the same, against a GRU written by hand for weights a task
@@ -194,19 +195,21 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     block = SSMBlock(WIDTH, WIDTH, True, torch.Generator().manual_seed(0))
+    slots = SSMBlock(WIDTH, WIDTH, True, torch.Generator().manual_seed(0), slots=16)
     lstm, gru = nn.LSTM(WIDTH, WIDTH), nn.GRU(WIDTH, WIDTH)
     ratios: dict[str, float] = {}
     seconds: dict[str, Seconds] = {}
 
     for prefix, shape in SHAPES.items():
         log(f"forward and backward, {shape[0]} steps of {shape[1]} sequences …")
-        layers = {"ssm": block, "lstm": lstm, "gru": gru}
+        layers = {"ssm": block, "slots": slots, "lstm": lstm, "gru": gru}
         works = {name: forward_backward(layer, *shape) for name, layer in layers.items()}
         times = timings({**works, "scan": bare_scan(*shape)}, options.repetitions)
         seconds[f"{prefix}forward_backward"] = times
         for peer in ("lstm", "gru"):
             slow = times[peer]["median"]
             ratios[f"{prefix}forward_backward_vs_{peer}"] = slow / times["ssm"]["median"]
+            ratios[f"{prefix}slots_vs_{peer}"] = slow / times["slots"]["median"]
             ratios[f"{prefix}scan_vs_{peer}"] = slow / times["scan"]["median"]
 
     log(f"meta-gradient, {TASKS} tasks of {EPISODES} episodes of {STEPS} steps …")

@@ -51,16 +51,21 @@ from ssm_metarl.tasks import make
 BANDITS = {5: "bandit", 10: "bandit-10", 50: "bandit-50"}
 """Target by the number of arms."""
 
-BANDIT_PROMP: Mapping[str, Any] = {
-    # What rl2 learns bandits with, and a gradient step, of which the half of a batch's pulls comes before.
-    **IN_CONTEXT,
-    **make("bandit", {}).in_context,
-    "algorithm": "promp",
-    "inner_steps": 1,
-    "step_weights": (1.0, 1.0),
-    "episodes": 1,
-    "iterations": 150,  # an iteration with a gradient step takes several times as long
-}
+
+def bandit_promp(arms: int) -> dict[str, Any]:
+    """What rl2 learns bandits with, and a gradient step, of which the half of a batch's pulls comes before."""
+    return {
+        **IN_CONTEXT,
+        **make("bandit", {"arms": arms}).in_context,
+        "algorithm": "promp",
+        "inner_steps": 1,
+        "step_weights": (1.0, 1.0),
+        "episodes": 1,
+        # An iteration with a gradient step takes several times as long: fewer, and what is learned soon.
+        "iterations": 150,
+        "gae_lambda": 0.8,
+    }
+
 
 TABULAR = {10: "tabular-mdp", 25: "tabular-mdp-25"}
 """Target by the number of episodes."""
@@ -90,7 +95,7 @@ TARGETS: Mapping[str, Target] = {
             _bandit,
             f"100 pulls of {arms} arms, and 100 more after a gradient step.",
             steps=1,
-            **BANDIT_PROMP,
+            **bandit_promp(arms),
             task_options={"arms": arms},
         )
         for arms in BANDITS

@@ -79,20 +79,6 @@ class Bandit(TaskDistribution):
     observation_space = OBSERVATION_SPACE
     splits = SPLITS
     recommended: Mapping[str, Any] = {"algorithm": "rl2"}
-    in_context: Mapping[str, Any] = {
-        "meta_batch": 200,
-        "episodes": 2,
-        "iterations": 400,
-        # What a pull tells pays over many pulls. A critic that does not know the odds errs by so much that only short
-        # stretches (λ = .3) let a policy learn, and what it then learns is to be greedy.
-        "baseline": "informed",
-        "discount": 1.0,
-        "gae_lambda": 0.97,
-        "entropy_bonus": 0.02,
-        # What a pull of an arm paid is a product of inputs.
-        "encoder_scale": 4.0,
-        "scale_rewards": True,
-    }
 
     def __init__(self, *, arms: int = 5, pulls: int = 100) -> None:
         self.arms = check_option("arms", arms, 2)
@@ -100,6 +86,21 @@ class Bandit(TaskDistribution):
         self.action_space: Discrete[np.int64] = Discrete(self.arms)
         self._parameters = {"probabilities": Parameter(0.0, 1.0, size=self.arms)}
         self.reference = _reference(self.arms, self.horizon)
+        self.in_context = {
+            "meta_batch": 200,
+            "episodes": 2,
+            "iterations": 400,
+            # What a pull tells pays over many pulls. A critic that does not know the odds errs by so much that only
+            # short stretches (λ = .3) let a policy learn, and what it then learns is to be greedy.
+            "baseline": "informed",
+            "discount": 1.0,
+            # With many arms it is rare that one is pulled again, and over long stretches what that pays is not seen.
+            "gae_lambda": 0.97 if self.arms <= 10 else 0.8,
+            "entropy_bonus": 0.02,
+            # What a pull of an arm paid is a product of inputs, of arms + 3 few are not 0: weights of about 1.4.
+            "encoder_scale": (2 * (self.arms + 3)) ** 0.5,
+            "scale_rewards": True,
+        }
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw the odds of n bandits; see ``TaskDistribution.sample``."""

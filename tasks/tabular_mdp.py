@@ -172,15 +172,16 @@ class TabularMDP(TaskDistribution):
     splits = SPLITS
     recommended: Mapping[str, Any] = {"algorithm": "rl2"}
     in_context: Mapping[str, Any] = {
-        "meta_batch": 400,
+        "meta_batch": 200,
         "episodes": 2,
-        "iterations": 100,
+        "iterations": 400,
         "discount": 0.95,
-        "gae_lambda": 0.3,
-        "entropy_bonus": 0.06,
+        "gae_lambda": 0.4,
+        "entropy_bonus": 0.05,
         "scale_rewards": True,
         # What a state and an action are worth is a product of one-hot inputs, and there are 50 of them to remember.
         "encoder_scale": 4.0,
+        "memory_slots": 16,
         "hidden_dim": 128,
         "state_dim": 128,
     }
