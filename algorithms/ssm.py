@@ -194,30 +194,34 @@ class SlotMemory(nn.Module):
         """
         address = linear(x, self.address).softmax(-1).movedim(-3, -2)  # [M, K, T, S]
         value = linear(x, self.weight, self.bias).movedim(-3, -2)
-        value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
-        if state is None:
-            state = address.new_zeros(*address.shape[:-2], address.shape[-1], value.shape[-1] + 1)
-        contents, last = state[..., :-1], state[..., -1].unsqueeze(-2)
-        written = torch.cat([last, address[..., :-1, :]], -2)
         if resets is None:
             resets = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
         fresh = resets.movedim(-1, -2)
-        written = written.masked_fill(fresh.unsqueeze(-1), 0.0)
+        last = torch.zeros_like(address[..., :1, :]) if state is None else state[..., -1].unsqueeze(-2)
+        written = torch.cat([last, address[..., :-1, :]], -2).masked_fill(fresh.unsqueeze(-1), 0.0)
         # [M, K, T]: what was written since as many resets is what can be recalled.
         age = fresh.cumsum(-1)
         before = torch.zeros_like(age[..., :1])
+        held = None if state is None else (state[..., :-2], state[..., -2:-1])  # sums and weights
         recalled = []
         for start in range(0, x.shape[-3], CHUNK):
             part = slice(start, start + CHUNK)
             at, under, what, ages = address[..., part, :], written[..., part, :], value[..., part, :], age[..., part]
             end = ages[..., -1:]
-            weights = (at @ under.mT).tril() * (ages.unsqueeze(-1) == ages.unsqueeze(-2))
-            found = weights @ what + (at * (ages == before).unsqueeze(-1)) @ contents
-            recalled.append(found[..., :-1] / (1 + found[..., -1:]))
-            kept = (under * (ages == end).unsqueeze(-1)).mT @ what
-            contents = contents * (before == end).unsqueeze(-1) + kept
-            before = end
-        after = torch.cat([contents, address[..., -1, :].unsqueeze(-1)], -1)
+            shares = (at @ under.mT) * (ages.unsqueeze(-1) == ages.unsqueeze(-2)).tril()
+            number = 1 + shares.sum(-1, keepdim=True)
+            kept = (under * (ages == end).unsqueeze(-1)).mT
+            now = kept @ what, kept.sum(-1, keepdim=True)
+            if held is None:
+                recalled.append((shares / number) @ what)
+            else:
+                earlier = at * (ages == before).unsqueeze(-1)
+                number = number + earlier @ held[1]
+                recalled.append((shares / number) @ what + (earlier / number) @ held[0])
+                still = (before == end).unsqueeze(-1)
+                now = now[0] + held[0] * still, now[1] + held[1] * still
+            held, before = now, end
+        after = torch.cat([*now, address[..., -1, :].unsqueeze(-1)], -1)
         return torch.cat(recalled, -2).movedim(-2, -3), after
 
 

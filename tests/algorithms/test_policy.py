@@ -47,7 +47,7 @@ def test_sequence_splits_and_steps_agree(spec: Any, seed: int, lengths: Any, den
     def run(*arguments: Any) -> Any:
         return functional_call(policy, parameters, arguments)
 
-    *whole, values = heads(run(inputs, resets, start))[: -spec.num_layers or None]
+    *whole, values = heads(run(inputs, resets, start))[: -len(start) or None]
     end = run(inputs, resets, start).state
     stepped: list[Any] = []
     state = start
@@ -55,13 +55,13 @@ def test_sequence_splits_and_steps_agree(spec: Any, seed: int, lengths: Any, den
         state = [torch.where(resets[:, t, :, None, None], 0.0, h) for h in state]
         output = step_with(policy, parameters, inputs[:, t], state)
         state = output.state
-        stepped.append(heads(output)[: -spec.num_layers or None])
+        stepped.append(heads(output)[: -len(start) or None])
     pieces: list[Any] = []
     carried = start
     for part, reset in zip(inputs.split(lengths, 1), resets.split(lengths, 1), strict=True):
         output = run(part, reset, carried)
         carried = output.state
-        pieces.append(heads(output)[: -spec.num_layers or None])
+        pieces.append(heads(output)[: -len(start) or None])
     for i, expected in enumerate([*whole, values]):
         torch.testing.assert_close(torch.stack([step[i] for step in stepped], 1), expected, **CLOSE)
         torch.testing.assert_close(torch.cat([piece[i] for piece in pieces], 1), expected, **CLOSE)
