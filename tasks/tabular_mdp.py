@@ -176,8 +176,8 @@ class TabularMDP(TaskDistribution):
         "episodes": 2,
         "iterations": 400,
         "discount": 0.95,
-        "gae_lambda": 0.4,
-        "entropy_bonus": 0.05,
+        "gae_lambda": 0.3,
+        "entropy_bonus": 0.06,
         "scale_rewards": True,
         # What a state and an action are worth is a product of one-hot inputs, and there are 50 of them to remember.
         "encoder_scale": 4.0,
