@@ -1,8 +1,8 @@
 """The policy as workers run it: sizes, inputs and one time step, in NumPy alone.
 
-A worker never imports torch. Every task is one matrix product of fixed shape, and everything else is elementwise or a
-reduction over a short axis, so a task's numbers do not depend on which other tasks share the call: collecting with
-0, 1 or 8 workers gives bit-equal experience.
+A worker never imports torch. Matrix products are of fixed shape, one a task or a column, and everything else is
+elementwise or a reduction over a short axis, so a task's numbers do not depend on which other tasks share the call:
+collecting with 0, 1 or 8 workers gives bit-equal experience.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class PolicyConfig:
         min_period: shortest period, in steps, of the oscillations that the modes start with, 2 or more; their phases
             are uniform up to 2π/min_period (LRU's max_phase). Slow ones tell apart what changes slowly; single steps
             of a long past are told apart by those of all periods from 2 on, which make a delay line.
-        memory_slots: addresses of an associative memory in each block, which binds what was done where to what came of
-            it (see ``SlotMemory``); 0: none.
+        memory_slots: of an associative memory in each block, which binds what was done where to what came of it (see
+            ``SlotMemory``); 0: none.
     """
 
     hidden_dim: int = 64

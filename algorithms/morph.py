@@ -252,6 +252,7 @@ def _activities(spec: PolicySpec, arrays: Arrays, probe: _Probe) -> Arrays:
             meets = _INSIDE.get(key.leaf, lambda module, x, *others: x)
             model.get_submodule(owner).register_forward_pre_hook(note(name, meets))
     model(*probe)
+    assert met.keys() == {name for name in arrays if _parse(name).leaf in READERS and not any(_parse(name)[2:])}
     return met
 
 
@@ -323,8 +324,8 @@ def _shrink_width(spec: PolicySpec, arrays: Arrays, smaller: PolicySpec, probe: 
 
 
 def _effective(spec: PolicySpec, name: str, weight: Array) -> Array:
-    """A reader's weights without what has no effect: an amount that all logits have in common."""
-    if spec.discrete and name == "policy.weight":
+    """A reader's weights without what has no effect: an amount that all logits, or all slots, have in common."""
+    if name.endswith("memory.address") or (spec.discrete and name == "policy.weight"):
         return weight - weight.mean(1, keepdims=True)
     return weight
 

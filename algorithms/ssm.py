@@ -162,11 +162,11 @@ class SlotMemory(nn.Module):
 
     With addresses that hit one slot each, r is the posterior mean of V x + b after the situation, given one prior
     observation of 0, and with b it tells how many there were. It is a state space model as H3 and Mamba-2, whose input
-    and output maps depend on what is seen: without that dependence a state cannot bind what was done where to what came
-    of it. Written is the address of the step before (the shift of H3: Fu et al. 2023, arXiv 2212.14052), since an input
-    holds the previous action and its reward; sums divided by their weights are linear attention (Katharopoulos et al.
-    2020, arXiv 2006.16236), evaluated as a product of matrices in chunks (Dao and Gu 2024, arXiv 2405.21060). Nothing
-    is forgotten until a reset.
+    and output maps depend on what is seen: without that dependence a state learns badly to bind what was done where to
+    what came of it. Written is the address of the step before (the shift of H3: Fu et al. 2023, arXiv 2212.14052),
+    since an input holds the previous action and its reward; sums divided by their weights are linear attention
+    (Katharopoulos et al. 2020, arXiv 2006.16236), evaluated as a product of matrices in chunks (Dao and Gu 2024, arXiv
+    2405.21060). Nothing is forgotten until a reset, where S, n and the last p become zero.
 
     Args:
         hidden_dim: H, width of what comes in and of what is recalled.
@@ -185,7 +185,7 @@ class SlotMemory(nn.Module):
         """Write and recall over a whole sequence.
 
         Args:
-            x: [M, T, K, H] (or [T, K, H]).
+            x: [M, T, K, H] (or [T, K, H]), finite: a step that is not spoils its column's past, too.
             resets: [M, T, K] bool, where the memory is emptied before the step; None: nowhere.
             state: before the first step, [M, K, S, H+2]: sums, weights and the last address; None: zero.
 

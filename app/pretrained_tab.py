@@ -73,7 +73,7 @@ def describe(workspace: Workspace, name: str) -> str:
 def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     spec, config, progress = checkpoint.spec, checkpoint.config, checkpoint.progress
     layers = f"{spec.num_layers} SSM layer{'s' * (spec.num_layers != 1)}{', gated' if spec.gated else ''}"
-    if spec.memory_slots:
+    if spec.memory_slots and spec.num_layers:
         layers += f", {spec.memory_slots} memory slots each"
     facts = {
         "task": config.get("task"),

@@ -223,7 +223,9 @@ def _controller(tune_controller: TuneController) -> Any:
 def _work(config: Mapping[str, Any]) -> float:
     """About how long a policy takes for a step, in any unit: the multiplications in its blocks."""
     width, state, layers = (int(config[name]) for name in ("hidden_dim", "state_dim", "num_layers"))
-    return float(width * (width + 2 * state) * layers + width)
+    slots = int(config.get("memory_slots", 0))
+    memory = width * (width + slots) if slots else 0
+    return float((width * (width + 2 * state) + memory) * layers + width)
 
 
 def _last_error(trial: Trial) -> str:

@@ -165,6 +165,9 @@ BAD = {
     "hidden_dim": not_a_count,
     "state_dim": st.one_of(not_a_count, st.integers(0, 50).map(lambda n: 2 * n + 1)),
     "num_layers": st.one_of(not_a_count, st.integers(max_value=-1)).filter(lambda value: value is False or value != 0),
+    "memory_slots": st.one_of(not_a_count, st.integers(max_value=-1)).filter(
+        lambda value: value is False or value != 0
+    ),
     "gated": st.sampled_from(["yes", "false", 0, 2, None]),
     "inputs": st.one_of(st.text(max_size=5), st.none(), st.lists(st.integers(), max_size=1)),
     "initial_std": not_positive,

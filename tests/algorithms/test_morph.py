@@ -287,6 +287,18 @@ def test_the_dominant_one_stays(kind: str, spec: Any, seed: int, chosen: int) ->
         np.testing.assert_array_equal(shrunk["blocks.0.nu"], policy[f"blocks.{chosen}.nu"])
 
 
+def test_what_all_slots_have_in_common_decides_nothing() -> None:
+    """A softmax does not see it."""
+    spec = make_spec(memory_slots=3)
+    policy = make_policy(spec).numpy_weights()
+    inputs, resets = probe_for(spec, 0)
+    one, other = (
+        resize(spec, policy, {}, replace(spec, hidden_dim=3), inputs, 0, resets).policy["encoder.bias"]
+        for policy["blocks.0.memory.address"][5] in (0.0, 50.0)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("slots", [0, 3])
 def test_units_that_are_one_leave_a_block_as_it_was(gated: bool, slots: int) -> None:

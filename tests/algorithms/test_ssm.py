@@ -265,8 +265,11 @@ def test_modes_have_one_output_variance_for_white_input(nu: float) -> None:
 
 @pytest.mark.parametrize("lead", [(), (3,)])
 @FORMS
-def test_gradients_of_long_sequences_equal_those_with_a_graph(gated: bool, slots: int, lead: Any) -> None:
+def test_gradients_of_long_sequences_equal_those_with_a_graph(
+    gated: bool, slots: int, lead: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a graph the gradients are made piece by piece, with one all at once."""
+    monkeypatch.setattr(ssm, "CHUNK", 20)
     block = make_block(0, gated=gated, slots=slots, dtype=torch.float64)
     values = {name: value.expand(*lead, *value.shape).clone() for name, value in block.named_parameters()}
     sequence = draw(1, *lead, 50, 130, 3, dtype=torch.float64).requires_grad_()
@@ -283,8 +286,9 @@ def test_gradients_of_long_sequences_equal_those_with_a_graph(gated: bool, slots
 
 
 @FORMS
-def test_vmap_over_any_argument(gated: bool, slots: int) -> None:
+def test_vmap_over_any_argument(gated: bool, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients of vmap, with one parameter or the input alone batched, are those of a loop."""
+    monkeypatch.setattr(ssm, "CHUNK", 3)
     block = make_block(0, gated=gated, slots=slots, dtype=torch.float64)
     shared = {name: value.detach() for name, value in block.named_parameters()}
     sequence = draw(1, 7, 4, 3, dtype=torch.float64)

@@ -218,13 +218,15 @@ def test_step_by_step_chunk_by_chunk_and_at_once_the_module_is_the_policy(form: 
             torch.testing.assert_close(batch[Columns.STATE_IN][state_name(i)], after, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_changes_nothing() -> None:
-    module = module_of(make_policy(SPECS["discrete"]))
+@pytest.mark.parametrize(("form", "padding"), [("discrete", torch.nan), ("memory slots", -1e6)])
+def test_padding_changes_nothing(form: str, padding: float) -> None:
+    """Nor what is not finite, but in a memory's products of matrices."""
+    module = module_of(make_policy(SPECS[form]))
     lengths = torch.tensor([3, 7, 1])
     inputs = torch.randn(3, 7, module.ssm.spec.input_size)
     padded = torch.cat([inputs, torch.full((3, 5, inputs.shape[-1]), 1e6)], 1)
     for row, length in enumerate(lengths):
-        padded[row, length:] = torch.nan if row else 0.0
+        padded[row, length:] = padding if row else 0.0
     found = module.forward_train({Columns.OBS: padded, Columns.SEQ_LENS: lengths, **states(module, 3)})
     for row, length in enumerate(lengths):
         alone = module.forward_train({Columns.OBS: inputs[row : row + 1, :length], **states(module, 1)})
