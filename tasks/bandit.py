@@ -86,6 +86,7 @@ class Bandit(TaskDistribution):
         self.action_space: Discrete[np.int64] = Discrete(self.arms)
         self._parameters = {"probabilities": Parameter(0.0, 1.0, size=self.arms)}
         self.reference = _reference(self.arms, self.horizon)
+        many = self.arms > 10
         self.in_context = {
             "meta_batch": 200,
             "episodes": 2,
@@ -94,8 +95,10 @@ class Bandit(TaskDistribution):
             # short stretches (λ = .3) let a policy learn, and what it then learns is to be greedy.
             "baseline": "informed",
             "discount": 1.0,
-            # With many arms it is rare that one is pulled again, and over long stretches what that pays is not seen.
-            "gae_lambda": 0.97 if self.arms <= 10 else 0.8,
+            # While many arms are pulled at random, one is seldom pulled again: over long stretches chance drowns what
+            # that pays, and nothing is learned for millions of pulls.
+            "gae_lambda": 0.8 if many else 0.97,
+            "memory_slots": 4 if many else 0,
             "entropy_bonus": 0.02,
             # What a pull of an arm paid is a product of inputs, of arms + 3 few are not 0: weights of about 1.4.
             "encoder_scale": (2 * (self.arms + 3)) ** 0.5,
