@@ -244,15 +244,14 @@ def _activities(spec: PolicySpec, arrays: Arrays, probe: _Probe) -> Arrays:
 
         return before_forward
 
-    for name in model.state_dict():
-        key = _parse(name)
-        if key.leaf in READERS and not key.step_sizes:
-            # Inside a block one operation follows the other, and only the block itself is called.
-            owner = f"blocks.{key.block}" if key.leaf in _INSIDE else name.rpartition(".")[0]
-            meets = _INSIDE.get(key.leaf, lambda module, x, *others: x)
-            model.get_submodule(owner).register_forward_pre_hook(note(name, meets))
+    readers = {name: key for name in model.state_dict() if (key := _parse(name)).leaf in READERS and not key.step_sizes}
+    for name, key in readers.items():
+        # Inside a block one operation follows the other, and only the block itself is called.
+        owner = f"blocks.{key.block}" if key.leaf in _INSIDE else name.rpartition(".")[0]
+        meets = _INSIDE.get(key.leaf, lambda module, x, *others: x)
+        model.get_submodule(owner).register_forward_pre_hook(note(name, meets))
     model(*probe)
-    assert met.keys() == {name for name in arrays if _parse(name).leaf in READERS and not any(_parse(name)[2:])}
+    assert met.keys() == readers.keys()  # nothing would stand in for what a reader that is not met loses
     return met
 
 

@@ -86,7 +86,6 @@ class Bandit(TaskDistribution):
         self.action_space: Discrete[np.int64] = Discrete(self.arms)
         self._parameters = {"probabilities": Parameter(0.0, 1.0, size=self.arms)}
         self.reference = _reference(self.arms, self.horizon)
-        many = self.arms > 10
         self.in_context = {
             "meta_batch": 200,
             "episodes": 2,
@@ -97,8 +96,7 @@ class Bandit(TaskDistribution):
             "discount": 1.0,
             # While many arms are pulled at random, one is seldom pulled again: over long stretches chance drowns what
             # that pays, and nothing is learned for millions of pulls.
-            "gae_lambda": 0.8 if many else 0.97,
-            "memory_slots": 4 if many else 0,
+            "gae_lambda": 0.97 if self.arms <= 10 else 0.8,
             "entropy_bonus": 0.02,
             # What a pull of an arm paid is a product of inputs, of arms + 3 few are not 0: weights of about 1.4.
             "encoder_scale": (2 * (self.arms + 3)) ** 0.5,
