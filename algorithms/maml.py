@@ -22,7 +22,7 @@ from torch.func import functional_call
 from .inference import PolicySpec, check_count, check_number, policy_inputs, step_size, task_numbers
 from .policy import PolicyOutput, SSMPolicy
 from .returns import advantages as estimate
-from .returns import normalized
+from .returns import discounted_returns, normalized, step_means
 from .rollouts import Array, Rollouts
 
 Parameters = dict[str, Tensor]
@@ -103,8 +103,8 @@ class MetaConfig:
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
         minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
         baseline: of the advantages: "linear" (fitted to each task's returns), "critic" (the policy's value head),
-            "informed" (a value head that in training is told the task, which must be numbers) or "time" (the step's
-            mean return over all tasks). Critics also bootstrap where a column was cut.
+            "time" (the step's mean return over all tasks) or "informed" ("time", and a value head that in training is
+            told the task, which must be numbers, for the rest). Critics also bootstrap where a column was cut.
         value_weight: weight of the critic's squared error.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
@@ -198,7 +198,8 @@ class Batch(NamedTuple):
             0 for a task without any step).
         outer_advantages: the same for the outer objective; with the linear baseline the same numbers. With the others
             they are normalised over all tasks, which are told apart by what is expected of them.
-        targets: [M, T, K] float32, what the value head should have said; None without a critic.
+        targets: [M, T, K] float32, what the value head should have said, with the informed baseline beyond the time
+            step's mean return; None without a critic.
         known: [M, P] float32, what the critic is told of the tasks; None: nothing.
     """
 
@@ -236,6 +237,13 @@ def make_batch(
     rollouts = rollouts.masked()
     counted = rollouts.valid if weight is None else rollouts.valid * weight[:, None]
     discount, gae_lambda, baseline = config.discount, config.gae_lambda, config.baseline
+    level = np.zeros((1, 1, 1))
+    if values is not None and baseline == "informed":
+        # Most of a return is what everybody gets from that step on. A critic that had to learn it, too, would for
+        # long be worse than none: of the return that is left it says how a task and a past differ from the others.
+        returns = discounted_returns(rollouts.rewards / np.float32(reward_scale), rollouts.valid, discount)
+        level = step_means(returns, rollouts.valid)
+        values = values + np.pad(level, ((0, 0), (0, 1), (0, 0)))
     raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale, weight)
     outer = normalized(raw, counted, (1, 2) if baseline == "linear" else (0, 1, 2))
     if baseline in ("time", "informed"):  # how a task adapts must depend neither on the others nor on what it is
@@ -256,7 +264,7 @@ def make_batch(
         advantages=tensor(own),
         share=tensor(share),
         outer_advantages=tensor(outer),
-        targets=tensor((raw + expected).astype(np.float32)) if values is not None else None,
+        targets=tensor((raw + expected - level).astype(np.float32)) if values is not None else None,
         known=tensor(task_numbers(rollouts.tasks)) if baseline == "informed" else None,
     )
 

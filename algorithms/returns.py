@@ -143,8 +143,13 @@ def time_baseline(targets: Array, valid: Array) -> Array:
     Returns:
         [M, T, K] float64, 0 where not valid.
     """
+    return np.where(valid, step_means(targets, valid), 0.0)
+
+
+def step_means(targets: Array, valid: Array) -> Array:
+    """Mean of each time step over all tasks and columns: [1, T, 1] float64, 0 where none is valid; as above."""
     count = np.maximum(valid.sum((0, 2), keepdims=True), 1)
-    return np.where(valid, np.where(valid, targets, 0.0).sum((0, 2), keepdims=True) / count, 0.0)
+    return np.asarray(np.where(valid, targets, 0.0).sum((0, 2), keepdims=True) / count)
 
 
 def normalized(advantages: Array, weight: Array, axes: tuple[int, ...] = (1, 2)) -> Array:

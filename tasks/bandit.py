@@ -96,10 +96,10 @@ class Bandit(TaskDistribution):
             "discount": 1.0,
             # While many arms are pulled at random, one is seldom pulled again: over long stretches chance drowns what
             # that pays, and nothing is learned for millions of pulls.
-            "gae_lambda": 0.97 if self.arms <= 10 else 0.8,
+            "gae_lambda": 0.9 if self.arms <= 10 else 0.8,
             "entropy_bonus": 0.02,
-            # What a pull of an arm paid is a product of inputs, of arms + 3 few are not 0: weights of about 1.4.
-            "encoder_scale": (2 * (self.arms + 3)) ** 0.5,
+            # What a pull of an arm paid is a product of inputs, of arms + 3 few are not 0: weights of about 2.2.
+            "encoder_scale": (5 * (self.arms + 3)) ** 0.5,
             "scale_rewards": True,
         }
 

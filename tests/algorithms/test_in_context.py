@@ -19,7 +19,7 @@ from ssm_metarl.algorithms.maml import MetaConfig, critic_inputs, for_tasks, inn
 from ssm_metarl.algorithms.morph import resize
 from ssm_metarl.algorithms.normalize import Normalizer, RunningMoments
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.algorithms.returns import advantages, discounted_returns, time_baseline
+from ssm_metarl.algorithms.returns import advantages, discounted_returns, normalized, time_baseline
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.distributed.checkpoint import expected_shapes
 from ssm_metarl.tasks import make
@@ -271,8 +271,15 @@ def test_the_critic_bootstraps_on_what_it_is_told() -> None:
     inputs, resets = (torch.from_numpy(array) for array in critic_inputs(spec, record))
     known = torch.tensor([[0.0], [1.0], [2.0]])
     values = policy(inputs, resets, None, known).values.detach().numpy()
-    raw, expected = advantages(record, config.discount, config.gae_lambda, "informed", values)
-    np.testing.assert_allclose(batch.targets, raw + expected, atol=1e-5)
+    # What it says is meant beyond the mean return of the time step, which is 0 after the last.
+    returns = discounted_returns(record.rewards, record.valid, config.discount)
+    level = np.zeros_like(values)
+    for t in range(values.shape[1] - 1):
+        if (here := record.valid[:, t]).any():
+            level[:, t] = returns[:, t][here].mean()
+    raw, expected = advantages(record, config.discount, config.gae_lambda, "informed", values + level)
+    np.testing.assert_allclose(batch.targets, raw + expected - level[:, :-1], atol=1e-5)
+    np.testing.assert_allclose(batch.outer_advantages, normalized(raw, record.valid, (0, 1, 2)), atol=1e-5)
     parameters = tensors(weights)
     (gradient,) = torch.autograd.grad(
         meta_loss(policy, parameters, [batch], config).losses.sum(), parameters["value.bias"]

@@ -148,5 +148,5 @@ def test_unknown_actions_are_refused(wrong: float) -> None:
 def test_options_in_context_follow_from_the_number_of_arms(arms: int) -> None:
     """Of the inputs arms + 3, few of which are not 0, each has the same weight; many arms have short stretches."""
     options = Bandit(arms=arms).in_context
-    assert options["encoder_scale"] * (arms + 3) ** -0.5 == pytest.approx(2**0.5)
-    assert options["gae_lambda"] == (0.97 if arms <= 10 else 0.8)
+    assert options["encoder_scale"] * (arms + 3) ** -0.5 == pytest.approx(5**0.5)
+    assert options["gae_lambda"] == (0.9 if arms <= 10 else 0.8)
