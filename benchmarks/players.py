@@ -1,4 +1,4 @@
-"""Classical players and meta-learned policies on the same trials: bandits, tabular MDPs, navigation.
+"""Classical players and meta-learned policies on the same trials: bandits, tabular MDPs, navigation, noisy carts.
 
 python benchmarks/players.py --task bandit
 python benchmarks/players.py --task bandit --policies runs/bandit
@@ -34,6 +34,7 @@ class Options:
     Attributes:
         task: family.
         arms: of bandit.
+        difficulty: of noisy-position-only-cartpole, easy, medium or hard.
         trial_episodes: episodes of a trial (tabular-mdp).
         num_tasks: trials, each of its own task.
         policies: checkpoints or runs that play the same trials, without inner steps.
@@ -42,6 +43,7 @@ class Options:
 
     task: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(PLAYERS)))]
     arms: int = 5
+    difficulty: str = "easy"
     trial_episodes: int = 1
     num_tasks: int = 2000
     policies: tuple[Path, ...] = field(default_factory=tuple)
@@ -60,7 +62,11 @@ def play_held_out(
 
 
 def main(options: Options) -> None:
-    family_options: Mapping[str, Any] = {"arms": options.arms} if options.task == "bandit" else {}
+    own: Mapping[str, Mapping[str, Any]] = {
+        "bandit": {"arms": options.arms},
+        "noisy-position-only-cartpole": {"difficulty": options.difficulty},
+    }
+    family_options = own.get(options.task, {})
     rows: dict[str, Any] = {}
     for name in ("uniform", *PLAYERS[options.task]):
         start = time.perf_counter()
@@ -69,8 +75,8 @@ def main(options: Options) -> None:
         log(f"{name}: {rows[name]['return']:.2f} ({time.perf_counter() - start:.0f} s)")
     for path in options.policies:
         config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(path)).config)
-        own, played = config.family(), make(options.task, family_options)
-        if (config.trial_episodes, own.action_space) != (options.trial_episodes, played.action_space):
+        trained, played = config.family(), make(options.task, family_options)
+        if (config.trial_episodes, trained.action_space) != (options.trial_episodes, played.action_space):
             log(f"{path} was trained on other trials: {config.trial_episodes} episodes, {dict(config.task_options)}")
         found = evaluate_checkpoint(
             path, task_options=family_options, num_tasks=options.num_tasks, steps=0, episodes=1, seed=options.seed

@@ -45,6 +45,7 @@ from learning import Target
 from ssm_metarl.algorithms.maml import IN_CONTEXT
 from ssm_metarl.distributed.config import available_cores
 from ssm_metarl.tasks import make
+from ssm_metarl.tasks.players import PLAYERS
 
 # --- What is trained ----------------------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ TABLES: Mapping[str, Table] = {
                     (*goals, *most(600.0, 26.0 if timed else None)),
                 )
                 for name, target, goals, timed in (
-                    ("`promp`", "navigation-2d-promp", least(-8.0, -5.0, -3.5, -3.0), True),
+                    ("`promp`", "navigation-2d-promp", (None,) * 4, True),
                     ("`promp` without memory", "navigation-2d-promp-memoryless", (None,) * 4, True),
                     ("`rl2`", "navigation-2d-rl2", least(-8.0, -5.0, -3.5, -3.0), False),
                 )
@@ -262,6 +263,10 @@ TABLES: Mapping[str, Table] = {
         digits=3,
         rows=(
             Row("the best of 13 memories (Morad et al. 2023)", published(*(TARGETS[name].goal for name in POPGYM))),
+            Row(
+                "player `lqg`, who knows the physics",
+                tuple(played("lqg", name) if TARGETS[name].task in PLAYERS else None for name in POPGYM),
+            ),
             Row(
                 "ours, `rl2`",
                 tuple(ours(name, returns(0)) for name in POPGYM),
@@ -314,8 +319,12 @@ def main(options: Options) -> None:
     facts = machine()
     numbers = " ".join(map(str, seeds))
     command = f"python benchmarks/tables.py --table {options.table} {'--quick ' if quick else ''}--seeds {numbers}"
-    source = f"Made by `{command}` on {facts['cpu_count']} cores ({facts['cpu']}); 95 % intervals are over seeds, "
-    source += "with one seed and for players and paired differences over held-out trials."
+    if options.learner_threads != available_cores():
+        command += f" --learner-threads {options.learner_threads}"
+    source = f"Made by `{command}` on {facts['cpu_count']} cores ({facts['cpu']})."
+    if any(cell and cell["ci_low"] is not None for row in made["rows"] for cell in row["cells"]):
+        source += " 95 % intervals are over seeds, with one seed and for players and paired differences over held-out"
+        source += " trials."
     if quick:
         source += " **A trial of the code: the figures say nothing.**"
     written = f"{markdown(made)}\n{source}\n"

@@ -15,6 +15,7 @@ from ssm_metarl.algorithms.collect import collect_tasks, seed_for
 from ssm_metarl.tasks import TaskDistribution, make
 from ssm_metarl.tasks.bandit import Bandit
 from ssm_metarl.tasks.players import MAX_INDEX_PULLS, PLAYERS, Player, Trials, index_table, play
+from ssm_metarl.tasks.popgym import NoisyPositionOnlyCartPole
 from ssm_metarl.tasks.tabular_mdp import TabularMDP
 
 Returns = NDArray[np.float64]
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Callable[[], TaskDistribution]] = {
     "navigation-2d": lambda: make("navigation-2d"),
     "bandit": lambda: Bandit(arms=3, pulls=20),
     "tabular-mdp": lambda: TabularMDP(states=4, actions=3, episode_length=5),
+    "noisy-position-only-cartpole": lambda: NoisyPositionOnlyCartPole(difficulty="medium"),
 }
 EVERY = [(family, player) for family in FAMILIES for player in ("uniform", *PLAYERS[family])]
 
@@ -135,8 +137,9 @@ def test_every_player_beats_chance_and_none_the_clairvoyant(family: str, player:
 
     gain = returns(player) - returns("uniform")
     assert gain.mean() > 4 * gain.std() / 150**0.5
-    missed = returns("clairvoyant") - returns(player)
-    assert missed.mean() >= 0
+    if "clairvoyant" in PLAYERS[family]:
+        missed = returns("clairvoyant") - returns(player)
+        assert missed.mean() >= 0
 
 
 @pytest.mark.parametrize(
@@ -193,6 +196,20 @@ def test_psrl_comes_to_play_the_best_policy() -> None:
     best = (per_episode("clairvoyant", 120) - per_episode("clairvoyant", 100)) / 20
     first = per_episode("psrl", 1)
     assert late > first + 0.9 * (best - first)
+
+
+@pytest.mark.parametrize(("difficulty", "figure"), [("easy", 0.989), ("medium", 0.648), ("hard", 0.387)])
+def test_the_regulator_earns_what_the_best_memories_do(difficulty: str, figure: float) -> None:
+    """Within what 1,000 episodes leave to chance; published are .995, .659 and .404 (Morad et al. 2023)."""
+    returns = earned("lqg", NoisyPositionOnlyCartPole(difficulty=difficulty), 1000)
+    assert abs(returns.mean() - figure) < 4 * returns.std() / 1000**0.5 + 0.002
+
+
+def test_the_regulator_without_noise_lets_no_pole_fall() -> None:
+    """It also starts anew with every episode."""
+    distribution = NoisyPositionOnlyCartPole()
+    distribution.noise = 1e-6
+    assert earned("lqg", distribution, 20, columns=2, episodes=2) == pytest.approx(2.0)
 
 
 def test_stay_put_earns_the_distance() -> None:
