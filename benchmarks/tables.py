@@ -118,7 +118,7 @@ TARGETS: Mapping[str, Target] = {
     "navigation-2d-rl2": Target(
         claim="Memory finds the goal; gradient steps, with which it was not trained, are small.",
         task="navigation-2d",
-        options={"algorithm": "rl2", "inner_lr": 1e-4, "iterations": 400},
+        options={"algorithm": "rl2", "inner_lr": 1e-4, "iterations": 250},
         episodes=40,
     ),
     **{
