@@ -147,7 +147,7 @@ def time_baseline(targets: Array, valid: Array) -> Array:
 
 
 def step_means(targets: Array, valid: Array) -> Array:
-    """Mean of each time step over all tasks and columns: [1, T, 1] float64, 0 where none is valid; as above."""
+    """What ``time_baseline`` is at the valid steps, given the same: [1, T, 1] float64, 0 where none is valid."""
     count = np.maximum(valid.sum((0, 2), keepdims=True), 1)
     return np.asarray(np.where(valid, targets, 0.0).sum((0, 2), keepdims=True) / count)
 

@@ -216,7 +216,7 @@ TABLES: Mapping[str, Table] = {
                     (*goals, *most(600.0, 26.0 if timed else None)),
                 )
                 for name, target, goals, timed in (
-                    ("`promp`", "navigation-2d-promp", (None,) * 4, True),
+                    ("`promp`", "navigation-2d-promp", least(-8.0, -5.0, -3.5, -3.0), True),
                     ("`promp` without memory", "navigation-2d-promp-memoryless", (None,) * 4, True),
                     ("`rl2`", "navigation-2d-rl2", least(-8.0, -5.0, -3.5, -3.0), False),
                 )

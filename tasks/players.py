@@ -375,7 +375,7 @@ class KalmanRegulator(Player):
 
     It knows the physics, of which it takes the linear part about the upright pole, and the size of the noise. The
     regulator's weights are 1 for the squared angle, 1e-4 for the squared position and 1e-3 for the squared force, in
-    rad, m and N: of twelve pairs tried those that did best with medium and hard noise together.
+    rad, m and N: of twelve pairs of the last two that were tried none is better by more than .01 at any noise.
 
     Source: Anderson and Moore, Optimal Control: Linear Quadratic Methods, 1990, chapter 8.
     """
