@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
+from ..seeds import Branch, seed_for
 from .inference import check_count, check_number, policy_inputs, task_numbers
 from .maml import CRITICS, Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, play, task_shards
 from .policy import SSMPolicy, numpy_weights
@@ -69,7 +70,7 @@ class Adaptation:
     def policy(self, like: SSMPolicy, task: int = 0) -> SSMPolicy:
         """The adapted policy of one task, of the sizes of ``like``."""
         adapted = SSMPolicy(like.spec)
-        adapted.load_state_dict({name: torch.from_numpy(value[task].copy()) for name, value in self.weights.items()})
+        adapted.load_numpy({name: value[task] for name, value in self.weights.items()})
         return adapted
 
 
@@ -274,7 +275,7 @@ class HybridAdapter(StandardAdapter):
             index = np.argsort(-likely, axis=1, kind="stable")[:, :count]
             propensity = np.take_along_axis(likely, index, 1)
         else:
-            rng = np.random.default_rng([self._seed, step])
+            rng = np.random.default_rng(seed_for(self._seed, Branch.REPLAY, step))
             index = rng.random((tasks, stored)).argsort(1)[:, :count]
             propensity = np.ones((tasks, count))
         columns = as_columns(self._replay, index)
@@ -424,7 +425,7 @@ def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[st
         batch_part = batch.tasks(part)
         other = {name: torch.as_tensor(value[part]) for name, value in after.items()}
         old, new = (play(policy, dict(weights), batch_part).actions for weights in (own, other))
-        return np.asarray((kl_divergence(old, new) * batch_part.share).sum((1, 2)).numpy())
+        return np.asarray((batch_part.counted(kl_divergence(old, new)) * batch_part.share).sum((1, 2)).numpy())
 
     return _sharded(work, before, tuple(batch.share.shape)).astype(np.float64)
 

@@ -9,20 +9,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from ..seeds import child
 from .inference import NumpyPolicy, PolicySpec
 from .rollouts import Array, Rollouts
 
 MakeEnv = Callable[[Sequence[Any], int], gymnasium.vector.VectorEnv]
-
-
-def seed_for(seed: int, *path: int) -> np.random.SeedSequence:
-    """The node of the seed tree at ``path``; every random draw of a run comes from such a node.
-
-    Args:
-        seed: the run's seed, a non-negative integer.
-        path: non-negative integers, such as (domain, iteration, phase, task index).
-    """
-    return np.random.SeedSequence(seed, spawn_key=path)
 
 
 def collect(
@@ -51,8 +42,8 @@ def collect(
         deterministic: take the most likely action instead of sampling.
 
     Returns:
-        One record of the M tasks. An episode in which an observation or a reward was not finite is dropped: its
-        column has no valid step, and ``errors`` says where it happened.
+        One record of the M tasks. An episode in which an observation, a reward, an action or its log-probability was
+        not finite is dropped: its column has no valid step, and ``errors`` says where it happened.
     """
     shape = (len(seeds), env.num_envs // len(seeds))
     horizon *= trial_episodes
@@ -74,8 +65,11 @@ def collect(
     while steps < horizon and record.alive.any():
         inputs[..., :size] = observation
         action, log_prob, state = policy.act(inputs, state, None if deterministic else noise[steps])
+        action, log_prob = record.screen_policy(action, log_prob, steps)
         record.before(steps, observation, action, log_prob)
-        observation, step_reward, ended, cut, info = env.step(action.reshape(env.num_envs, *action.shape[2:]))
+        observation, step_reward, ended, cut, info = env.step(
+            spec.env_actions(action).reshape(env.num_envs, *action.shape[2:])
+        )
         observation = observation.reshape(*shape, size)
         reward = np.asarray(step_reward, np.float32).reshape(shape)
         ended, done = ended.reshape(shape), (ended | cut).reshape(shape)
@@ -153,10 +147,7 @@ def _draw(
     env_seeds: list[int] = []
     noise = []
     for seed in seeds:
-        # Children by key, not by spawn(), which counts how often it was called.
-        env_node, noise_node = (
-            np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, child)) for child in (0, 1)
-        )
+        env_node, noise_node = child(seed, 0), child(seed, 1)
         env_seeds += env_node.generate_state(columns).tolist()
         generator = np.random.default_rng(noise_node)
         if spec.discrete:
@@ -188,13 +179,23 @@ class _Record:
         if np.isfinite(observation.sum()) and np.isfinite(reward.sum()):
             return observation, reward
         bad = ~(np.isfinite(observation).all(-1) & np.isfinite(reward))
-        for task, column in zip(*np.nonzero(bad & self.alive), strict=True):
-            key = (int(task), int(column))
-            acted = step == 0 or bool(np.isfinite(self._actions[step - 1][key]).all())
-            what = "observation or reward" if acted else "the policy's action"
-            self._broken[key] = f"task {self._tasks[task]!r}: {what} not finite at step {step}."
-        self.alive = self.alive & ~bad
+        self._take_out(bad, "observation or reward", step)
         return np.where(bad[..., None], np.float32(0), observation), np.where(bad, np.float32(0), reward)
+
+    def screen_policy(self, action: Array, log_prob: Array, step: int) -> tuple[Array, Array]:
+        """The same for what a policy does. A discrete action is a number even where the logits are none."""
+        if np.isfinite(log_prob.sum()) and np.isfinite(action.sum()):
+            return action, log_prob
+        numbers = np.isfinite(action) if action.ndim == log_prob.ndim else np.isfinite(action).all(-1)
+        bad = ~(np.isfinite(log_prob) & numbers)
+        self._take_out(bad, "the policy's action", step)
+        zeros = bad if action.ndim == bad.ndim else bad[..., None]
+        return np.where(zeros, np.zeros((), action.dtype), action), np.where(bad, np.float32(0), log_prob)
+
+    def _take_out(self, bad: Array, what: str, step: int) -> None:
+        for task, column in zip(*np.nonzero(bad & self.alive), strict=True):
+            self._broken[int(task), int(column)] = f"task {self._tasks[task]!r}: {what} not finite at step {step}."
+        self.alive = self.alive & ~bad
 
     def before(self, t: int, observation: Array, action: Array, log_prob: Array) -> None:
         """Record the policy's side of step t."""

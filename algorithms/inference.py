@@ -7,6 +7,7 @@ collecting with 0, 1 or 8 workers gives bit-equal experience.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
+import gymnasium
 import numpy as np
+from gymnasium.spaces import Box, Discrete
 
 from .rollouts import Array, Rollouts
 
@@ -24,6 +27,9 @@ MIN_DECAY = 1e-6
 MAX_NU = 10.0
 """Largest ν that has an effect: beyond, a mode forgets all in one step, and exp(ν) would overflow in gradients."""
 
+
+ABSENT_BOUND = 1e30
+"""A Box with bounds of at least this size is taken for unbounded: such numbers are written where there is no bound."""
 
 CRITIC_UNITS = 128
 """Width of what a critic that is told the task makes of it and of the policy's last layer."""
@@ -92,12 +98,16 @@ class PolicySpec(PolicyConfig):
         action_size: A, length of a continuous action, or the number of discrete actions.
         discrete: whether actions are integers in [0, A).
         task_size: P, how many numbers describe a task to the critic that is told it; 0: there is none such.
+        action_low, action_high: bounds of each number of a continuous action in the environment's unit, None where
+            there is none; empty: no number has any. See :meth:`env_actions`.
     """
 
     observation_size: int
     action_size: int
     discrete: bool
     task_size: int = 0
+    action_low: tuple[float | None, ...] = ()
+    action_high: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("observation_size", self.observation_size, 1)
@@ -105,6 +115,17 @@ class PolicySpec(PolicyConfig):
         check_flag("discrete", self.discrete)
         check_count("task_size", self.task_size, 0)
         super().__post_init__()
+        for name, bounds in (("action_low", self.action_low), ("action_high", self.action_high)):
+            if not isinstance(bounds, tuple) or len(bounds) not in (0, 0 if self.discrete else self.action_size):
+                raise ValueError(f"{name} must be a tuple of a bound for each number of a continuous action.")
+            for bound in bounds:
+                if bound is not None:
+                    check_number(name, bound, low=-ABSENT_BOUND, high=ABSENT_BOUND)
+        if len(self.action_low) != len(self.action_high):
+            raise ValueError("action_low and action_high must have equally many bounds.")
+        for low, high in zip(self.action_low, self.action_high, strict=True):
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"action_low {low:g} must not be above action_high {high:g}.")
 
     @property
     def input_size(self) -> int:
@@ -118,9 +139,49 @@ class PolicySpec(PolicyConfig):
         """Whether inputs are normalised."""
         return self.normalize_observations or self.scale_rewards
 
+    def env_actions(self, actions: Array) -> Array:
+        """The policy's actions in the environment's unit.
+
+        A number with two bounds is clipped to [-1, 1] and mapped to them linearly, as by the environments of rllab that
+        MAML was published with. A number with one bound, or none, is in the environment's unit already and is clipped
+        to the bound that it has.
+
+        Args:
+            actions: [..., A] float32, or [...] integers, which stay as they are.
+
+        Returns:
+            Of the same shape and dtype, within the bounds; NaN stays NaN.
+        """
+        if self.discrete or not self.action_low:
+            return actions
+        centre, half, least, most, low, high = _action_map(self.action_low, self.action_high)
+        return np.clip(centre + half * np.clip(actions, least, most), low, high)
+
+    def misfit(self, observations: gymnasium.Space[Any], actions: gymnasium.Space[Any]) -> str:
+        """How the spaces of an environment of vectors differ from those that the policy was made for; "" if they fit.
+
+        Args:
+            observations: space of one observation.
+            actions: space of one action.
+        """
+        shape = getattr(observations, "shape", None)
+        if shape != (self.observation_size,):
+            return f"its observations are of the size {self.observation_size}, not of the shape {shape}"
+        if isinstance(actions, Discrete) != self.discrete:
+            return f"its actions are {'discrete' if self.discrete else 'continuous'}"
+        if isinstance(actions, Discrete):
+            same = int(actions.n) == self.action_size
+            return "" if same else f"it has {self.action_size} actions, not {int(actions.n)}"
+        if not isinstance(actions, Box) or actions.shape != (self.action_size,):
+            return f"its actions have {self.action_size} numbers, not those of {actions}"
+        bounds = action_bounds(actions.low, actions.high)
+        if bounds == (self.action_low, self.action_high) or (not self.action_low and set(sum(bounds, ())) == {None}):
+            return ""
+        return f"its actions are bounded by {list(self.action_low)} and {list(self.action_high)}, not as in {actions}"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PolicySpec:
@@ -132,14 +193,40 @@ class PolicySpec(PolicyConfig):
         known = {f.name for f in fields(cls)}
         check_keys(values, known, "policy")
         try:
-            return cls(**values)
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
         except TypeError as error:
             raise ValueError(f"Incomplete policy description: {error}.") from None
+
+
+@functools.lru_cache
+def _action_map(lows: tuple[float | None, ...], highs: tuple[float | None, ...]) -> tuple[Array, ...]:
+    """Of ``PolicySpec.env_actions``, [A] float32 each: centre and half-width, and the bounds before and after."""
+    low = np.array([-np.inf if bound is None else bound for bound in lows])
+    high = np.array([np.inf if bound is None else bound for bound in highs])
+    bounded = np.isfinite(low) & np.isfinite(high)
+    centre = np.where(bounded, np.where(bounded, low, 0) / 2 + np.where(bounded, high, 0) / 2, 0.0)
+    half = np.where(bounded, np.where(bounded, high, 0) / 2 - np.where(bounded, low, 0) / 2, 1.0)
+    least, most = np.where(bounded, -1.0, -np.inf), np.where(bounded, 1.0, np.inf)
+    return tuple(array.astype(np.float32) for array in (centre, half, least, most, low, high))
+
+
+def action_bounds(low: Array, high: Array) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+    """``action_low`` and ``action_high`` of a Box's bounds [A]; what is ``ABSENT_BOUND`` or more stands for none."""
+
+    def present(bounds: Array) -> tuple[float | None, ...]:
+        return tuple(bound if abs(bound) < ABSENT_BOUND else None for bound in bounds.astype(np.float32).tolist())
+
+    return present(low), present(high)
 
 
 def step_size(name: str) -> str:
     """Name of the step sizes of a parameter."""
     return "step_sizes." + name.replace(".", "/")  # a parameter's own name cannot have a dot
+
+
+def adapts(name: str) -> bool:
+    """Whether inner steps change what has that name: no value head, no step size and no normaliser."""
+    return name.startswith(("encoder.", "blocks.", "policy."))
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
 
-from .inference import PolicySpec, check_count, check_number, policy_inputs, step_size, task_numbers
+from .inference import PolicySpec, adapts, check_count, check_number, policy_inputs, step_size, task_numbers
 from .policy import PolicyOutput, SSMPolicy
 from .returns import advantages as estimate
-from .returns import discounted_returns, normalized, step_means
+from .returns import discounted_returns, normalized, step_means, tells_apart
 from .rollouts import Array, Rollouts
 
 Parameters = dict[str, Tensor]
@@ -217,6 +217,18 @@ class Batch(NamedTuple):
         """The batch of some of its tasks: a slice, or indices [n]."""
         return Batch(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
+    def counted(self, numbers: Tensor) -> Tensor:
+        """``numbers`` [M, T, K], and 0 where a step has no share.
+
+        A product with the share alone would not do: what a policy says of a step that nobody took can overflow, and
+        infinity times 0 is not a number.
+        """
+        return torch.where(self.share > 0, numbers, 0.0)
+
+    def log_ratio(self, log_probs: Tensor) -> Tensor:
+        """log π/π_old of the actions, from π's log-probabilities [M, T, K]; 0 where a step has no share."""
+        return self.counted(log_probs - self.log_probs)
+
 
 def make_batch(
     spec: PolicySpec,
@@ -245,11 +257,12 @@ def make_batch(
         level = step_means(returns, rollouts.valid)
         values = values + np.pad(level, ((0, 0), (0, 1), (0, 0)))
     raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale, weight)
-    outer = normalized(raw, counted, (1, 2) if baseline == "linear" else (0, 1, 2))
+    some = tells_apart(rollouts, discount, weight)
+    own_raw = raw
     if baseline in ("time", "informed"):  # how a task adapts must depend neither on the others nor on what it is
-        own = normalized(estimate(rollouts, discount, gae_lambda, weight=weight)[0], counted)
-    else:
-        own = normalized(raw, counted)
+        own_raw = estimate(rollouts, discount, gae_lambda, weight=weight)[0]
+    own = normalized(own_raw, counted) * some.astype(np.float32)[:, None, None]
+    outer = own if baseline == "linear" else normalized(raw, counted, (0, 1, 2))
     total = counted.sum((1, 2), keepdims=True)
     share = (counted / np.where(total > 0, total, 1)).astype(np.float32)
 
@@ -306,7 +319,7 @@ def inner_loss(actions: Distribution, batch: Batch, algorithm: Algorithm) -> Ten
         batch: support rollouts.
     """
     log_probs = actions.log_prob(batch.actions)
-    weight = torch.exp(log_probs - batch.log_probs) if algorithm.inner_ratio else log_probs
+    weight = torch.exp(batch.log_ratio(log_probs)) if algorithm.inner_ratio else batch.counted(log_probs)
     return -(weight * batch.advantages * batch.share).sum((1, 2))
 
 
@@ -329,16 +342,14 @@ def inner_step(
     output = play(policy, parameters, batch)
     losses = inner_loss(output.actions, batch, algorithm)
     second_order = differentiable and algorithm.second_order
-    # Neither the value head nor a step size takes part in the policy gradient.
+    # From the second step on, a task's parameters depend on the step sizes, whose gradient is no part of adaptation.
+    adapting = {name: value for name, value in parameters.items() if adapts(name)}
     gradients = torch.autograd.grad(
-        losses.sum(), list(parameters.values()), create_graph=second_order, allow_unused=True,
-        retain_graph=differentiable,
-    )  # fmt: skip
-    adapted = {}
-    for (name, value), gradient in zip(parameters.items(), gradients, strict=True):
-        if gradient is not None:
-            gradient = gradient * parameters.get(step_size(name), 1.0)
-        adapted[name] = value if gradient is None else value - config.inner_lr * gradient
+        losses.sum(), list(adapting.values()), create_graph=second_order, retain_graph=differentiable
+    )
+    adapted = dict(parameters)
+    for (name, value), gradient in zip(adapting.items(), gradients, strict=True):
+        adapted[name] = value - config.inner_lr * gradient * parameters.get(step_size(name), 1.0)
     if not differentiable:
         adapted = {name: value.detach() for name, value in adapted.items()}
     return adapted, output
@@ -354,15 +365,15 @@ def outer_loss(output: PolicyOutput, batch: Batch, config: MetaConfig) -> Tensor
     actions, advantages = output.actions, batch.outer_advantages
     log_probs = actions.log_prob(batch.actions)
     if ALGORITHMS[config.algorithm].clipped:
-        ratio = torch.exp(log_probs - batch.log_probs)
+        ratio = torch.exp(batch.log_ratio(log_probs))
         clipped = torch.clamp(ratio, 1 - config.clip, 1 + config.clip)
         gain = torch.minimum(ratio * advantages, clipped * advantages)
     else:
-        gain = log_probs * advantages
+        gain = batch.counted(log_probs) * advantages
     if config.entropy_bonus:
-        gain = gain + config.entropy_bonus * actions.entropy()
+        gain = gain + config.entropy_bonus * batch.counted(actions.entropy())
     if batch.targets is not None:
-        gain = gain - config.value_weight * torch.square(output.values - batch.targets)
+        gain = gain - config.value_weight * torch.square(batch.counted(output.values) - batch.targets)
     return -(gain * batch.share).sum((1, 2))
 
 
@@ -420,18 +431,18 @@ def meta_loss(
     before = adapted if before is None else before
     if config.minibatches > 1 or len(stages) == 1:
         # The policy that acted has changed since in other minibatches; its log-probabilities are known.
-        change = before.log_prob(first.actions) - first.log_probs
+        change = first.log_ratio(before.log_prob(first.actions))
         pointwise = torch.exp(change) - 1 - change
     else:
-        pointwise = kl_divergence(detached(before) if reference is None else reference, before)
+        pointwise = first.counted(kl_divergence(detached(before) if reference is None else reference, before))
     divergence = (pointwise * first.share).sum((1, 2))
     if algorithm.clipped and config.kl_penalty:
         total = total + config.kl_penalty * divergence
     with torch.no_grad():
         query = stages[-1]
-        log_ratio = (adapted.log_prob(query.actions) - query.log_probs).abs()
-        entropy = (adapted.entropy() * query.share).sum() / query.share.sum().clamp(min=1e-8)
-    return MetaLoss(total, detached(before), divergence.detach(), (log_ratio * (query.share > 0)).max(), entropy)
+        log_ratio = query.log_ratio(adapted.log_prob(query.actions)).abs().max()
+        entropy = (query.counted(adapted.entropy()) * query.share).sum() / query.share.sum().clamp(min=1e-8)
+    return MetaLoss(total, detached(before), divergence.detach(), log_ratio, entropy)
 
 
 def detached(distribution: Distribution) -> Distribution:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from .functions import linear, tanh
-from .inference import CRITIC_UNITS, PolicySpec, step_size
+from .inference import CRITIC_UNITS, PolicySpec, adapts, step_size
 from .rollouts import Array
 from .ssm import Affine, SSMBlock, along
 
@@ -68,9 +69,7 @@ class SSMPolicy(nn.Module):
             self.register_buffer("task_mean", torch.zeros(spec.task_size))
             self.register_buffer("task_scale", torch.ones(spec.task_size))
         if spec.learned_step_sizes:
-            adapted = {
-                name: value for name, value in self.named_parameters() if not name.startswith(("value.", "critic."))
-            }
+            adapted = {name: value for name, value in self.named_parameters() if adapts(name)}
             factors = {step_size(name).partition(".")[2]: torch.ones_like(value) for name, value in adapted.items()}
             self.step_sizes = nn.ParameterDict(factors)
         if spec.normalizes:
@@ -96,6 +95,11 @@ class SSMPolicy(nn.Module):
         Returns:
             Distributions and values over [M, T, K], and the state after the last step.
         """
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"A policy reads sequences of tensors, not {type(inputs).__name__}: to act in an environment use "
+                "load_player(path).act(observation)."
+            )
         hidden = tanh(self.encoder(self._normalized(inputs)))
         after: list[Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -150,6 +154,14 @@ class SSMPolicy(nn.Module):
         # Contiguous: the logarithm that log_prob takes of it is ten times slower on an expanded one.
         std = torch.exp(along(self.policy.log_std, head)).expand_as(head).contiguous()
         return Independent(Normal(head, std, validate_args=False), 1, validate_args=False)
+
+    def load_numpy(self, weights: Mapping[str, Array]) -> None:
+        """Take parameters and normaliser as :meth:`numpy_weights` gives them.
+
+        Raises:
+            RuntimeError: names or shapes are not those of this policy.
+        """
+        self.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
 
     def numpy_weights(self) -> dict[str, Array]:
         """Copies of parameters and normaliser as float32 arrays by name: what workers act with and checkpoints keep."""

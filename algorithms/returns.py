@@ -52,17 +52,27 @@ def generalized_advantages(
     return advantages
 
 
+SHRINKAGE = 1.0
+"""Of the linear baseline, in episodes: how much data the prior that returns do not depend on the features is worth."""
+
+
 def linear_baseline(
-    rollouts: Rollouts, targets: Array, regularisation: float = 1e-5, weight: Array | None = None
+    rollouts: Rollouts, targets: Array, shrinkage: float = SHRINKAGE, weight: Array | None = None
 ) -> Array:
     """Fit a linear baseline to each task's returns and evaluate it on the same steps (Duan et al. 2016, appendix 2).
 
-    Features: observation (clipped to ±10), its square, t, t², t³ (t in hundreds of steps) and 1.
+    Features: observation (clipped to ±10), its square, t, t², t³ (t in hundreds of steps), less their means and in
+    units of their deviation over the task's steps; and 1.
+
+    The fit is a ridge regression. Returns of successive steps share nearly all of their noise, so that K episodes
+    determine little more than K coefficients, however long they are: with a constant penalty a fit to few episodes
+    takes away what advantages are to tell. The penalty is the length of ``shrinkage`` mean episodes: a coefficient of K
+    episodes is shrunk by the factor K / (K + shrinkage) where features are not correlated. Mean returns are not shrunk.
 
     Args:
         rollouts: one or more columns a task.
         targets: [M, T, K], what to predict, such as discounted returns.
-        regularisation: added to the normal equations' diagonal; raised tenfold until they can be solved.
+        shrinkage: above 0, in episodes.
         weight: [M, K], of each column in the fit; None: 1.
 
     Returns:
@@ -79,20 +89,53 @@ def linear_baseline(
     features *= rollouts.valid[..., None]
     flat = features.reshape(tasks, steps * columns, -1)
     transposed = flat.swapaxes(1, 2)
+    episodes = rollouts.kept() if weight is None else rollouts.kept() * weight
     if weight is not None:
         transposed = transposed * np.broadcast_to(weight[:, None], targets.shape).reshape(tasks, 1, -1)
     gram = transposed @ flat
-    moment = transposed @ np.where(rollouts.valid, targets, 0.0).reshape(tasks, -1, 1)
-    identity = np.eye(gram.shape[-1])
-    for _ in range(6):
-        try:
-            solution = np.linalg.solve(gram + regularisation * identity, moment)
-        except np.linalg.LinAlgError:
-            solution = None
-        if solution is not None and np.isfinite(solution).all():
-            return (flat @ solution).reshape(tasks, steps, columns)
-        regularisation *= 10
-    return np.zeros((tasks, steps, columns))
+    moment = (transposed @ np.where(rollouts.valid, targets, 0.0).reshape(tasks, -1, 1))[..., 0]
+    # The last feature is 1: its products are sums, from which those of what deviates from the mean follow.
+    total = np.where(gram[:, -1, -1] > 0, gram[:, -1, -1], 1.0)
+    mean, level = gram[:, :-1, -1] / total[:, None], moment[:, -1] / total
+    squares = np.einsum("mii->mi", gram[:, :-1, :-1])
+    covariance = gram[:, :-1, :-1] - total[:, None, None] * mean[:, :, None] * mean[:, None]
+    varies = np.maximum(np.einsum("mii->mi", covariance), 0.0)
+    varies = np.where(varies > 1e-10 * squares, varies, np.maximum(squares, 1.0))  # of a constant: nothing to fit
+    length = total / np.maximum(episodes.sum(1), 1e-12)
+    penalty = np.einsum("mi,ij->mij", varies * (shrinkage * length / total)[:, None], np.eye(varies.shape[1]))
+    slopes = np.linalg.solve(covariance + penalty, (moment[:, :-1] - mean * moment[:, -1:])[..., None])
+    constant = level - (mean * slopes[..., 0]).sum(1)
+    solution = np.concatenate([slopes, constant[:, None, None]], 1)
+    return (flat @ solution).reshape(tasks, steps, columns)
+
+
+def tells_apart(rollouts: Rollouts, discount: float, weight: Array | None = None) -> Array:
+    """Whether the episodes of each task show that anything can be done better or worse, [M] bool.
+
+    They do not where their discounted returns are equal (to rounding). What is left of such returns is the misfit of
+    the baseline, which would be blown up to advantages of deviation 1. A single episode shows nothing where all of its
+    rewards are equal and it did not end before it was cut.
+
+    Args:
+        rollouts: M tasks.
+        discount: in [0, 1].
+        weight: [M, K], of each column; those of weight 0 do not count. None: 1.
+    """
+    counted = rollouts.kept() if weight is None else rollouts.kept() & (weight > 0)
+    returns = discounted_returns(rollouts.rewards, rollouts.valid, discount)[:, 0]
+    steps = rollouts.valid & counted[:, None]
+    differ = _spread(returns, counted) > 1e-6 * np.abs(np.where(counted, returns, 0.0)).max(1)
+    varied = _spread(rollouts.rewards, steps) > 0
+    ended = (rollouts.terminated & steps).any((1, 2))
+    return np.where(counted.sum(1) == 1, varied | ended, differ)
+
+
+def _spread(values: Array, counted: Array) -> Array:
+    """Largest less least of each task's values [M, ...] that are ``counted``, [M]; 0 where none is."""
+    axes = tuple(range(1, values.ndim))
+    high = np.where(counted, values, -np.inf).max(axes)
+    low = np.where(counted, values, np.inf).min(axes)
+    return np.where(counted.any(axes), high, 0.0) - np.where(counted.any(axes), low, 0.0)
 
 
 def advantages(

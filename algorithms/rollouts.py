@@ -22,7 +22,8 @@ class Rollouts:
 
     Attributes:
         observations: [M, T, K, O] float32, before the step.
-        actions: [M, T, K, A] float32 or [M, T, K] int64, as sampled, before the environment clips.
+        actions: [M, T, K, A] float32 or [M, T, K] int64, as sampled: see
+            ``PolicySpec.env_actions`` for what the environment got.
         rewards: [M, T, K] float32, after the step.
         log_probs: [M, T, K] float32, of the action under the policy that acted.
         starts: [M, T, K] bool, first step of an episode: an input feature only.
@@ -71,9 +72,9 @@ class Rollouts:
         return self.valid.sum(axis=1)
 
     def masked(self) -> Rollouts:
-        """The record with zeros for every number that is not ``valid``, whatever stood there."""
+        """The record with zeros for every number and flag that is not ``valid``, whatever stood there."""
         arrays: dict[str, Any] = {}
-        for name in ("observations", "actions", "rewards", "log_probs"):
+        for name in _TIMED[:-1]:
             array = getattr(self, name)
             mask = self.valid[..., None] if array.ndim == 4 else self.valid
             arrays[name] = np.where(mask, array, np.zeros((), array.dtype))

@@ -15,11 +15,11 @@ import numpy as np
 import tyro
 from _report import log, report, summary
 
-from ssm_metarl.algorithms.collect import seed_for
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.run import start_ray
+from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make
 
 MEMORY = {"rss": ("Rss",), "uss": ("Private_Clean", "Private_Dirty")}

@@ -16,13 +16,12 @@ import numpy as np
 import tyro
 from _report import log, report
 
-from ssm_metarl.algorithms.collect import seed_for
 from ssm_metarl.algorithms.evaluation import confidence_interval
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.distributed.checkpoint import load_checkpoint, resolve_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.evaluation import SPLIT_BRANCHES, evaluate_checkpoint
-from ssm_metarl.distributed.trainer import EVALUATION
+from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.players import PLAYERS, play
 
@@ -56,8 +55,8 @@ def play_held_out(
     """Return of each trial [num_tasks], the very ones that ``evaluate_checkpoint`` gives a policy before any step."""
     family = make(task, task_options)
     branch = SPLIT_BRANCHES["test"]
-    tasks = family.sample(num_tasks, np.random.default_rng(seed_for(seed, EVALUATION, branch)), "test")
-    seeds = [seed_for(seed, EVALUATION, branch, 0, number) for number in range(num_tasks)]
+    tasks = family.sample(num_tasks, np.random.default_rng(seed_for(seed, Branch.EVALUATION, branch)), "test")
+    seeds = [seed_for(seed, Branch.EVALUATION, branch, 0, number) for number in range(num_tasks)]
     return play(player, family, tasks, seeds, columns=1, episodes=trial_episodes)[:, 0]
 
 

@@ -33,7 +33,6 @@ from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
-from ssm_metarl.algorithms.collect import seed_for
 from ssm_metarl.algorithms.inference import PolicySpec
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.distributed.config import TrainConfig
@@ -41,7 +40,8 @@ from ssm_metarl.distributed.evaluation import SPLIT_BRANCHES, evaluate_policy
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.rllib_ppo import PolicyGradientTrainer, build, ppo_config
 from ssm_metarl.distributed.run import start_ray
-from ssm_metarl.distributed.trainer import EVALUATION, MetaTrainer
+from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tasks import TaskDistribution
 
 Step = Callable[[], int]
@@ -164,7 +164,7 @@ def judge(policy: SSMPolicy, config: TrainConfig, family: TaskDistribution, num_
 @torch.no_grad()
 def play(module: TorchRLModule, family: TaskDistribution, spec: PolicySpec, num_tasks: int) -> float:
     """Mean return of a recurrent module of RLlib's on the same tasks; sampled discrete actions."""
-    root = seed_for(0, EVALUATION, SPLIT_BRANCHES["test"])
+    root = seed_for(0, Branch.EVALUATION, SPLIT_BRANCHES["test"])
     tasks = family.sample(num_tasks, np.random.default_rng(root), "test")
     rng = np.random.default_rng(root.spawn(1)[0])
     env = family.make_vector_env(tasks, 1)

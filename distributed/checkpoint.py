@@ -182,13 +182,11 @@ def load_policy(path: str | Path) -> tuple[SSMPolicy, Checkpoint]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    import torch  # reading and writing checkpoints needs no torch, and it takes seconds to load
-
-    from ..algorithms.policy import SSMPolicy
+    from ..algorithms.policy import SSMPolicy  # only here: reading checkpoints needs no torch, which takes seconds
 
     checkpoint = load_checkpoint(resolve_checkpoint(path))
     policy = SSMPolicy(checkpoint.spec)
-    policy.load_state_dict({name: torch.from_numpy(value) for name, value in checkpoint.policy.items()})
+    policy.load_numpy(checkpoint.policy)
     return policy, checkpoint
 
 
@@ -329,6 +327,11 @@ def _decode(folder: Path, contents: Mapping[str, bytes]) -> Checkpoint:
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         reason = textwrap.shorten(str(error), 300).rstrip(".")
         raise CheckpointError(f"{folder / CONFIG} does not describe a policy: {reason}.") from None
+    if not spec.discrete and "action_low" not in config["policy"]:
+        raise CheckpointError(
+            f"{folder} was written by version 0.1, whose continuous actions were in the unit of the environment and "
+            "not in [-1, 1]: train the policy anew, or use it with that version."
+        )
     progress = _decode_json(folder / PROGRESS, contents[PROGRESS])
     policy = _decode_arrays(folder / POLICY, contents[POLICY])
     optimizer = _decode_arrays(folder / OPTIMIZER, contents[OPTIMIZER])

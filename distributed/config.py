@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from ..algorithms.inference import PolicyConfig, PolicySpec, check_count, check_keys, check_number, task_numbers
+from ..algorithms.inference import PolicyConfig, PolicySpec, action_bounds, check_count, check_keys, check_number, task_numbers
 from ..algorithms.maml import IN_CONTEXT, POLICY_GRADIENT, MetaConfig
+from ..seeds import Branch, seed_for
 from ..tasks import TaskDistribution, make
 
 
@@ -151,5 +152,10 @@ class TrainConfig(MetaConfig, PolicyConfig):
         else:
             raise ValueError(f"{distribution.name}: actions must be Discrete or a Box with one axis, not {action}.")
         form = {f.name: getattr(self, f.name) for f in fields(PolicyConfig)}
-        example = distribution.sample(1, np.random.default_rng(self.seed)) if self.baseline == "informed" else []
-        return PolicySpec(observation.shape[0], size, discrete, task_numbers(example).size, **form)
+        example = (
+            distribution.sample(1, np.random.default_rng(seed_for(self.seed, Branch.TASKS)))
+            if self.baseline == "informed"
+            else []
+        )
+        bounds = () if isinstance(action, spaces.Discrete) else action_bounds(action.low, action.high)
+        return PolicySpec(observation.shape[0], size, discrete, task_numbers(example).size, *bounds, **form)

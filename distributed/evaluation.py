@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ..algorithms.adaptation import Adaptation, Collect, HybridAdapter, StandardAdapter
-from ..algorithms.collect import seed_for
 from ..algorithms.evaluation import (
     Evaluation,
     confidence_interval,
@@ -27,12 +26,13 @@ from ..algorithms.maml import MetaConfig
 from ..algorithms.policy import SSMPolicy
 from ..algorithms.replay import ReplayBuffer
 from ..algorithms.rollouts import Array, Rollouts
+from ..seeds import Branch, seed_for
 from ..tasks import Task, TaskDistribution, make
 from .checkpoint import Checkpoint, load_policy
 from .config import TrainConfig
 from .pool import Pool
 from .run import start_ray
-from .trainer import ADAPTED, EVALUATION, check_resources, play
+from .trainer import check_resources, play
 
 SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
 """Branches of the seed tree for the splits' tasks: validation and test never meet the tasks of training."""
@@ -197,7 +197,7 @@ def evaluate_policy(
 
 
 def _sample(family: TaskDistribution, split: str, num_tasks: int, seed: int) -> list[Task]:
-    return family.sample(num_tasks, np.random.default_rng(seed_for(seed, EVALUATION, _branch(split))), split)
+    return family.sample(num_tasks, np.random.default_rng(seed_for(seed, Branch.EVALUATION, _branch(split))), split)
 
 
 def _branch(split: str) -> int:
@@ -205,14 +205,20 @@ def _branch(split: str) -> int:
 
 
 def _collect(
-    pool: Pool, tasks: Sequence[Task], split: str, seed: int, *, branch: int = EVALUATION, deterministic: bool = False
+    pool: Pool,
+    tasks: Sequence[Task],
+    split: str,
+    seed: int,
+    *,
+    branch: Branch = Branch.EVALUATION,
+    deterministic: bool = False,
 ) -> Collect:
     """Plays the tasks, each step's episodes with random numbers of their own."""
     played = np.ones(len(tasks), bool)
 
     def collect(weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
         seeds = [seed_for(seed, branch, _branch(split), step, task) for task in range(len(tasks))]
-        label = f"evaluation, step {step}" if branch == EVALUATION else "evaluation"
+        label = f"evaluation, step {step}" if branch == Branch.EVALUATION else "evaluation"
         return play(pool, weights, tasks, seeds, episodes, played, label=label, deterministic=deterministic)[0]
 
     return collect
@@ -363,7 +369,7 @@ def adapt_checkpoint(
         subject.family.make_vector_env([task], 1).close()  # refuses impossible values in one sentence
         episodes = subject.config.episodes if options.episodes is None else options.episodes
         adaptation = adapter.adapt(_collect(subject.pool, [task], source.split, seed), episodes)
-        test = [_collect(subject.pool, [task], source.split, seed, branch=ADAPTED) for _ in range(2)]
+        test = [_collect(subject.pool, [task], source.split, seed, branch=Branch.ADAPTED) for _ in range(2)]
         before = test[0](subject.policy.numpy_weights(), options.test_episodes, 0)
         after = test[1](adaptation.weights, options.test_episodes, 0)
         adapted = adaptation.policy(subject.policy)
@@ -463,6 +469,6 @@ def compare_modes(
         adaptations, returns = {}, {}
         for mode, adapter in adapters.items():
             adaptations[mode] = adapter.adapt(_collect(subject.pool, tasks, source.split, seed), episodes)
-            test = _collect(subject.pool, tasks, source.split, seed, branch=ADAPTED)
+            test = _collect(subject.pool, tasks, source.split, seed, branch=Branch.ADAPTED)
             returns[mode] = test(adaptations[mode].weights, options.test_episodes, 0).returns()
         return ModeComparison(subject.family.name, source.split, returns, adaptations, seed)

@@ -39,16 +39,16 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor
 
-from ..algorithms.collect import seed_for
 from ..algorithms.inference import PolicySpec
 from ..algorithms.maml import SCHEDULES
 from ..algorithms.policy import SSMPolicy
 from ..algorithms.rollouts import Array
+from ..seeds import Branch, seed_for
 from ..tasks import TaskDistribution
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .learner import load_state, optimizer_arrays, resolve_device
-from .trainer import BAD_EPISODES_ALLOWED, INITIAL_WEIGHTS, ROLLOUTS, EnvironmentFailure, check_resources, check_sizes
+from .trainer import BAD_EPISODES_ALLOWED, EnvironmentFailure, check_resources, check_sizes
 
 COLUMNS = 20
 """Most episodes that a worker plays side by side: RLlib's time a step falls little beyond."""
@@ -84,7 +84,11 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         self._spec: PolicySpec = config["spec"]
         self.num_envs = int(config["num_envs"])
         self.single_observation_space = spaces.Box(-np.inf, np.inf, (self._spec.input_size,), np.float32)
-        self.single_action_space = self._family.action_space
+        action = self._family.action_space
+        # A policy's actions, of which the bounds are those of PolicySpec.env_actions.
+        self.single_action_space = (
+            action if self._spec.discrete else spaces.Box(-np.inf, np.inf, action.shape, np.float32)
+        )
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._seed = 0
@@ -167,7 +171,7 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         """Step a column; return reward, terminated and truncated."""
         env = self._envs[column]
         assert env is not None, "reset comes before step"
-        observation, rewards, terminated, truncated, infos = env.step(np.asarray(action)[None])
+        observation, rewards, terminated, truncated, infos = env.step(self._spec.env_actions(np.asarray(action))[None])
         done = bool(terminated[0] or truncated[0])
         last = np.asarray(infos["final_obs"][0] if done else observation[0], np.float32)
         reward = float(self._checked(np.asarray(rewards, np.float32))[0])
@@ -363,7 +367,7 @@ def ppo_config(
     rllib.environment(
         TaskEnv,
         env_config={"distribution": distribution, "spec": spec},
-        # A policy reads the actions that it sampled, and the families clip them themselves.
+        # A policy reads the actions that it sampled; the environment maps them to its own unit.
         normalize_actions=False,
         clip_actions=False,
         disable_env_checking=True,
@@ -391,7 +395,9 @@ def ppo_config(
         grad_clip=config.max_grad_norm,
         grad_clip_by="global_norm",
     )
-    rllib.debugging(seed=int(seed_for(config.seed, ROLLOUTS, begin).generate_state(1)[0]) // 2, log_level="ERROR")
+    rllib.debugging(
+        seed=int(seed_for(config.seed, Branch.ROLLOUTS, begin).generate_state(1)[0]) // 2, log_level="ERROR"
+    )
     return rllib
 
 
@@ -410,7 +416,7 @@ class PolicyGradientTrainer:
         self.distribution = distribution or config.family()
         self.spec = config.policy_spec(self.distribution)
         check_resources(config.num_workers)
-        seed = seed_for(config.seed, INITIAL_WEIGHTS).generate_state(1)[0]
+        seed = seed_for(config.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
         self.meta_iteration = self.env_steps = 0
         # Of the policy, its Adam and its normaliser, while RLlib does not hold them.
         self._weights: Mapping[str, Array] = SSMPolicy(self.spec, int(seed)).numpy_weights()

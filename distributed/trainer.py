@@ -14,21 +14,18 @@ import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
-from ..algorithms.collect import seed_for
 from ..algorithms.inference import PolicySpec
 from ..algorithms.normalize import RunningMoments
 from ..algorithms.policy import SSMPolicy
 from ..algorithms.replay import ReplayBuffer
 from ..algorithms.rollouts import Array, Rollouts
+from ..seeds import Branch, seed_for
 from ..tasks import Task, TaskDistribution, names, register
 from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .learner import Learner
 from .pool import Pool
 from .telemetry import Telemetry
-
-# Branches of the seed tree: SeedSequence(seed, spawn_key=(branch, ...)).
-ROLLOUTS, TASKS, INITIAL_WEIGHTS, EVALUATION, MINIBATCHES, ADAPTED = range(6)
 
 BAD_EPISODES_ALLOWED = 0.1
 """Share of a collection's episodes that may be lost to a faulty environment before the run stops."""
@@ -71,7 +68,7 @@ class MetaTrainer(tune.Trainable):
         self.spec = self.train_config.policy_spec(self.distribution)
         if self._trial_info is None:
             check_resources(self.train_config.num_workers)
-        seed = seed_for(self.train_config.seed, INITIAL_WEIGHTS).generate_state(1)[0]
+        seed = seed_for(self.train_config.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
         self.learner = Learner(self.spec, self.train_config, int(seed))
         self.pool = Pool(
             self.distribution,
@@ -101,14 +98,16 @@ class MetaTrainer(tune.Trainable):
         begin = time.perf_counter()
         seconds = {"sample": 0.0, "adapt": 0.0, "update": 0.0, "ray": 0.0}
         overhead, dropped, missing = self.pool.ray_seconds, len(self.pool.dropped), self.pool.missing
-        rng = np.random.default_rng(seed_for(config.seed, TASKS, self.meta_iteration))
+        rng = np.random.default_rng(seed_for(config.seed, Branch.TASKS, self.meta_iteration))
         tasks = self.distribution.sample(config.meta_batch, rng, "train")
         weights = learner.weights()
         played, bad = np.ones(len(tasks), bool), 0
         stages, collected = [], []
         for stage in range(config.inner_steps + 1):
             start = time.perf_counter()
-            seeds = [seed_for(config.seed, ROLLOUTS, self.meta_iteration, stage, task) for task in range(len(tasks))]
+            seeds = [
+                seed_for(config.seed, Branch.ROLLOUTS, self.meta_iteration, stage, task) for task in range(len(tasks))
+            ]
             label = "support" if stage < config.inner_steps else "query"
             rollouts, spoiled = play(self.pool, weights, tasks, seeds, config.episodes, played, label=label)
             bad += spoiled
@@ -123,7 +122,7 @@ class MetaTrainer(tune.Trainable):
         statistics = learner.update(
             stages,
             done=min(self.meta_iteration / config.iterations, 1.0),
-            seed=seed_for(config.seed, MINIBATCHES, self.meta_iteration),
+            seed=seed_for(config.seed, Branch.MINIBATCHES, self.meta_iteration),
         )
         learner.observe(collected)
         if self.replay is not None:

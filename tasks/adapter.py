@@ -277,7 +277,7 @@ class GymFamily(AdaptedFamily):
     def _column(self, task: Task) -> Column:
         arguments = {key: float(task[key]) for key in self._arguments}
         env = self._make(arguments, {key: float(task[key]) for key in self._attributes})
-        return Column(env, self, self._assign, again=True)
+        return Column(env, self.observation_space, self.action_space, self._assign, again=True)
 
     def _assign(self, env: gymnasium.Env[Any, Any], task: Task) -> None:
         for key in (*self._attributes, *self._paths):
@@ -349,7 +349,7 @@ class TaskFamily(AdaptedFamily):
 
     def _column(self, task: Task) -> Column:
         env: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(_load(self.name, self._directory)(), self.horizon)
-        return Column(env, self, _set_task, again=False)
+        return Column(env, self.observation_space, self.action_space, _set_task, again=False)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n tasks; see ``TaskDistribution.sample``. All splits are what ``sample_tasks`` draws from."""
@@ -424,7 +424,7 @@ class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
 
     Args:
         env: with a time limit.
-        family: gives the spaces.
+        observation_space, action_space: of the policy, see ``_vector_space`` and ``_action_space``.
         assign: called with the environment and the task before every reset.
         again: after it, too, in case that resetting put something else there.
 
@@ -437,7 +437,8 @@ class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
     def __init__(
         self,
         env: gymnasium.Env[Any, Any],
-        family: AdaptedFamily,
+        observation_space: Box,
+        action_space: Box | Discrete[np.int64],
         assign: Callable[[gymnasium.Env[Any, Any], Task], None],
         *,
         again: bool,
@@ -445,8 +446,8 @@ class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
         super().__init__(env)
         self._vector = _vector_of(env.observation_space)
         self._action = _action_of(env.action_space)
-        self.observation_space = family.observation_space
-        self.action_space = family.action_space
+        self.observation_space = observation_space
+        self.action_space = action_space
         self.metadata = dict(env.metadata)  # a copy: the vector environment writes into it
         self._assign = assign
         self._again = again
@@ -465,6 +466,25 @@ class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
         """Take a step with an action of the policy's."""
         observation, reward, terminated, truncated, _ = self.env.step(self._action(action))
         return self._vector(observation), reward, terminated, truncated, {}
+
+
+def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tuple[Column, int]:
+    """An environment as a policy meets it, whatever its task is, and the most steps of its episodes.
+
+    Args:
+        env: of any supported spaces, with or without a time limit.
+        horizon: most steps of an episode; None: the environment's own.
+
+    Raises:
+        ValueError: for a space that is not supported, or a horizon that is missing; one sentence.
+    """
+    name = type(env.unwrapped).__name__
+    limit = _checked_horizon(name, _own_horizon(name, env) if horizon is None else horizon)
+    spaces = _vector_space(name, env.observation_space), _action_space(name, env.action_space)
+    limited = gymnasium.wrappers.TimeLimit(env, limit)
+    column = Column(limited, *spaces, lambda env, task: None, again=False)
+    column.task = {}
+    return column, limit
 
 
 def _set_task(env: gymnasium.Env[Any, Any], task: Task) -> None:

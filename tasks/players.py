@@ -23,6 +23,7 @@ from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 from scipy import linalg
 
+from ..seeds import child
 from .base import Task, TaskDistribution, lookup, stack_parameters
 from .cartpole import CARTPOLE_V1, PARAMETERS, START, TIME_STEP, Physics, derivative
 from .popgym import NoisyPositionOnlyCartPole
@@ -502,10 +503,7 @@ def _draw(seeds: Sequence[np.random.SeedSequence], columns: int) -> tuple[list[i
     env_seeds: list[int] = []
     generators = []
     for seed in seeds:
-        # Children by key, not by spawn(), which counts how often it was called.
-        env_node, noise_node = (
-            np.random.SeedSequence(seed.entropy, spawn_key=(*seed.spawn_key, child)) for child in (0, 1)
-        )
+        env_node, noise_node = child(seed, 0), child(seed, 1)
         env_seeds += env_node.generate_state(columns).tolist()
         generators.append(np.random.default_rng(noise_node))
     return env_seeds, generators

@@ -15,15 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithms.collect import seed_for
+from ..seeds import Branch, seed_for
 from .metrics import Assessment, compare, composite, composite_interval, metrics
 from .mutation import SIZES, Proposal, moves, propose
 from .population import EvolveConfig, Record, Report, Slot, all_generations
 from .safety import below_floor, collapsed, keeps
 from .store import RunStore
-
-# Branches of the evolution's seed tree, beside those of the trainer.
-CHILD_SEED, PROPOSAL, PARENT, BOOTSTRAP = range(100, 104)
 
 RESTORED = 1 << 20
 """In a seed's path: of a trial that got a checkpoint of the past, beside the small numbers of restarts."""
@@ -288,7 +285,7 @@ class Evolution:
             keep, reason = False, f"it trained {steps:,} steps and its parent {beside:,}: no comparison"
         else:
             compared = True
-            rng = np.random.default_rng(seed_for(self.seed, BOOTSTRAP, self.generation, child.id))
+            rng = np.random.default_rng(seed_for(self.seed, Branch.COMPARISON, self.generation, child.id))
             theirs = Assessment.from_dict(self._record_of(partner).assessment)
             level = self.config.keep_level
             keep, reason = keeps(compare(Assessment.from_dict(record.assessment), theirs, rng, level), self.config)
@@ -416,7 +413,7 @@ class Evolution:
             slot.lineage_steps = self._record_of(slot).lineage_steps
         survivors = [sole] if sole else self._survivors()
         for child in [slot for slot in self.living if slot not in survivors]:
-            rng = np.random.default_rng(seed_for(self.seed, PARENT, self.generation, child.id))
+            rng = np.random.default_rng(seed_for(self.seed, Branch.PARENT, self.generation, child.id))
             self._fork(child, survivors[int(rng.integers(len(survivors)))])
 
     def _budget(self, slot: Slot) -> int:
@@ -440,7 +437,7 @@ class Evolution:
         child.budget = parent.budget
         fallback = dict(child.config)
         child.config = {**fallback, "seed": self._draw_seed(self.generation, child.id)}
-        rng = np.random.default_rng(seed_for(self.seed, PROPOSAL, self.generation, child.id))
+        rng = np.random.default_rng(seed_for(self.seed, Branch.PROPOSAL, self.generation, child.id))
         under_way = [Proposal(**slot.proposal).key for slot in self.living if slot.proposal and slot is not child]
         proposal = None
         if self.config.mutate:
@@ -526,7 +523,7 @@ class Evolution:
         assert report.assessment is not None
         assessment = Assessment.from_dict(report.assessment)
         values = metrics(assessment)
-        rng = np.random.default_rng(seed_for(self.seed, BOOTSTRAP, self.generation, slot.id, 1))
+        rng = np.random.default_rng(seed_for(self.seed, Branch.COMPARISON, self.generation, slot.id, 1))
         return Record(
             name=report.checkpoint or "",
             generation=self.generation,
@@ -598,7 +595,7 @@ class Evolution:
 
     def _draw_seed(self, *path: int) -> int:
         """A task seed of a trial's own."""
-        return int(seed_for(self.seed, CHILD_SEED, *path).generate_state(1)[0])
+        return int(seed_for(self.seed, Branch.CHILD_SEED, *path).generate_state(1)[0])
 
 
 _VALIDATION = ("validation_tasks", "validation_episodes", "validation_steps")

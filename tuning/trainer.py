@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithms.collect import seed_for
 from ..algorithms.inference import policy_inputs
 from ..algorithms.morph import resize
 from ..algorithms.rollouts import Rollouts
@@ -17,7 +16,8 @@ from ..distributed.checkpoint import Checkpoint, load_checkpoint
 from ..distributed.evaluation import evaluate_policy
 from ..distributed.pool import Pool
 from ..distributed.storage import write_folder
-from ..distributed.trainer import ROLLOUTS, TASKS, EnvironmentFailure, MetaTrainer
+from ..distributed.trainer import EnvironmentFailure, MetaTrainer
+from ..seeds import Branch, seed_for
 from .metrics import Assessment, normalise
 from .population import Report
 
@@ -148,7 +148,8 @@ class EvolvingTrainer(MetaTrainer):
     def _resized(self, loaded: Checkpoint) -> Checkpoint:
         """The checkpoint's policy and moments in this trainer's sizes."""
         rollouts = self._probe(loaded)
-        seed = int(seed_for(self.train_config.seed, self.assignment.generation).generate_state(1)[0])
+        node = seed_for(self.train_config.seed, Branch.RESIZE, self.assignment.generation, self.assignment.trial)
+        seed = int(node.generate_state(1)[0])
         morph = resize(
             loaded.spec,
             loaded.policy,
@@ -165,9 +166,9 @@ class EvolvingTrainer(MetaTrainer):
         """A few training episodes of the policy as it was."""
         key = (self.assignment.generation, self.assignment.trial)
         tasks = self.distribution.sample(
-            PROBE_TASKS, np.random.default_rng(seed_for(self.train_config.seed, TASKS, *key, 0)), "train"
+            PROBE_TASKS, np.random.default_rng(seed_for(self.train_config.seed, Branch.TASKS, *key, 0)), "train"
         )
-        seeds = [seed_for(self.train_config.seed, ROLLOUTS, *key, 0, 0, task) for task in range(PROBE_TASKS)]
+        seeds = [seed_for(self.train_config.seed, Branch.ROLLOUTS, *key, 0, 0, task) for task in range(PROBE_TASKS)]
         episodes = self.train_config.trial_episodes
         with Pool(self.distribution, loaded.spec, num_workers=0, trial_episodes=episodes) as pool:
             rollouts = pool.collect(loaded.policy, tasks, seeds, PROBE_EPISODES)

@@ -27,9 +27,10 @@ from builders import (
     toy_rollouts,
     uneven,
 )
-from ssm_metarl.algorithms.collect import collect_tasks, seed_for
+from ssm_metarl.algorithms.collect import collect_tasks
 from ssm_metarl.algorithms.inference import policy_inputs
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make
 
 FAMILIES = ("navigation-2d", "cartpole")
@@ -269,17 +270,21 @@ def test_an_episode_that_is_not_finite_is_dropped_alone(
         check_dropped(record, healthy, task, column)
 
 
-def test_a_policy_that_diverged_is_not_taken_for_a_faulty_environment() -> None:
-    family = make("navigation-2d")
-    spec = make_spec(observation_size=2)
+@pytest.mark.parametrize("family", ["navigation-2d", "cartpole"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_policy_that_diverged_is_not_taken_for_a_faulty_environment(family: Any, number: float) -> None:
+    """Of logits that are no numbers a discrete policy would take the first action."""
+    family = make(family)
+    discrete = family.name == "cartpole"
+    spec = make_spec(observation_size=family.observation_space.shape[0], discrete=discrete)
     weights = task_weights(spec, 2)
-    weights["policy.bias"][1] = np.nan
+    weights["policy.bias"][1] = number
     tasks = family.sample(2, np.random.default_rng(0))
     nodes = [seed_for(0, task) for task in range(2)]
     record = collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, columns=1, horizon=5)
     assert record.kept().tolist() == [[True], [False]]
     (error,) = record.errors
-    assert "the policy's action not finite at step 1." in error
+    assert "the policy's action not finite at step 0." in error
 
 
 def test_all_episodes_can_be_lost() -> None:

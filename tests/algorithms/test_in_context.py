@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from builders import ToyEnv, make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
 from ssm_metarl.algorithms.adaptation import StandardAdapter, adapt_weights, batch_for
-from ssm_metarl.algorithms.collect import collect, seed_for
+from ssm_metarl.algorithms.collect import collect
 from ssm_metarl.algorithms.inference import NumpyPolicy, policy_inputs, step_size, task_numbers
 from ssm_metarl.algorithms.maml import MetaConfig, critic_inputs, for_tasks, inner_step, meta_loss
 from ssm_metarl.algorithms.morph import resize
@@ -22,6 +22,7 @@ from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.returns import advantages, discounted_returns, normalized, time_baseline
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.distributed.checkpoint import expected_shapes
+from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make
 
 EPISODES, COLUMNS = 3, 4

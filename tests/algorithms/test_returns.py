@@ -17,6 +17,7 @@ from ssm_metarl.algorithms.returns import (
     generalized_advantages,
     linear_baseline,
     normalized,
+    tells_apart,
 )
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 
@@ -108,18 +109,20 @@ def test_the_baseline_is_each_tasks_ridge_regression(seed: int, size: int, colum
     experience = record(3, columns, 9, seed, observation_size=size)
     far = rng.normal(size=experience.observations.shape).astype(np.float32) * 8
     experience = replace(experience, observations=np.where(experience.valid[..., None], far, 0))
-    targets, penalty = rng.normal(size=experience.rewards.shape), 1e-3
-    ours = linear_baseline(experience, targets, penalty)
+    targets, shrinkage = rng.normal(size=experience.rewards.shape), 0.7
+    ours = linear_baseline(experience, targets, shrinkage)
     for task in range(3):
         steps, lanes = np.nonzero(experience.valid[task])
         observations = far[task, steps, lanes].astype(np.float64).clip(-10, 10)
         t = steps[:, None] / 100
-        features = np.hstack([observations, observations**2, t, t**2, t**3, np.ones_like(t)])
-        count = features.shape[1]
-        # Ridge regression is least squares with a row of its own for each coefficient.
-        rows = np.vstack([features, np.sqrt(penalty) * np.eye(count)])
-        goal = np.concatenate([targets[task, steps, lanes], np.zeros(count)])
-        fitted = features @ np.linalg.lstsq(rows, goal)[0]
+        features = np.hstack([observations, observations**2, t, t**2, t**3])
+        features = (features - features.mean(0)) / np.where(features.std(0) > 0, features.std(0), 1)
+        goal = targets[task, steps, lanes]
+        # Ridge regression is least squares with a row of its own for each coefficient but the constant.
+        penalty = shrinkage * len(goal) / experience.kept()[task].sum()
+        rows = np.vstack([features, np.sqrt(penalty) * np.eye(features.shape[1])])
+        goals = np.concatenate([goal - goal.mean(), np.zeros(features.shape[1])])
+        fitted = goal.mean() + features @ np.linalg.lstsq(rows, goals)[0]
         np.testing.assert_allclose(ours[task, steps, lanes], fitted, rtol=1e-6, atol=1e-6)
     assert not ours[~experience.valid].any()
 
@@ -131,6 +134,75 @@ def test_the_baseline_finds_what_is_linear_in_its_features() -> None:
     np.testing.assert_allclose(
         linear_baseline(experience, targets, 1e-9)[experience.valid], targets[experience.valid], atol=1e-4
     )
+
+
+def test_the_baseline_leaves_what_few_episodes_tell() -> None:
+    """Returns that are noise of their episode alone: of the best baseline, their mean, little may be taken away."""
+    rng = np.random.default_rng(0)
+    experience = record(40, 2, 8)
+    noise = np.where(experience.valid, rng.normal(size=(40, 1, 2)), 0.0)
+    own = noise - noise.sum((1, 2), keepdims=True) / experience.valid.sum((1, 2), keepdims=True)
+    left = np.where(experience.valid, noise - linear_baseline(experience, noise), 0.0)
+    shares = (left**2).sum((1, 2)) / (own**2 * experience.valid).sum((1, 2))
+    assert shares.mean() > 0.25
+    fitted = np.where(experience.valid, noise - linear_baseline(experience, noise, 1e-6), 0.0)
+    assert ((fitted**2).sum((1, 2)) / (own**2 * experience.valid).sum((1, 2))).mean() < 0.1
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -3e4])
+def test_features_that_do_not_vary_and_equal_returns_are_fitted_exactly(level: float) -> None:
+    experience = record(2, 3, 9)
+    still = replace(experience, observations=np.where(experience.valid[..., None], np.float32(7), np.float32(0)))
+    targets = np.full(still.rewards.shape, level)
+    np.testing.assert_allclose(linear_baseline(still, targets), np.where(still.valid, level, 0.0), rtol=1e-9)
+
+
+def episodes(rewards: Any, terminated: bool = False) -> Rollouts:
+    """One task's episodes with these rewards, a list each."""
+    whole = record(1, len(rewards), max(map(len, rewards)))
+    lengths = np.array([len(each) for each in rewards])
+    valid = np.arange(lengths.max())[None, :, None] < lengths
+    filled = np.zeros(valid.shape, np.float32)
+    for column, each in enumerate(rewards):
+        filled[0, : len(each), column] = each
+    ended = np.zeros_like(valid)
+    ended[0, lengths - 1, np.arange(len(rewards))] = terminated
+    spec = make_spec()
+    blank = np.zeros((*valid.shape, spec.observation_size), np.float32)
+    zeros = np.zeros((*valid.shape, spec.action_size), np.float32)
+    last = np.zeros((1, len(rewards), spec.observation_size), np.float32)
+    return replace(
+        whole, observations=blank, actions=zeros, rewards=filled, log_probs=filled * 0, valid=valid, terminated=ended,
+        starts=valid & False, resets=valid & False, last_observations=last,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rewards", "terminated", "expected"),
+    [
+        ([[1, 1, 1], [1, 1, 1]], False, False),
+        ([[1, 1, 1], [1, 1]], False, True),
+        ([[0, 1], [1, 0]], False, True),  # sooner is better, at this discount
+        ([[0.1] * 3, [0.1] * 3, [0.1] * 3], True, False),
+        ([[1, 1, 1]], False, False),
+        ([[1, 1, 1]], True, True),
+        ([[1, 2, 1]], False, True),
+        ([[1, 1], [1, 1], [5, 1]], False, True),
+    ],
+)
+def test_episodes_tell_apart_what_their_returns_do(rewards: Any, terminated: bool, expected: bool) -> None:
+    found = episodes(rewards, terminated)
+    assert tells_apart(found, 0.9).tolist() == [expected]
+    # A column without weight, and one that was dropped, say nothing.
+    weight = np.ones((1, len(rewards)))
+    weight[0, -1] = 0
+    if len(rewards) == 3:
+        assert tells_apart(found, 0.9, weight).tolist() == [False]
+        assert tells_apart(drop(found, 0, 2), 0.9).tolist() == [False]
+
+
+def test_a_task_without_an_episode_tells_nothing() -> None:
+    assert tells_apart(drop(record(2), 1), 0.9).tolist() == [True, False]
 
 
 @settings(max_examples=25)

@@ -19,9 +19,10 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 from gymnasium.vector import AutoresetMode
 
 from builders import assert_same, make_policy
-from ssm_metarl.algorithms.collect import collect_tasks, seed_for
+from ssm_metarl.algorithms.collect import collect_tasks
 from ssm_metarl.algorithms.inference import PolicySpec
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import TaskDistribution, adapter, make
 from ssm_metarl.tasks.adapter import GymFamily, TaskFamily, from_name
 

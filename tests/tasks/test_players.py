@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from builders import make_policy, make_spec
-from ssm_metarl.algorithms.collect import collect_tasks, seed_for
+from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import TaskDistribution, make
 from ssm_metarl.tasks.bandit import Bandit
 from ssm_metarl.tasks.players import MAX_INDEX_PULLS, PLAYERS, Player, Trials, index_table, play
