@@ -193,7 +193,10 @@ class PolicySpec(PolicyConfig):
         known = {f.name for f in fields(cls)}
         check_keys(values, known, "policy")
         try:
-            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+            given: dict[str, Any] = {
+                k: tuple(value) if isinstance(value, list) else value for k, value in values.items()
+            }
+            return cls(**given)
         except TypeError as error:
             raise ValueError(f"Incomplete policy description: {error}.") from None
 
@@ -357,11 +360,11 @@ class NumpyPolicy:
         # A column axis is inserted where a vector meets [M, K, ·]; matrices broadcast over tasks in matmul.
         vector = (lambda x: np.ascontiguousarray(x)[:, None]) if per_task else np.ascontiguousarray
         # tanh is made of 1 - 2 / (exp(2z) + 1); its factor 2, which rounds nothing, is in the weights that make z.
-        self._encoder = (np.ascontiguousarray(weights["encoder.weight"] * _TWO), vector(weights["encoder.bias"] * _TWO))
+        self.encoder = (np.ascontiguousarray(weights["encoder.weight"] * _TWO), vector(weights["encoder.bias"] * _TWO))
         head, head_bias = weights["policy.weight"], weights["policy.bias"]
         # [I], or [M, 1, I]
-        self._normalizer = (vector(weights["input_mean"]), vector(weights["input_scale"])) if spec.normalizes else None
-        self._blocks = []
+        self.normalizer = (vector(weights["input_mean"]), vector(weights["input_scale"])) if spec.normalizes else None
+        self.blocks = []
         for i in range(spec.num_layers):
             name = f"blocks.{i}."
             decay = np.exp(np.minimum(weights[name + "nu"].astype(np.float64), MAX_NU)) + MIN_DECAY
@@ -392,8 +395,8 @@ class NumpyPolicy:
                 last = (np.ascontiguousarray(mix), vector(bias))
             out = np.ascontiguousarray(out)
             arrays = (np.ascontiguousarray(into), straight, crossed, out, vector(skip), last, memory)
-            self._blocks.append(arrays)
-        self._head = (np.ascontiguousarray(head), vector(head_bias))
+            self.blocks.append(arrays)
+        self.readout = (np.ascontiguousarray(head), vector(head_bias))
         if not spec.discrete:
             log_std = vector(weights["policy.log_std"])
             self._std = np.exp(log_std)
@@ -405,7 +408,7 @@ class NumpyPolicy:
         sizes = [(2, self.spec.state_dim // 2)]
         if self.spec.memory_slots:
             sizes.append((self.spec.memory_slots, self.spec.hidden_dim + 2))
-        return [np.zeros((tasks, columns, *size), np.float32) for _ in self._blocks for size in sizes]
+        return [np.zeros((tasks, columns, *size), np.float32) for _ in self.blocks for size in sizes]
 
     def head(self, inputs: Array, state: list[Array]) -> tuple[Array, list[Array]]:
         """Action mean or logits for one step.
@@ -417,17 +420,17 @@ class NumpyPolicy:
         Returns:
             [M, K, A] float32, and the new state.
         """
-        weight, bias = self._encoder
-        if self._normalizer is not None:
-            inputs = (inputs - self._normalizer[0]) / self._normalizer[1]
+        weight, bias = self.encoder
+        if self.normalizer is not None:
+            inputs = (inputs - self.normalizer[0]) / self.normalizer[1]
         hidden = np.matmul(inputs, weight)
         hidden += bias
         _tanh_of_half(hidden)
-        head_weight, head_bias = self._head
+        head_weight, head_bias = self.readout
         head = None
         new_state: list[Array] = []
         before = iter(state)
-        for i, block in enumerate(self._blocks):
+        for i, block in enumerate(self.blocks):
             h = next(before)
             into, straight, crossed, out, skip, (last_weight, last_bias), memory = block
             new = straight * h
@@ -451,7 +454,7 @@ class NumpyPolicy:
                 continue
             _tanh_of_half(y)
             y = np.matmul(y, last_weight)
-            if i == len(self._blocks) - 1:
+            if i == len(self.blocks) - 1:
                 head = y
             else:
                 y += last_bias

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from ..algorithms.inference import PolicyConfig, PolicySpec, action_bounds, check_count, check_keys, check_number, task_numbers
+from ..algorithms.inference import (
+    PolicyConfig,
+    PolicySpec,
+    action_bounds,
+    check_count,
+    check_keys,
+    check_number,
+    task_numbers,
+)
 from ..algorithms.maml import IN_CONTEXT, POLICY_GRADIENT, MetaConfig
 from ..seeds import Branch, seed_for
 from ..tasks import TaskDistribution, make

@@ -139,7 +139,7 @@ def evaluate_checkpoint(
         path: a checkpoint, a run folder for its best one, or pretrained:NAME.
         task, task_options, task_ranges, split, distribution: the tasks, see ``TaskSource``.
         num_tasks: how many tasks.
-        steps: adaptation steps S; None: 3, or 0 for a policy that was trained without.
+        steps: adaptation steps S; None: as many as the policy was trained for.
         episodes: episodes a task and step; None: as in training.
         seed: of tasks and rollouts: equal seeds give equal tasks and common random numbers.
         num_workers: Ray actors; 0: in process.
@@ -165,7 +165,7 @@ def evaluate_checkpoint(
             subject.pool,
             split=split,
             num_tasks=num_tasks,
-            steps=(3 if config.inner_steps else 0) if steps is None else steps,
+            steps=config.inner_steps if steps is None else steps,
             episodes=config.episodes if episodes is None else episodes,
             seed=seed,
             deterministic=deterministic,
@@ -229,7 +229,7 @@ class AdaptOptions:
     """How a policy adapts to new tasks; see ``StandardAdapter`` and ``HybridAdapter``.
 
     Attributes:
-        steps: adaptation steps.
+        steps: adaptation steps; None: as many as the policy was trained for, at least one.
         episodes: episodes a task and step that the steps are made of; None: as in training.
         step_size: of a step; None: as in training.
         kl_bound: most that a step may move the policy, nats a step; a larger one is halved.
@@ -239,7 +239,7 @@ class AdaptOptions:
         test_episodes: fresh episodes a task that judge the adapted policy, and count as no cost.
     """
 
-    steps: int = 3
+    steps: int | None = None
     episodes: int | None = None
     step_size: float | None = None
     kl_bound: float = float("inf")
@@ -262,7 +262,7 @@ class AdaptOptions:
         if self.episodes is not None:
             check_count("episodes", self.episodes, 1)
         common: dict[str, Any] = {
-            "steps": 0 if mode == "none" else self.steps,
+            "steps": 0 if mode == "none" else max(config.inner_steps, 1) if self.steps is None else self.steps,
             "step_size": self.step_size,
             "kl_bound": self.kl_bound,
             "optimizer": self.optimizer,

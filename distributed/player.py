@@ -186,7 +186,7 @@ class Player:
         vector, longest = _vector_env(env, self.spec, horizon)
         rounds = math.ceil(episodes / vector.num_envs)
 
-        def play(weights: Mapping[str, Array], count: int, step: int) -> Rollouts:
+        def play(weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
             whole: Rollouts | None = None
             for turn in range(rounds):
                 node = seed_for(seed, Branch.PLAYER, step, turn)
@@ -250,7 +250,9 @@ def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0)
 
 def player_of(checkpoint: Checkpoint, *, deterministic: bool = False, seed: int = 0) -> Player:
     """:func:`load_player` for a checkpoint in memory."""
-    config = {name: tuple(value) if isinstance(value, list) else value for name, value in checkpoint.config.items()}
+    config: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in checkpoint.config.items()
+    }
     return Player(
         checkpoint.spec,
         checkpoint.policy,

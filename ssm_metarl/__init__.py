@@ -35,6 +35,8 @@ _EXPORTS: dict[str, str] = {
     "adapt_checkpoint": ".distributed.evaluation",
     "compare_modes": ".distributed.evaluation",
     "evaluate_checkpoint": ".distributed.evaluation",
+    "export_onnx": ".algorithms.export",
+    "export_step": ".algorithms.export",
     "evolve": ".tuning.run",
     "load_player": ".distributed.player",
     "load_policy": ".distributed.checkpoint",

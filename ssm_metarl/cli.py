@@ -152,7 +152,7 @@ class Evaluate:
         task_ranges: of gym:ID; by default as in training.
         split: train, validation, test, or outside the training range shifted and shifted-test.
         num_tasks: number of tasks.
-        steps: inner steps; by default 3, or none for a policy that was trained without.
+        steps: inner steps; by default as many as the policy was trained for.
         episodes: episodes a task and step; by default as in training.
         inner_lr: step size of the inner steps; by default as in training.
         seed: of tasks and rollouts.

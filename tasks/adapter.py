@@ -437,8 +437,8 @@ class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
     def __init__(
         self,
         env: gymnasium.Env[Any, Any],
-        observation_space: Box,
-        action_space: Box | Discrete[np.int64],
+        observation_space: gymnasium.Space[Any],
+        action_space: gymnasium.Space[Any],
         assign: Callable[[gymnasium.Env[Any, Any], Task], None],
         *,
         again: bool,
@@ -481,7 +481,7 @@ def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tupl
     name = type(env.unwrapped).__name__
     limit = _checked_horizon(name, _own_horizon(name, env) if horizon is None else horizon)
     spaces = _vector_space(name, env.observation_space), _action_space(name, env.action_space)
-    limited = gymnasium.wrappers.TimeLimit(env, limit)
+    limited: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(env, limit)
     column = Column(limited, *spaces, lambda env, task: None, again=False)
     column.task = {}
     return column, limit

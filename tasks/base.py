@@ -19,6 +19,7 @@ import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import gymnasium
@@ -69,7 +70,8 @@ class TaskDistribution(abc.ABC):
             the seeds of the callers; `shifted` and `shifted-test` lie outside of it and of each other.
         enumerable: the family is finite, so that the splits share tasks and differ in seeds only.
         reference: the returns of a random and of the best player.
-        recommended: training options that learn on this family, where they differ from the defaults.
+        recommended: training options that learn on this family, where they differ from the defaults. A family that
+            nobody tuned can have inputs and rewards of any size, which would saturate a fresh policy's units.
         in_context: options that the algorithm "rl2" starts from on this family.
     """
 
@@ -80,8 +82,8 @@ class TaskDistribution(abc.ABC):
     splits: tuple[str, ...]
     enumerable: bool = False
     reference: ReferenceReturns
-    recommended: Mapping[str, Any] = {}
-    in_context: Mapping[str, Any] = {}
+    recommended: Mapping[str, Any] = MappingProxyType({"normalize_observations": True, "scale_rewards": True})
+    in_context: Mapping[str, Any] = recommended
 
     @abc.abstractmethod
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:

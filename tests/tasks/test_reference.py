@@ -20,7 +20,7 @@ Player = Callable[[Floats, list[Task], np.random.Generator], NDArray[Any]]
 
 
 def gaussian(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
-    return rng.normal(0.0, 0.5, observations.shape).astype(np.float32)
+    return rng.normal(0.0, 0.05, observations.shape).astype(np.float32)
 
 
 def straight_to_goal(observations: Floats, tasks: list[Task], rng: np.random.Generator) -> NDArray[Any]:
