@@ -164,7 +164,13 @@ class CartPole(TaskDistribution):
     # Printed by `python tests/tasks/test_reference.py`: 1,000,000 episodes, each on its own training task.
     # random: both actions with equal chance. oracle: a reward of 1 at each of 500 steps, the most there is.
     reference = ReferenceReturns(random=27.12, random_sd=15.90, oracle=float(HORIZON))
-    recommended: Mapping[str, Any] = {"episodes": 10, "inner_lr": 0.3, "outer_lr": 2e-3}
+    recommended: Mapping[str, Any] = {
+        "episodes": 10,
+        "inner_lr": 0.1,
+        "outer_lr": 2e-3,
+        "lr_schedule": "linear",
+        "iterations": 40,
+    }
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw the physics of n carts; see ``TaskDistribution.sample``."""

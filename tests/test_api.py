@@ -41,13 +41,14 @@ assert result.metrics["iteration"] == 2
 
 
 def test_the_readmes_example_runs_in_a_fresh_process_without_ray(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example, acting = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert "player.act(observation, reward=reward)" in acting
     smaller = ", ".join(f"{name}={value}" for name, value in {"iterations": 2, **SMALL}.items())
     program, replaced = re.subn(r"iterations=\d+", smaller, example)
     assert replaced == 1
     (tmp_path / "tmp").mkdir()
     result = subprocess.run(
-        [sys.executable, "-c", program + AFTERWARDS],
+        [sys.executable, "-c", program + AFTERWARDS + acting],
         cwd=tmp_path,
         env={**os.environ, "HOME": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")},
         capture_output=True,

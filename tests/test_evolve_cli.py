@@ -79,7 +79,6 @@ def test_from_evolve_to_rollback(ray_session: None, tmp_path: Path, capsys: pyte
         (["--keep-margin", "nan"], "keep_margin must be a number"),
         (["--cycles", "2", "--proposals", "0"], "proposals must be 1 or more"),
         (["--hidden-dim", "0"], "hidden_dim must be"),
-        (["--lr-schedule", "cosine"], "lr_schedule must be constant"),
         (["--task", "navigatoin-2d"], "did you mean 'navigation-2d'?"),
         (["--resume"], "--resume needs --run-dir"),
         (["--resume", "--run-dir", "nowhere"], "is no run of evolve"),

@@ -90,8 +90,8 @@ def evolve(
     SIGINT and SIGTERM end the run: every generation that ended is on disk.
 
     Args:
-        config: of the first generation's trials. Each trial takes ``1 + num_workers`` CPUs. On resume only what says
-            where it runs may differ, see ``MACHINE``.
+        config: of the first generation's trials, whose ``lr_schedule`` counts as constant. Each trial takes
+            ``1 + num_workers`` CPUs. On resume only what says where it runs may differ, see ``MACHINE``.
         evolution_config: rules; on resume those that differ from the run's replace them, but for the population and the
             validation, which cannot change.
         run_dir: folder of the run, new or empty unless ``resume``.
@@ -115,10 +115,7 @@ def evolve(
     check_reference(family)
     if config.algorithm == "policy-gradient":
         raise ValueError("A population meta-trains: algorithm cannot be policy-gradient, which only train runs.")
-    if config.lr_schedule != "constant":
-        raise ValueError(
-            f"A self-improving run has no last iteration: lr_schedule must be constant, not {config.lr_schedule}."
-        )
+    config = replace(config, lr_schedule="constant")  # there is no last iteration, at which a schedule could end
     if resume:
         store.pull()
         evolution = Evolution.resume(store, **_changes(run, config, evolution_config))
