@@ -236,6 +236,12 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
         inputs = batch[Columns.OBS]
         steps = int(batch[Columns.SEQ_LENS].max()) if Columns.SEQ_LENS in batch else inputs.shape[1]
         logits, values, _ = self._run(inputs[:, :steps], batch)
+        if Columns.SEQ_LENS in batch:
+            # What a narrow distribution says of the zeros after a sequence's end can be infinite in RLlib's ratio, whose
+            # gradient is then no number, masked or not. Of zeros in its place it is small.
+            lengths = torch.as_tensor(batch[Columns.SEQ_LENS], device=logits.device)
+            taken = torch.arange(steps, device=logits.device) < lengths[:, None]
+            logits = torch.where(taken[..., None], logits, 0.0)
         missing = inputs.shape[1] - steps  # RLlib pads all sequences to max_seq_len: what no episode reaches is not run
         logits = torch.nn.functional.pad(logits, (0, 0, 0, missing))
         return {

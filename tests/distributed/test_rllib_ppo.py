@@ -235,6 +235,22 @@ def test_padding_changes_nothing(form: str, padding: float) -> None:
             torch.testing.assert_close(found[name][row, :length], alone[name][0], atol=1e-6, rtol=1e-6)
 
 
+def test_a_density_that_overflows_in_the_padding_leaves_gradients_finite() -> None:
+    """RLlib takes the ratio of padded steps, too, before it leaves them out: 30 actions of deviation .02."""
+    module = module_of(SSMPolicy(make_spec(action_size=30, initial_std=0.02)))
+    batch = {Columns.OBS: torch.zeros(2, 5, module.ssm.spec.input_size), Columns.SEQ_LENS: torch.tensor([5, 2])}
+    logits = module.forward_train({**batch, **states(module, 2)})[Columns.ACTION_DIST_INPUTS]
+    mean, log_std = logits.chunk(2, -1)
+    taken = torch.arange(5) < torch.tensor([[5], [2]])
+    actions = torch.where(taken[..., None], mean.detach() + 0.02, 0.0)
+    log_probs = torch.distributions.Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
+    ratio = torch.exp(log_probs - torch.where(taken, log_probs, 0.0).detach())
+    ratio[taken].mean().backward()
+    gradients = [parameter.grad for parameter in module.ssm.parameters() if parameter.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("task", ["cartpole", "navigation-2d"])
 def test_rllibs_own_rollouts_are_those_of_our_inference(task: str) -> None:
     """Through whole episodes, with resets between them, RLlib acts as the policy does in a worker of ours."""
