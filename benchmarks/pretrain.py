@@ -51,7 +51,7 @@ MODELS = {
             "the pole. A policy that is meta-trained in context alone (rl2) balances from its first episode on, and "
             "leaves nothing for adaptation to show: that is why this one is shipped."
         ),
-        options={"step_weights": (1.0, 1.0), "iterations": 60, "lr_schedule": "linear", "replay_episodes": 128},
+        options={"step_weights": (1.0, 1.0), "iterations": 60, "replay_episodes": 128},
         evaluation=10,
     ),
     "navigation-2d": Model(

@@ -115,7 +115,7 @@ def test_train_is_the_default_command_and_prints_one_json_object(command: Comman
     assert summary["interrupted"] is False
     assert summary["metrics"] == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert summary["evaluation"].keys() == EVALUATION
-    assert (summary["evaluation"]["num_tasks"], len(summary["evaluation"]["return"])) == (3, 4)
+    assert (summary["evaluation"]["num_tasks"], len(summary["evaluation"]["return"])) == (3, 2)
     assert [Path(picture).read_bytes()[: len(PNG)] for picture in summary["pictures"]] == [PNG, PNG]
     lines = outcome.err.splitlines()
     assert f"Run folder: {folder}" in lines, "as it is: neither wrapped nor read as markup"
