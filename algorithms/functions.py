@@ -104,7 +104,8 @@ class _Linear(_Function):
         if bias is None:
             out = None if residual is None else residual.clone(memory_format=torch.contiguous_format)
         elif residual is None:
-            out = bias.expand(*x.shape[:-1], -1).contiguous()
+            # Of a single row ``contiguous`` would be the bias itself, and the product be added to it.
+            out = bias.expand(*x.shape[:-1], -1).clone(memory_format=torch.contiguous_format)
         else:
             out = residual + bias
         with torch.no_grad():
@@ -146,7 +147,7 @@ class _LinearBackward(_Function):
         by_above, by_x, by_weight = None, None, None
         if ctx.needs_input_grad[0]:
             if along_bias is not None:
-                by_above = along_bias.expand_as(above).contiguous()
+                by_above = along_bias.expand_as(above).clone(memory_format=torch.contiguous_format)
             if along_x is not None:
                 by_above = _plus_product(by_above, along_x, weight)
             if along_weight is not None:
