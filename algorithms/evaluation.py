@@ -106,59 +106,46 @@ def stratified_bootstrap(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Bootstrap interval of a statistic of the tasks' family: tasks are drawn with replacement, episodes within them.
+    """Percentile interval of a statistic of a family of tasks, of which the given ones are a sample.
 
-    The interval covers the statistic's value over new tasks of the family, with new episodes. It is of the same kind as
-    :func:`confidence_interval` over the tasks' means, and close to it where the statistic is the mean.
-
-    A drawn task brings its episodes without replacement: all of them, as they are. The spread between the tasks' own
-    figures already holds the chance of their few episodes; drawing episodes with replacement, too, would count it
-    twice. Davison and Hinkley 1997, sec. 3.8, compare both ways; Field and Welsh 2007 (J. R. Statist. Soc. B 69,
-    369-390) show that this one gives consistent variances. The bounds are those of :func:`percentile_interval`.
+    Tasks are drawn with replacement, each with its episodes. The spread between the tasks' own means has the episodes'
+    chance in it already; to draw episodes anew within the tasks, too, would count that twice (Davison and Hinkley 1997,
+    sec. 3.8: for the variance of a grand mean the groups are resampled and their members are not). Percentiles are
+    expanded from those of a normal distribution to those of Student's, since few tasks differ less than the family does
+    (Hesterberg 2015, arXiv 1411.5279, sec. 5.2).
 
     Args:
-        returns: [M, K]; NaN entries are left out.
-        statistic: of an array [M', K], the M' tasks that have an episode; an array holds a task as often as it is drawn.
+        returns: [M, K], episodes by task; NaN entries are left out.
+        statistic: of an array [M, K] with NaN.
         rng: equal generators give equal intervals.
         resamples: how often to draw.
         level: coverage, in (0, 1).
 
     Returns:
-        Lower and upper bound. NaN where there is no interval: with fewer than two tasks that have an episode, or where
-        no task has two of them.
+        Lower and upper bound; NaN where fewer than two tasks have an episode, or none has two: one episode a task does
+        not tell chance from tasks that differ.
     """
-    counts = np.isfinite(returns).sum(1)
-    known = returns[counts > 0]
-    if len(known) < 2 or counts.max() < 2:
+    kept = np.isfinite(returns).sum(1)
+    returns = returns[kept > 0]
+    count = len(returns)
+    if count < 2 or kept.max() < 2:
         return float("nan"), float("nan")
-    drawn = [statistic(known[rng.integers(len(known), size=len(known))]) for _ in range(resamples)]
-    return percentile_interval(np.array(drawn), statistic(known), len(known), level)
-
-
-def percentile_interval(drawn: Array, value: float, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of a bootstrap over ``count`` samples, as wide as few samples require.
-
-    A resample varies less than a sample by sqrt((n - 1) / n), and the plain percentiles are those of a known variance
-    (Hesterberg 2015, doi 10.1080/00031305.2015.1089789, on the narrowness of percentile intervals). Hesterberg takes
-    percentiles farther out; those end at the most extreme sample if n is below about ten. Here the bounds' distances
-    from the value are scaled instead, which agrees for normal resamples and has no such end::
-
-        value + (percentile - value) · t(n - 1) / z · sqrt(n / (n - 1))
-
-    Args:
-        drawn: [R], the statistic of every resample.
-        value: the statistic of the sample.
-        count: samples n that were drawn from, 2 or more.
-        level: coverage, in (0, 1).
-
-    Returns:
-        Lower and upper bound.
-    """
-    tails = np.array([(1 - level) / 2, (1 + level) / 2])
-    scale = stats.t.ppf(tails[1], count - 1) / stats.norm.ppf(tails[1]) * np.sqrt(count / (count - 1))
-    # The plotting positions k / (R + 1) leave as much beyond a bound as they say, also of few resamples.
-    low, high = value + scale * (np.quantile(drawn, tails, method="weibull") - value)
+    drawn = [statistic(returns[rng.integers(count, size=count)]) for _ in range(resamples)]
+    tail = float(stats.norm.cdf(np.sqrt(count / (count - 1)) * stats.t.ppf((1 - level) / 2, count - 1)))
+    # The order statistics at (resamples + 1) · tail: those at resamples · tail are too near for few resamples (Davison
+    # and Hinkley 1997, sec. 2.4).
+    low, high = np.quantile(drawn, [tail, 1 - tail], method="weibull")
     return float(low), float(high)
+
+
+def interval_values(value: float, low: float, high: float) -> dict[str, float | None]:
+    """JSON values of an estimate and its interval: ``value``, ``ci_low`` and ``ci_high``, None for what is unknown."""
+    return {"value": finite(value), "ci_low": finite(low), "ci_high": finite(high)}
+
+
+def finite(value: float) -> float | None:
+    """The number as JSON has it, None where it is none."""
+    return float(value) if np.isfinite(value) else None
 
 
 def probability_of_improvement(returns: Array, others: Array) -> float:

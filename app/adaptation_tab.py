@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..adapt_cli import json_object, modes_table, parameter_words, write_report
+from ..adapt_cli import interval_words, json_object, modes_table, parameter_words, write_report
 from ..distributed.checkpoint import load_checkpoint
 from ..distributed.evaluation import MODES, AdaptOptions, TaskSource, adapt_checkpoint, compare_modes
 from ..job_cli import run_name
@@ -144,7 +144,7 @@ def task_parameters(task: str, *values: Any) -> dict[str, Any]:
 def headline(summary: Mapping[str, Any]) -> str:
     """Before and after in one line, and what it cost."""
     before, after = summary["before"], summary["after"]
-    interval = " … ".join(f"{after[bound]:.1f}" for bound in ("ci_low", "ci_high"))
+    interval = interval_words(after, 1)
     cost = f"{summary['environment_steps']:,} environment steps, {summary['seconds']:.1f} s"
     unchanged = len(summary["curve"]) > 1 and summary["best_step"] == 0
     note = "No step did better on its own episodes: the policy is the meta-trained one." if unchanged else ""

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from _report import log, report
 
-from ssm_metarl.algorithms.evaluation import Evaluation, confidence_interval
+from ssm_metarl.algorithms.evaluation import Evaluation, confidence_interval, interval_values
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
 from ssm_metarl.distributed.config import TrainConfig, available_cores
@@ -308,9 +308,8 @@ def last_within(run: Path, max_env_steps: int | None) -> tuple[Path, int]:
 
 def mean_interval(samples: Array) -> dict[str, Any]:
     """Mean and 95 % interval of independent samples [n]; bounds are None for a single one."""
-    mean, low, high = (float(bound) for bound in confidence_interval(samples))
-    known = np.isfinite(samples).sum() > 1
-    return {"mean": mean, "ci_low": low if known else None, "ci_high": high if known else None}
+    found = interval_values(*confidence_interval(samples))
+    return {"mean": found.pop("value"), **found}
 
 
 def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -332,7 +331,8 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
         "gain_ci_low": (gain["ci_low"], ">=", target.min_gain),
     }
     verdicts = {
-        name: (measured >= bound if sign == ">=" else measured <= bound)
+        # A claim about an interval is not met where there is none.
+        name: measured is not None and (measured >= bound if sign == ">=" else measured <= bound)
         for name, (measured, sign, bound) in checks.items()
         if bound is not None
     }

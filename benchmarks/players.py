@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from _report import log, report
 
-from ssm_metarl.algorithms.evaluation import confidence_interval
+from ssm_metarl.algorithms.evaluation import confidence_interval, interval_values
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.distributed.checkpoint import load_checkpoint, resolve_checkpoint
 from ssm_metarl.distributed.config import TrainConfig
@@ -85,9 +85,9 @@ def main(options: Options) -> None:
     report("players", {"task": options.task, "num_tasks": options.num_tasks, "seed": options.seed, "rows": rows})
 
 
-def _row(returns: Any) -> dict[str, float]:
-    mean, low, high = (float(x) for x in confidence_interval(np.asarray(returns)))
-    return {"return": mean, "ci_low": low, "ci_high": high}
+def _row(returns: Any) -> dict[str, float | None]:
+    found = interval_values(*confidence_interval(np.asarray(returns)))
+    return {"return": found.pop("value"), **found}
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import PopulationBasedTraining
 
-from ssm_metarl.algorithms.evaluation import confidence_interval
+from ssm_metarl.algorithms.evaluation import confidence_interval, interval_values
 from ssm_metarl.algorithms.inference import PolicySpec, policy_inputs
 from ssm_metarl.algorithms.morph import resize
 from ssm_metarl.algorithms.policy import SSMPolicy
@@ -417,9 +417,9 @@ def perform_all(names: Sequence[str], setting: Setting, options: Options) -> dic
     return {name: [perform(*job) for job in jobs if job[0] == name] for name in names}
 
 
-def interval(samples: Sequence[float]) -> dict[str, float]:
-    mean, low, high = (float(bound) for bound in confidence_interval(np.array(samples, np.float64)))
-    return {"mean": mean, "ci_low": low, "ci_high": high}
+def interval(samples: Sequence[float]) -> dict[str, float | None]:
+    found = interval_values(*confidence_interval(np.array(samples, np.float64)))
+    return {"mean": found.pop("value"), **found}
 
 
 def area(curve: Curve, steps: int) -> tuple[float, float]:

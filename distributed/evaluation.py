@@ -18,6 +18,7 @@ from ..algorithms.evaluation import (
     confidence_interval,
     evaluate,
     interquartile_mean,
+    interval_values,
     probability_of_improvement,
     stratified_bootstrap,
 )
@@ -319,8 +320,8 @@ class TaskReport:
             "seconds": found.seconds,
         }
         for name, record in (("before", self.before), ("after", self.after)):
-            mean, low, high = confidence_interval(record.returns()[0])
-            result[name] = {"return": float(mean), "ci_low": float(low), "ci_high": float(high)}
+            found_interval = interval_values(*confidence_interval(record.returns()[0]))
+            result[name] = {"return": found_interval.pop("value"), **found_interval}
         return result
 
 
@@ -400,8 +401,8 @@ class ModeComparison:
     seed: int
 
     def summary(self) -> dict[str, Any]:
-        """JSON values, by mode: mean and interquartile mean with 95 % stratified bootstrap intervals, the paired gain
-        over the first mode with Student's interval over tasks, the probability of improvement over it, and the cost.
+        """JSON values, by mode: mean and interquartile mean, and the paired gain over the first mode, with 95 %
+        intervals over tasks (bootstrap, and Student's); the probability of improvement over it, and the cost.
         """
         modes: dict[str, Any] = {}
         first = next(iter(self.returns.values()))
@@ -409,10 +410,9 @@ class ModeComparison:
             found = self.adaptations[mode]
             row: dict[str, Any] = {}
             for name, statistic in (("mean", np.nanmean), ("iqm", interquartile_mean)):
-                low, high = stratified_bootstrap(returns, statistic, np.random.default_rng(self.seed))
-                row[name] = {"value": float(statistic(returns)), "ci_low": low, "ci_high": high}
-            gain, low, high = (float(x) for x in confidence_interval(np.nanmean(returns, 1) - np.nanmean(first, 1)))
-            row["gain"] = {"value": gain, "ci_low": low, "ci_high": high}
+                rng = np.random.default_rng(seed_for(self.seed, Branch.BOOTSTRAP))
+                row[name] = interval_values(statistic(returns), *stratified_bootstrap(returns, statistic, rng))
+            row["gain"] = interval_values(*confidence_interval(np.nanmean(returns, 1) - np.nanmean(first, 1)))
             row["probability_of_improvement"] = probability_of_improvement(returns, first)
             row["curve"] = np.nanmean(found.returns, 0).tolist()
             row["unchanged_tasks"] = float(np.mean(found.best_step == 0))

@@ -237,8 +237,8 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
         steps = int(batch[Columns.SEQ_LENS].max()) if Columns.SEQ_LENS in batch else inputs.shape[1]
         logits, values, _ = self._run(inputs[:, :steps], batch)
         if Columns.SEQ_LENS in batch:
-            # What a narrow distribution says of the zeros after a sequence's end can be infinite in RLlib's ratio, whose
-            # gradient is then no number, masked or not. Of zeros in its place it is small.
+            # A narrow distribution's density at the zeros after a sequence's end can be infinite in RLlib's ratio. The
+            # gradient is then no number, masked or not.
             lengths = torch.as_tensor(batch[Columns.SEQ_LENS], device=logits.device)
             taken = torch.arange(steps, device=logits.device) < lengths[:, None]
             logits = torch.where(taken[..., None], logits, 0.0)

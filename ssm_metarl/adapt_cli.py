@@ -153,7 +153,7 @@ def _show(summary: Mapping[str, Any], console: Console) -> None:
         table.add_row(str(step), f"{value:.2f}{mark}", *(["", *replayed][step : step + 1] if len(columns) > 2 else []))
     console.print(table)
     before, after = summary["before"], summary["after"]
-    interval = " … ".join(f"{after[bound]:.2f}" for bound in ("ci_low", "ci_high"))
+    interval = interval_words(after, 2)
     cost = f"{summary['environment_steps']} environment steps, {summary['seconds']:.1f} s"
     console.print(
         f"Fresh episodes: {before['return']:.2f} before, {after['return']:.2f} ({interval}) after; {cost}.",
@@ -167,13 +167,11 @@ def modes_table(report: Mapping[str, Any]) -> Table:
     """The modes of adaptation side by side; ``ModeComparison.summary()`` as a table."""
     table = Table(title=_title(report))
     gain = f"gain over {report['compared_with']}"
+    table.caption = "in brackets 95 % intervals over tasks"
     for column in ("mode", "IQM", "mean", gain, "P(better)", "unchanged", "steps/task"):
         table.add_column(column, justify="right")
     for mode, row in report["modes"].items():
-        cells = [
-            f"{row[name]['value']:.2f} ({row[name]['ci_low']:.2f} … {row[name]['ci_high']:.2f})"
-            for name in ("iqm", "mean", "gain")
-        ]
+        cells = [f"{row[name]['value']:.2f} ({interval_words(row[name], 2)})" for name in ("iqm", "mean", "gain")]
         more = (f"{row['probability_of_improvement']:.2f}", f"{row['unchanged_tasks']:.0%}")
         table.add_row(mode, *cells, *more, f"{row['environment_steps_per_task']:.0f}")
     return table
@@ -182,12 +180,19 @@ def modes_table(report: Mapping[str, Any]) -> Table:
 def evaluation_table(report: Mapping[str, Any]) -> Table:
     """Returns by inner step; ``Evaluation.summary()`` as a table."""
     table = Table(title=_title(report))
-    for column in ("inner steps", "return", "95 % interval", "episode length"):
+    for column in ("inner steps", "return", "95 % over tasks", "episode length"):
         table.add_column(column, justify="right")
     rows = zip(report["return"], report["ci_low"], report["ci_high"], report["episode_length"], strict=True)
     for step, (mean, low, high, length) in enumerate(rows):
-        table.add_row(str(step), f"{mean:.2f}", f"{low:.2f} … {high:.2f}", f"{length:.1f}")
+        interval = interval_words({"ci_low": low, "ci_high": high}, 2)
+        table.add_row(str(step), f"{mean:.2f}", interval, f"{length:.1f}")
     return table
+
+
+def interval_words(values: Mapping[str, float | None], digits: int) -> str:
+    """ "low … high" of ``ci_low`` and ``ci_high``; "–" where there is no interval."""
+    low, high = values["ci_low"], values["ci_high"]
+    return "–" if low is None or high is None else f"{low:.{digits}f} … {high:.{digits}f}"
 
 
 def _title(report: Mapping[str, Any]) -> str:

@@ -83,9 +83,8 @@ def _adaptation_curve(evaluation: Mapping[str, Any], path: Path, title: str) -> 
     figure, axes = _axes()
     steps = range(len(evaluation["return"]))
     axes.plot(steps, evaluation["return"], color=_COLOURS[1], marker="o")
-    axes.fill_between(
-        steps, evaluation["ci_low"], evaluation["ci_high"], color=_COLOURS[1], alpha=0.2, label="95 % interval"
-    )
+    low, high = (np.array(evaluation[bound], float) for bound in ("ci_low", "ci_high"))  # NaN: no interval
+    axes.fill_between(steps, low, high, color=_COLOURS[1], alpha=0.2, label="95 % over tasks")
     axes.set(
         xlabel="inner steps",
         ylabel="mean return",
@@ -169,8 +168,8 @@ def _metrics_by_generation(ends: list[dict[str, Any]], path: Path, title: str) -
             generations, values, label=name.replace("_", " "), color=colour, linewidth=1, marker="o", markersize=3
         )
     axes.plot(generations, [best[g]["composite"] for g in generations], label="composite", color="black", linewidth=2)
-    low, high = zip(*(best[generation]["interval"] for generation in generations), strict=True)
-    axes.fill_between(generations, low, high, color="black", alpha=0.12, label="95 % interval")
+    low, high = np.array([best[generation]["interval"] for generation in generations], float).T  # NaN: no interval
+    axes.fill_between(generations, low, high, color="black", alpha=0.12, label="composite, 95 % over tasks")
     axes.set(xlabel="generation", ylabel="metric of the best trial", ylim=(0, 1), title=f"Self-improvement on {title}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8, ncols=2)
@@ -209,7 +208,8 @@ def plot_task(folder: Path, summary: Mapping[str, Any], before: Rollouts, after:
     for name, colour in (("before", _COLOURS[0]), ("after", _COLOURS[3])):
         fresh = summary[name]
         axes.axhline(fresh["return"], color=colour, linestyle="--", linewidth=1, label=f"fresh episodes {name}")
-        axes.axhspan(fresh["ci_low"], fresh["ci_high"], color=colour, alpha=0.1)
+        if fresh["ci_low"] is not None:
+            axes.axhspan(fresh["ci_low"], fresh["ci_high"], color=colour, alpha=0.1)
     axes.set(xlabel="adaptation steps", ylabel="return", title=f"Adaptation ({summary['mode']}) on {summary['task']}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)

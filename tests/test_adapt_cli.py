@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from ssm_metarl import AdaptOptions, TaskSource, TrainConfig, adapt_checkpoint, compare_modes, load_policy, train
 from ssm_metarl.cli import main
@@ -16,6 +18,7 @@ from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.cartpole import CartPole
 
+NAMES, BOUNDS = ("mean", "iqm", "gain"), ("ci_low", "ci_high")
 SMALL = {"iterations": 2, "meta_batch": 6, "episodes": 4, "hidden_dim": 8, "state_dim": 4, "learner_threads": 1}
 
 
@@ -78,6 +81,59 @@ def test_adapt_writes_report_pictures_and_policy(
     for name, value in same.policy.numpy_weights().items():
         np.testing.assert_array_equal(policy.numpy_weights()[name], value)
     assert same.summary()["after"] == report["after"]
+
+
+def refuse_constant(word: str) -> None:
+    raise AssertionError(f"{word} is no JSON")
+
+
+def test_one_fresh_episode_gives_no_interval(
+    cartpole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("--steps", 1, "--episodes", 2, "--test-episodes", 1, "--out", out, "--json")
+    assert run("adapt", cartpole, *words) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out, parse_constant=refuse_constant)
+    for moment in ("before", "after"):
+        assert report[moment]["return"] > 0
+        assert report[moment]["ci_low"] is report[moment]["ci_high"] is None
+    assert json.loads((out / "adaptation.json").read_text(), parse_constant=refuse_constant)["after"] == report["after"]
+    assert "–" in printed.err
+    assert (out / "adaptation_curve.png").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--modes", "none", "standard")])
+def test_one_task_gives_no_interval(words: tuple[str, ...], cartpole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", cartpole, *words, "--num-tasks", 1, "--steps", 1, "--episodes", 2, "--json") == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out, parse_constant=refuse_constant)
+    if words:
+        bounds = [row[name][bound] for row in report["modes"].values() for name in NAMES for bound in BOUNDS]
+        values = [row[name]["value"] for row in report["modes"].values() for name in NAMES]
+        assert len(bounds) == 12
+        assert printed.err.count("(–)") == 6
+    else:
+        bounds, values = [*report["ci_low"], *report["ci_high"]], report["return"]
+        assert len(bounds) == 4
+        assert printed.err.count("–") == 2
+    assert set(bounds) == {None}
+    assert np.isfinite(values).all()
+    assert "nan" not in printed.err
+
+
+def test_one_episode_a_task_gives_no_interval_but_of_the_gain(cartpole: Path) -> None:
+    """The gain's is Student's over tasks, which holds the episodes' chance however few they are."""
+    options = AdaptOptions(steps=1, episodes=2, test_episodes=1)
+    found = compare_modes(cartpole, ("none", "standard"), options=options, num_tasks=4)
+    gains = found.returns["standard"][:, 0] + [0.0, 1.0, 2.0, 3.0] - found.returns["none"][:, 0]
+    returns = {"none": found.returns["none"], "standard": (found.returns["none"][:, 0] + gains)[:, None]}
+    summary = json.loads(json.dumps(replace(found, returns=returns).summary(), allow_nan=False))
+    row = summary["modes"]["standard"]
+    for name in ("mean", "iqm"):
+        assert row[name]["ci_low"] is row[name]["ci_high"] is None
+    expected = stats.t.interval(0.95, 3, gains.mean(), stats.sem(gains))
+    assert (row["gain"]["ci_low"], row["gain"]["ci_high"]) == pytest.approx(expected)
 
 
 def test_what_is_not_given_is_drawn_and_the_seed_decides(cartpole: Path) -> None:

@@ -158,6 +158,7 @@ def test_pictures_of_a_population(fresh: Path) -> None:
     events = [_event(generation, "training", "continued") for generation in range(3)]
     events += [_event(1, "probation", "kept"), _event(2, "probation", "rolled back")]
     RunStore(fresh).commit({**read_state(fresh), "events_before": 0}, events)
+    events[1]["interval"] = [None, None]  # of a single task
     files = plot_evolution(fresh, "a task")
     assert [path.name for path in files] == ["lineage.png", "evolution.png"]
     assert all(path.read_bytes()[:6] == PNG for path in files)

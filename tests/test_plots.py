@@ -83,6 +83,17 @@ def test_an_evaluated_run_has_an_adaptation_curve_with_its_interval(tmp_path: Pa
         assert np.ptp(image) > 0.5, "not blank"
 
 
+def test_where_there_is_no_interval_none_is_drawn(tmp_path: Path, figures: dict[str, Figure]) -> None:
+    write_metrics(tmp_path, 2, 2)
+    evaluation = write_evaluation(tmp_path)
+    none = {bound: [None] * 3 for bound in ("ci_low", "ci_high")}
+    (tmp_path / "evaluation.json").write_text(json.dumps({**evaluation, **none}))
+    plot_run(tmp_path, "a task")
+    (axes,) = figures["adaptation_curve.png"].axes
+    assert axes.get_lines()[0].get_ydata().tolist() == evaluation["return"]
+    assert not any(len(path.vertices) for band in axes.collections for path in band.get_paths())
+
+
 def test_pictures_are_drawn_anew(tmp_path: Path) -> None:
     write_metrics(tmp_path, 2, 2)
     (picture,) = plot_run(tmp_path, "a task")

@@ -102,6 +102,19 @@ def test_markdown_shows_intervals_goals_and_what_was_never_reached(table: Module
     )
 
 
+def test_a_claim_about_an_interval_is_not_met_by_one_task(tables: ModuleType) -> None:
+    """Its gain is large, but has no interval."""
+    learning = importlib.import_module("learning")
+    target = tables.Target(claim="Tiny.", task="bandit", goal=5.0, min_gain=1.0, after=1, steps=1)
+    result = {"returns": [[0.0, 9.0]], "env_steps": 1, "seconds": 1.0, "untrained": 0.0, "seed": 0}
+    found = json.loads(json.dumps(learning.summarise(target, [result]), allow_nan=False))
+    assert found["gain"] == {"mean": 9.0, "ci_low": None, "ci_high": None}
+    assert (found["value"], found["ci_low"], found["ci_high"]) == (9.0, None, None)
+    assert found["checks"]["return"]
+    assert not found["checks"]["gain_ci_low"]
+    assert not found["goal_met"]
+
+
 @pytest.mark.parametrize(("returns", "expected"), [((-30, -10, -10, -10), 4.0), ((-30, -20, -20, -20), np.inf)])
 def test_the_threshold_is_passed_by_the_mean_of_three_iterations(
     table: ModuleType, tmp_path: Path, returns: tuple[float, ...], expected: float

@@ -129,7 +129,7 @@ class Comparison:
 
     Attributes:
         mean: the difference on all tasks, in [−1, 1].
-        low, high: bounds of its two-sided interval.
+        low, high: bounds of its two-sided interval; with a single task both are the mean.
     """
 
     mean: float
@@ -185,7 +185,7 @@ def composite_interval(
     level: float = 0.95,
     resamples: int = 1000,
     weights: Mapping[str, float] = WEIGHTS,
-) -> tuple[float, float]:
+) -> tuple[Any, Any]:
     """Percentile bootstrap interval of the composite over tasks (Efron and Tibshirani 1993, chapter 13).
 
     Args:
@@ -196,9 +196,11 @@ def composite_interval(
         weights: as for :func:`composite`.
 
     Returns:
-        Lower and upper bound, in [0, 1].
+        Lower and upper bound, in [0, 1]; None and None where a split has fewer than two tasks without a NaN.
     """
     samples = _bootstrap([assessment], rng, resamples, weights)[0, 1:]
+    if min(_without_nan(scores).shape[-1] for scores in _task_scores(assessment)) < 2:
+        return None, None
     return _percentiles(samples, level)
 
 

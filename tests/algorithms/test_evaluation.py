@@ -15,9 +15,11 @@ from scipy import stats
 from builders import assert_same, drop, make_policy, make_spec, seeds, toy_rollouts, uneven
 from ssm_metarl.algorithms.adaptation import adapt_weights
 from ssm_metarl.algorithms.evaluation import (
+    Evaluation,
     confidence_interval,
     evaluate,
     interquartile_mean,
+    interval_values,
     probability_of_improvement,
     stratified_bootstrap,
 )
@@ -130,8 +132,18 @@ def test_intervals_cover_as_often_as_they_say() -> None:
     assert ((low < 0) & (high > 0)).mean() == pytest.approx(0.95, abs=0.01)
 
 
-def test_one_sample_has_no_width() -> None:
-    assert [float(x) for x in confidence_interval(np.array([2.0, np.nan]))] == [2.0, 2.0, 2.0]
+def test_one_sample_has_no_interval() -> None:
+    mean, low, high = (float(x) for x in confidence_interval(np.array([2.0, np.nan])))
+    assert mean == 2.0
+    assert np.isnan([low, high]).all()
+    assert interval_values(mean, low, high) == {"value": 2.0, "ci_low": None, "ci_high": None}
+
+
+def test_one_task_has_no_interval_in_json() -> None:
+    one = Evaluation(np.array([[1.0, 2.0]]), np.ones((1, 2)), 10, 0.1)
+    summary = json.loads(json.dumps(one.summary(), allow_nan=False))
+    assert summary["return"] == [1.0, 2.0]
+    assert summary["ci_low"] == summary["ci_high"] == [None, None]
 
 
 class TestAggregates:
@@ -159,29 +171,42 @@ class TestAggregates:
         assert probability_of_improvement(lost, other) == pytest.approx(np.mean([pairs[i] for i in (0, 1, 3, 4)]))
         assert np.isnan(probability_of_improvement(np.full((2, 2), np.nan), np.ones((2, 2))))
 
-    def test_the_bootstrap_draws_within_tasks(self) -> None:
-        """Tasks that differ much and episodes that do not: the interval is that of the episodes."""
-        rng = np.random.default_rng(2)
-        returns = 100.0 * np.arange(10)[:, None] + rng.normal(size=(10, 40))
-        low, high = stratified_bootstrap(returns, np.nanmean, np.random.default_rng(0), resamples=400)
-        expected = 2 * 1.96 / np.sqrt(400)
-        assert high - low == pytest.approx(expected, rel=0.15)
-        assert low < returns.mean() < high
+    @pytest.mark.parametrize(
+        ("tasks", "episodes", "between", "within", "statistic"),
+        [
+            (30, 2, 10.0, 3.0, np.nanmean),
+            (30, 20, 10.0, 3.0, np.nanmean),
+            (10, 5, 10.0, 3.0, np.nanmean),
+            (30, 5, 0.0, 3.0, np.nanmean),  # episodes drawn within the tasks, too, would cover 99 %
+            (30, 3, 3.0, 3.0, np.nanmean),
+            (30, 3, 10.0, 3.0, interquartile_mean),
+        ],
+    )
+    def test_the_bootstrap_covers_the_familys_value_as_often_as_it_says(
+        self, tasks: int, episodes: int, between: float, within: float, statistic: Any
+    ) -> None:
+        rng = np.random.default_rng(0)
+        experiments, hits = 300 if statistic is interquartile_mean else 600, 0
+        for _ in range(experiments):
+            returns = rng.normal(0, between, (tasks, 1)) + rng.normal(0, within, (tasks, episodes))
+            low, high = stratified_bootstrap(returns, statistic, rng, resamples=200)
+            hits += low <= 0 <= high
+        assert 0.93 <= hits / experiments <= 0.97
 
-    def test_the_bootstrap_leaves_lost_episodes_out(self) -> None:
+    def test_the_bootstrap_leaves_lost_tasks_out(self) -> None:
         returns = self.RETURNS.copy()
         returns[1, 2:] = np.nan
         returns[4] = np.nan
-        seen: list[Any] = []
+        rng = np.random.default_rng
+        expected = stratified_bootstrap(np.delete(returns, 4, 0), np.nanmean, rng(0), resamples=20)
+        assert stratified_bootstrap(returns, np.nanmean, rng(0), resamples=20) == expected
+        assert np.isfinite(expected).all()
 
-        def statistic(drawn: Any) -> float:
-            seen.append(drawn)
-            return float(np.nanmean(drawn))
+    @pytest.mark.parametrize("shape", [(1, 20), (20, 1), (0, 5)])
+    def test_one_task_or_one_episode_gives_no_interval(self, shape: tuple[int, int]) -> None:
+        found = stratified_bootstrap(np.random.default_rng(0).normal(size=shape), np.nanmean, np.random.default_rng(0))
+        assert np.isnan(found).all()
 
-        stratified_bootstrap(returns, statistic, np.random.default_rng(0), resamples=20)
-        for drawn in seen:
-            np.testing.assert_array_equal(np.isfinite(drawn), np.isfinite(returns))
-            for task in (0, 1, 2, 3, 5):
-                assert np.isin(drawn[task][np.isfinite(drawn[task])], returns[task]).all()
+    def test_nothing_left_gives_no_interval(self) -> None:
         nothing = stratified_bootstrap(np.full((2, 2), np.nan), np.nanmean, np.random.default_rng(0))
         assert np.isnan(nothing).all()

@@ -67,6 +67,43 @@ def test_derivatives_of_any_order_equal_the_plain_ones(name: str, seed: int) -> 
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("lead", [(), (1,), (TASKS,)])
+@pytest.mark.parametrize("rows", [(1, 1), (1, 5), (4, 5)])
+def test_nothing_given_changes_and_gradients_are_given_too(
+    name: str, lead: tuple[int, ...], rows: tuple[int, int]
+) -> None:
+    """Arguments, and the gradients that come in on the first and the second way back, down to a single row.
+
+    What is expanded to one row is no copy: written into, it would be the caller's.
+    """
+    own, plain, shapes = CASES[name]
+    of_rows = [(*rows, *shape[2:]) if len(shape) == 3 else shape for shape in shapes]
+    results = []
+    for function in (own, plain):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, generator: torch.Generator = generator) -> Any:
+            return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+        inputs = [draw(*lead, *shape) for shape in of_rows]
+        if lead and function is plain:
+            out = torch.func.vmap(function)(*inputs)
+        else:
+            out = function(*inputs)
+        above, along = draw(*out.shape), [draw(*value.shape) for value in inputs]
+        given = [*inputs, above, *along]
+        before = [value.detach().clone() for value in given]
+        first = torch.autograd.grad(out, inputs, above, create_graph=True)
+        second = torch.autograd.grad(first, [*inputs, above], along, retain_graph=True, allow_unused=True)
+        again = torch.autograd.grad(first, [*inputs, above], along, create_graph=True, allow_unused=True)
+        assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
+        # Zeros and no gradient are the same.
+        results.append([torch.zeros(()) if value is None else value for value in (out, *first, *second, *again)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours + torch.zeros_like(theirs), theirs + torch.zeros_like(ours))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_vmap_over_any_argument(name: str) -> None:
     own, plain, _ = CASES[name]
     shared = [x.detach() for x in arguments(name)]

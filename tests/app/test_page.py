@@ -181,6 +181,17 @@ def test_the_sliders_set_the_task() -> None:
         adaptation_tab.task_parameters("bandit", *physics, 1, 0.3, -0.4, "[")
 
 
+def test_without_an_interval_the_page_shows_a_dash() -> None:
+    fresh = {"return": 12.0, "ci_low": None, "ci_high": None}
+    summary = {"before": fresh, "after": fresh, "environment_steps": 10, "seconds": 0.1}
+    summary |= {"curve": [1.0], "best_step": 0, "parameters": {}}
+    assert "–" in adaptation_tab.headline(summary)
+    known = {**fresh, "ci_low": 11.0, "ci_high": 13.0}
+    shown = adaptation_tab.headline({**summary, "after": known})
+    assert "11.0 … 13.0" in shown
+    assert "–" not in shown
+
+
 def test_an_empty_box_is_named() -> None:
     boxes = [gr.Number(label="Seed"), gr.Slider(1, 9, label="Cycles")]
     assert view.numbers(boxes, [3, 4.5]) == [3, 4.5]

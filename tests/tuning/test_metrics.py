@@ -160,7 +160,7 @@ def test_metrics_of_any_returns_are_in_their_range(returns: Array, reference: Re
     assert set(results) == set(METRICS)
     assert all(0 <= value <= 1 for value in [*results.values(), composite(results)])
     low, high = composite_interval(assessment, rng, resamples=20)
-    assert 0 <= low <= high <= 1
+    assert (low is None and high is None) if len(returns) < 2 else 0 <= low <= high <= 1
 
 
 @given(seed=seeds, lost=st.sampled_from([0.0, 0.2]), upto=st.floats(0, 1))
@@ -185,7 +185,8 @@ def test_an_oracle_has_1_everywhere(tasks: int, steps: int, evaluations: int, se
     assessment = assess(values, shifted=values, earlier=np.ones((evaluations - 1, tasks)), steps=at)
     assert metrics(assessment) == dict.fromkeys(METRICS, 1.0)
     assert composite(metrics(assessment)) == 1.0
-    assert composite_interval(assessment, np.random.default_rng(seed), resamples=10) == (1.0, 1.0)
+    expected = (1.0, 1.0) if tasks > 1 else (None, None)
+    assert composite_interval(assessment, np.random.default_rng(seed), resamples=10) == expected
 
 
 @given(seed=seeds)
@@ -214,7 +215,7 @@ def test_a_task_with_a_lost_value_is_left_out(seed: int) -> None:
 def test_a_policy_that_cannot_be_assessed_is_the_worst() -> None:
     lost = assess(np.full((3, 2), np.nan), shifted=np.full((2, 2), np.nan), earlier=[[0.5] * 3])
     assert metrics(lost) == dict.fromkeys(METRICS, 0.0)
-    assert composite_interval(lost, np.random.default_rng(0), resamples=5) == (0.0, 0.0)
+    assert composite_interval(lost, np.random.default_rng(0), resamples=5) == (None, None)
     assert compare(lost, lost, np.random.default_rng(0), resamples=5) == Comparison(0.0, 0.0, 0.0)
 
 
@@ -321,6 +322,16 @@ def test_intervals_cover_about_as_often_as_they_say() -> None:
     assert 0.83 < two_sided < 0.95
     assert 0.90 < lower < 0.985
     assert 0.88 < single < 0.985
+
+
+@pytest.mark.parametrize(("tasks", "shifted_tasks"), [(1, 20), (20, 1), (1, 1)])
+def test_a_split_of_one_task_gives_no_interval_and_still_a_verdict(tasks: int, shifted_tasks: int) -> None:
+    child, parent = population(np.random.default_rng(0), tasks, shifted_tasks)
+    assert composite_interval(child, np.random.default_rng(0), resamples=5) == (None, None)
+    verdict = compare(child, parent, np.random.default_rng(0), resamples=50)
+    assert verdict.low <= verdict.mean <= verdict.high
+    if tasks == shifted_tasks == 1:
+        assert verdict.low == verdict.mean == verdict.high
 
 
 def test_pairing_narrows_the_interval() -> None:
