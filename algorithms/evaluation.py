@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy import stats
@@ -13,6 +13,9 @@ from .adaptation import Collect, StandardAdapter
 from .maml import MetaConfig
 from .policy import SSMPolicy
 from .rollouts import Array
+
+Number: TypeAlias = float | np.floating[Any] | Array
+"""A number of Python or of NumPy, or an array of one."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class Evaluation:
             "task": self.task,
             "split": self.split,
             "return": mean.tolist(),
-            "ci_low": [json_bound(bound) for bound in low],
-            "ci_high": [json_bound(bound) for bound in high],
+            "ci_low": [finite(bound) for bound in low],
+            "ci_high": [finite(bound) for bound in high],
             "episode_length": np.nanmean(self.lengths, 0).tolist(),
             "num_tasks": len(self.returns),
             "environment_steps": self.environment_steps,
@@ -69,11 +72,6 @@ def confidence_interval(samples: Array, level: float = 0.95) -> tuple[Array, Arr
     half = stats.t.ppf(0.5 + level / 2, np.maximum(count - 1, 1)) * spread / np.sqrt(count)
     half = np.where(count > 1, half, np.nan)
     return mean, mean - half, mean + half
-
-
-def json_bound(bound: float) -> float | None:
-    """An interval's bound as a JSON value: null where there is no interval."""
-    return float(bound) if np.isfinite(bound) else None
 
 
 def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int, episodes: int) -> Evaluation:
@@ -106,44 +104,67 @@ def stratified_bootstrap(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of a family of tasks, of which the given ones are a sample.
+    """Bootstrap interval of a statistic of the tasks' family: tasks are drawn with replacement, episodes within them.
 
-    Tasks are drawn with replacement, each with its episodes. The spread between the tasks' own means has the episodes'
-    chance in it already; to draw episodes anew within the tasks, too, would count that twice (Davison and Hinkley 1997,
-    sec. 3.8: for the variance of a grand mean the groups are resampled and their members are not). Percentiles are
-    expanded from those of a normal distribution to those of Student's, since few tasks differ less than the family does
-    (Hesterberg 2015, arXiv 1411.5279, sec. 5.2).
+    The interval covers the statistic's value over new tasks of the family with new episodes, as
+    :func:`confidence_interval` over the tasks' means does for the mean.
+
+    A drawn task brings its episodes without replacement: all of them. The spread between tasks already holds the chance
+    of their few episodes, and drawing episodes with replacement, too, would count that chance twice. Davison and
+    Hinkley 1997, sec. 3.8, compare the two ways; Field and Welsh 2007 (J. R. Statist. Soc. B 69, 369-390) show that
+    drawing whole groups gives consistent variances. The bounds are those of :func:`percentile_interval`.
 
     Args:
         returns: [M, K], episodes by task; NaN entries are left out.
-        statistic: of an array [M, K] with NaN.
+        statistic: of an array [M', K] of the M' tasks that have an episode, where a task can stand several times.
         rng: equal generators give equal intervals.
         resamples: how often to draw.
         level: coverage, in (0, 1).
 
     Returns:
-        Lower and upper bound; NaN where fewer than two tasks have an episode, or none has two: one episode a task does
-        not tell chance from tasks that differ.
+        Lower and upper bound; NaN where fewer than two tasks have an episode, or no task has two: one episode a task
+        does not tell the chance of episodes from that of tasks.
     """
-    kept = np.isfinite(returns).sum(1)
-    returns = returns[kept > 0]
-    count = len(returns)
-    if count < 2 or kept.max() < 2:
+    counts = np.isfinite(returns).sum(1)
+    known = returns[counts > 0]
+    if len(known) < 2 or counts.max() < 2:
         return float("nan"), float("nan")
-    drawn = [statistic(returns[rng.integers(count, size=count)]) for _ in range(resamples)]
-    tail = float(stats.norm.cdf(np.sqrt(count / (count - 1)) * stats.t.ppf((1 - level) / 2, count - 1)))
-    # The order statistics at (resamples + 1) · tail: those at resamples · tail are too near for few resamples (Davison
-    # and Hinkley 1997, sec. 2.4).
-    low, high = np.quantile(drawn, [tail, 1 - tail], method="weibull")
+    drawn = [statistic(known[rng.integers(len(known), size=len(known))]) for _ in range(resamples)]
+    return percentile_interval(np.array(drawn), statistic(known), len(known), level)
+
+
+def percentile_interval(drawn: Array, value: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of a bootstrap that drew from ``count`` samples, widened as few samples require.
+
+    A resample varies less than a sample does, by sqrt((n - 1) / n), and plain percentiles take the variance as known.
+    Hesterberg 2015 (arXiv 1411.5279, sec. 5.2) corrects both by percentiles farther out, but below about ten samples
+    there are none. Scaling the bounds' distances from the value is the same for normal resamples, and has no such
+    limit::
+
+        value + (percentile - value) · t(n - 1) / z · sqrt(n / (n - 1))
+
+    Args:
+        drawn: [R], the statistic of every resample.
+        value: the statistic of the samples themselves.
+        count: number n of samples, 2 or more.
+        level: coverage, in (0, 1).
+
+    Returns:
+        Lower and upper bound.
+    """
+    tails = np.array([(1 - level) / 2, (1 + level) / 2])
+    scale = stats.t.ppf(tails[1], count - 1) / stats.norm.ppf(tails[1]) * np.sqrt(count / (count - 1))
+    # Plotting positions k / (R + 1): as many resamples lie beyond a bound as the level says, also of few.
+    low, high = value + scale * (np.quantile(drawn, tails, method="weibull") - value)
     return float(low), float(high)
 
 
-def interval_values(value: float, low: float, high: float) -> dict[str, float | None]:
+def interval_values(value: Number, low: Number, high: Number) -> dict[str, float | None]:
     """JSON values of an estimate and its interval: ``value``, ``ci_low`` and ``ci_high``, None for what is unknown."""
     return {"value": finite(value), "ci_low": finite(low), "ci_high": finite(high)}
 
 
-def finite(value: float) -> float | None:
+def finite(value: Number) -> float | None:
     """The number as JSON has it, None where it is none."""
     return float(value) if np.isfinite(value) else None
 

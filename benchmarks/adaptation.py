@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from _report import log, report
 
-from ssm_metarl.algorithms.evaluation import confidence_interval
+from ssm_metarl.algorithms.evaluation import confidence_interval, interval_values
 from ssm_metarl.distributed.checkpoint import checkpoints
 from ssm_metarl.distributed.config import TrainConfig, available_cores
 from ssm_metarl.distributed.evaluation import MODES, AdaptOptions, compare_modes, evaluate_checkpoint
@@ -105,14 +105,14 @@ def show_memoryless(options: Options) -> dict[str, Any]:
         unadapted.append(evaluate_checkpoint(checkpoints(other)[-1], num_tasks=TASKS, steps=0, episodes=10).returns)
     returns, plain_returns = np.array(adapted).mean(0), np.array(unadapted).mean(0)  # [tasks, S+1], [tasks, 1]
     rival = max(returns[:, 0], plain_returns[:, 0], key=lambda values: values.mean())
-    mean, low, high = (float(x) for x in confidence_interval(returns[:, 1] - rival))
+    gain = interval_values(*confidence_interval(returns[:, 1] - rival))
     return {
         "return_by_step": returns.mean(0).tolist(),
         "without_adaptation": float(plain_returns.mean()),
         "better_of_both": float(rival.mean()),
-        "gain": {"value": mean, "ci_low": low, "ci_high": high},
+        "gain": gain,
         "goal": 100.0,
-        "goal_met": mean >= 100.0 and low > 0,
+        "goal_met": (gain["value"] or 0.0) >= 100.0 and (gain["ci_low"] or 0.0) > 0,
     }
 
 

@@ -283,7 +283,7 @@ def test_modes_that_cannot_be_compared(
 
 class TestCheckpointedReplay:
     def test_a_resumed_run_has_the_replay_of_one_that_was_not_interrupted(self, tmp_path: Path) -> None:
-        options = {**SMALL, "replay_episodes": 7, "iterations": 3}
+        options = {**SMALL, "replay_episodes": 7, "iterations": 3, "lr_schedule": "constant"}
         whole = train(TrainConfig.for_task("cartpole", **options), tmp_path / "whole").checkpoint
         train(TrainConfig.for_task("cartpole", **{**options, "iterations": 2}), tmp_path / "parts")
         parts = train(TrainConfig.for_task("cartpole", **options), tmp_path / "parts", resume=True).checkpoint

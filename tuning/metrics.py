@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..algorithms.evaluation import percentile_interval
 from ..algorithms.inference import check_count, check_keys, check_number
 from ..algorithms.rollouts import Array
 from ..tasks import ReferenceReturns
@@ -186,22 +187,24 @@ def composite_interval(
     resamples: int = 1000,
     weights: Mapping[str, float] = WEIGHTS,
 ) -> tuple[Any, Any]:
-    """Percentile bootstrap interval of the composite over tasks (Efron and Tibshirani 1993, chapter 13).
+    """Bootstrap interval of the composite over tasks; see ``algorithms.evaluation.percentile_interval``.
 
     Args:
         assessment: of one policy; the tasks of each split are resampled apart.
         rng: equal generators give equal intervals.
-        level: coverage, in (0, 1].
+        level: coverage, in (0, 1).
         resamples: draws of as many tasks as there are.
         weights: as for :func:`composite`.
 
     Returns:
         Lower and upper bound, in [0, 1]; None and None where a split has fewer than two tasks without a NaN.
     """
-    samples = _bootstrap([assessment], rng, resamples, weights)[0, 1:]
-    if min(_without_nan(scores).shape[-1] for scores in _task_scores(assessment)) < 2:
+    value, *drawn = _bootstrap([assessment], rng, resamples, weights)[0]
+    count = min(_without_nan(scores).shape[-1] for scores in _task_scores(assessment))
+    if count < 2:
         return None, None
-    return _percentiles(samples, level)
+    low, high = percentile_interval(np.array(drawn), float(value), count, level)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def compare(

@@ -309,7 +309,7 @@ def population(rng: np.random.Generator, tasks: int, shifted_tasks: int) -> tupl
 
 
 def test_intervals_cover_about_as_often_as_they_say() -> None:
-    """400 simulated comparisons of 20 tasks; a percentile interval of so few is known to be slightly short."""
+    """400 simulated comparisons of 20 tasks; the keep rule's plain percentiles of so few are slightly short."""
     rng = np.random.default_rng(0)
     child, parent = (composite(metrics(a)) for a in population(rng, 100_000, 100_000))
     hits = np.zeros((400, 3))
@@ -321,7 +321,7 @@ def test_intervals_cover_about_as_often_as_they_say() -> None:
     two_sided, lower, single = hits.mean(0)
     assert 0.83 < two_sided < 0.95
     assert 0.90 < lower < 0.985
-    assert 0.88 < single < 0.985
+    assert 0.93 < single < 0.97
 
 
 @pytest.mark.parametrize(("tasks", "shifted_tasks"), [(1, 20), (20, 1), (1, 1)])
