@@ -171,6 +171,13 @@ class CartPole(TaskDistribution):
         "lr_schedule": "linear",
         "iterations": 40,
     }
+    in_context: Mapping[str, Any] = {
+        "meta_batch": 40,
+        "episodes": 5,
+        "iterations": 60,
+        "normalize_observations": True,
+        "scale_rewards": True,
+    }
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw the physics of n carts; see ``TaskDistribution.sample``."""

@@ -30,7 +30,9 @@ from ssm_metarl.tasks import Task, base
 RUN_LOCAL = Path(__file__).resolve().parents[1] / "run_local.py"
 PNG = b"\x89PNG\r\n"
 
-SMALL = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "epochs": 1}
+SMALL: dict[str, Any] = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "epochs": 1}
+# A schedule that ends with the last iteration would tell runs of different lengths apart.
+SMALL["lr_schedule"] = "constant"
 OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 IN_PROCESS = [*OPTIONS, "--num-workers", "0", "--eval-tasks", "3"]
 
@@ -129,12 +131,13 @@ def test_without_json_nothing_is_printed_to_stdout(command: Command, tmp_path: P
     assert (outcome.code, outcome.out) == (0, "")
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("cartpole-promp-2")
-    assert load_checkpoint(run / "checkpoint_000001").config["inner_lr"] == 0.3, "cartpole's own default"
+    assert load_checkpoint(run / "checkpoint_000001").config["inner_lr"] == 0.1, "cartpole's own default"
     assert "of split test" in outcome.err
 
 
 def test_resume_takes_the_options_of_the_run_and_those_given_win(command: Command, tmp_path: Path) -> None:
-    first = ["--iterations", "2", *IN_PROCESS, "--inner-lr", "0.2", "--seed", "5", "--run-dir", tmp_path / "run"]
+    first = ["--iterations", "2", *IN_PROCESS, "--inner-lr", "0.2", "--outer-lr", "0.001", "--seed", "5"]
+    first += ["--run-dir", tmp_path / "run"]
     assert command("train", *first).code == 0
     resume = ("train", "--resume", "--run-dir", tmp_path / "run", "--eval-tasks", "2")
     assert command(*resume, "--iterations", "4").code == 0
@@ -147,7 +150,7 @@ def test_resume_takes_the_options_of_the_run_and_those_given_win(command: Comman
         assert {**found, **common, **own} == found
     lines = steady(tmp_path / "run")
     assert [line["learning_rate"] for line in lines] == [1e-3] * 4 + [0.01] * 2
-    unbroken = TrainConfig.for_task("navigation-2d", iterations=4, inner_lr=0.2, seed=5, **SMALL)
+    unbroken = TrainConfig.for_task("navigation-2d", iterations=4, inner_lr=0.2, outer_lr=1e-3, seed=5, **SMALL)
     assert lines[:4] == steady(train(unbroken, tmp_path / "unbroken").run_dir)
 
 

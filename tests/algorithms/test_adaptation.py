@@ -310,20 +310,25 @@ class TestHybrid:
         again = HybridAdapter(policy, config, replay, weighted=False, replay_episodes=5, steps=2)
         assert_weights(again.adapt(collector(spec, ADVENTURES), 4).weights, found.weights)
 
-    def test_replay_of_the_same_task_makes_up_for_few_episodes(self) -> None:
-        """One episode of four steps a task; the buffer knows which action is paid in each task."""
+    def test_it_is_the_weights_that_make_replay_worth_having(self) -> None:
+        """One episode of six steps a task; half of the buffer is of a task where the other action is paid."""
         spec = make_spec(discrete=True, inputs="observation", num_layers=0)
         config = MetaConfig(inner_lr=2.0, discount=0.0, inner_steps=1)
         policy, tasks = SSMPolicy(spec), [{"best": i % 2} for i in range(20)]
         replay = stored(spec, policy, tasks, count=60)
-        gains = {}
-        for name, adapter in {
-            "standard": StandardAdapter(policy, config, steps=1),
-            "hybrid": HybridAdapter(policy, config, replay, steps=1),
-        }.items():
-            found = adapter.adapt(collector(spec, tasks, seed=9), 1)
-            gains[name] = (found.returns[:, 1] - found.returns[:, 0]).mean()
-        assert gains["hybrid"] > gains["standard"] + 0.3
+        gains, differences = [], []
+        for seed in range(9, 15):
+            weighted, unweighted = (
+                HybridAdapter(policy, config, replay, steps=1, weighted=weighted)
+                .adapt(collector(spec, tasks, seed=seed), 1)
+                .returns
+                for weighted in (True, False)
+            )
+            np.testing.assert_array_equal(weighted[:, 0], unweighted[:, 0])
+            gains.append(weighted[:, 1] - weighted[:, 0])
+            differences.append(weighted[:, 1] - unweighted[:, 1])
+        for found in (gains, differences):
+            assert np.mean(found) > 1 + 2 * np.std(found) / np.sqrt(np.size(found))
 
     def test_none_and_empty_are_refused(self) -> None:
         for replay in (None, ReplayBuffer(3)):

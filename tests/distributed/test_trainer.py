@@ -293,11 +293,11 @@ def test_restored_iterations_equal_those_without_a_stop(tmp_path: Path) -> None:
 
 def test_learning_rates_of_the_config_win_over_those_of_the_checkpoint(tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint")
-    with running(options(inner_lr=0.1, outer_lr=1e-3)) as trainer:
+    with running(options(inner_lr=0.1, outer_lr=1e-3, lr_schedule="constant")) as trainer:
         trainer.step()
         trainer.save_checkpoint(path)
         kept = [trainer.step(), trainer.step()]
-    with running(options(inner_lr=0.4, outer_lr=5e-3)) as trainer:
+    with running(options(inner_lr=0.4, outer_lr=5e-3, lr_schedule="constant")) as trainer:
         trainer.load_checkpoint(path)
         changed = [trainer.step(), trainer.step()]
     assert [line["learning_rate"] for line in kept + changed] == [1e-3, 1e-3, 5e-3, 5e-3]

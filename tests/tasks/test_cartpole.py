@@ -184,4 +184,10 @@ def test_impossible_physics_is_refused(task: dict[str, float]) -> None:
 
 
 def test_recommended_options() -> None:
-    assert FAMILY.recommended == {"episodes": 10, "inner_lr": 0.3, "outer_lr": 2e-3}
+    assert FAMILY.recommended == {
+        "episodes": 10,
+        "inner_lr": 0.1,
+        "outer_lr": 2e-3,
+        "lr_schedule": "linear",
+        "iterations": 40,
+    }
