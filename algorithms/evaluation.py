@@ -94,7 +94,10 @@ def interquartile_mean(returns: Array) -> float:
     Args:
         returns: [M, K]; NaN entries are left out.
     """
-    return float(stats.trim_mean(returns[np.isfinite(returns)], 0.25))
+    # scipy.stats.trim_mean is the same and takes thirty times as long, a thousand times for each interval.
+    values = np.sort(returns[np.isfinite(returns)])
+    cut = len(values) // 4
+    return float(values[cut : len(values) - cut].mean()) if len(values) else float("nan")
 
 
 def stratified_bootstrap(

@@ -177,7 +177,11 @@ class PolicySpec(PolicyConfig):
         bounds = action_bounds(actions.low, actions.high)
         if bounds == (self.action_low, self.action_high) or (not self.action_low and set(sum(bounds, ())) == {None}):
             return ""
-        return f"its actions are bounded by {list(self.action_low)} and {list(self.action_high)}, not as in {actions}"
+        low, high = (
+            ", ".join("none" if bound is None else f"{bound:g}" for bound in side) or "nothing"
+            for side in (self.action_low, self.action_high)
+        )
+        return f"its actions are bounded by [{low}] and [{high}], not as in {actions}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""

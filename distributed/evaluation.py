@@ -101,10 +101,9 @@ def _open(path: str | Path, source: TaskSource, num_workers: int, **changes: Any
     config = TrainConfig.from_dict({**checkpoint.config, **given})
     family = source.family(config)
     if config.policy_spec(family) != policy.spec:
-        raise ValueError(
-            f"The policy acts on observations of size {policy.spec.observation_size} with {policy.spec.action_size} "
-            f"{'discrete' if policy.spec.discrete else 'continuous'} actions, which {family.name!r} does not have."
-        )
+        difference = policy.spec.misfit(family.observation_space, family.action_space)
+        difference = difference or f"its critic reads {policy.spec.task_size} numbers of a task"
+        raise ValueError(f"The policy cannot play {family.name!r}: {difference}.")
     check_count("num_workers", num_workers, 0)
     start_ray(num_workers)
     check_resources(num_workers)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
 from ssm_metarl.tasks import Task
@@ -123,3 +124,9 @@ class Buggy(FaultyNavigation):
     def horizon(self) -> int:  # type: ignore[override]
         """No horizon."""
         raise ZeroDivisionError("horizon is undefined")
+
+
+class Doubled(Navigation2D):
+    """Navigation whose moves may be twice as long."""
+
+    action_space = Box(-0.2, 0.2, (2,), np.float32)

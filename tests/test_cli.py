@@ -282,7 +282,10 @@ def test_plot_names_the_pictures_that_it_drew(command: Command, trained: Path) -
         ("--run-dir {run}/metrics.jsonl/a", "metrics.jsonl/a cannot be made: Not a directory."),
         ("evaluate absent", "absent is neither a checkpoint nor a run"),
         ("evaluate {run}/metrics.jsonl", "metrics.jsonl is neither a checkpoint nor a run"),
-        ("evaluate {run} --task cartpole", "which 'cartpole' does not have."),
+        (
+            "evaluate {run} --task cartpole",
+            "cannot play 'cartpole': its observations are of the size 2, not of the shape (4,).",
+        ),
         ("evaluate {run} --task cartpol", "did you mean 'cartpole'?"),
         ("evaluate {run} --split tset", "did you mean 'test'?"),
         ("evaluate {run} --num-tasks 0", "num_tasks must be an integer of 1 or more, not 0."),

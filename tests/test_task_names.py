@@ -87,7 +87,7 @@ def test_a_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert main([*arguments, "--num-workers", "0", "--eval-tasks", "3", "--run-dir", str(run)]) == 0
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert evaluation["task"] == "own_reach:Reach"
-    assert evaluation["episode_length"] == [12.0] * 4
+    assert evaluation["episode_length"] == [12.0] * 2
     assert main(["evaluate", str(run), "--num-tasks", "2", "--steps", "1"]) == 0
 
 

@@ -157,6 +157,11 @@ class TestAggregates:
         holed = self.RETURNS.copy()
         holed[0] = np.nan
         assert interquartile_mean(holed) == pytest.approx(interquartile_mean(self.RETURNS[1:]))
+        for size in range(1, 12):
+            assert interquartile_mean(self.RETURNS.ravel()[:size]) == pytest.approx(
+                stats.trim_mean(self.RETURNS.ravel()[:size], 0.25)
+            )
+        assert np.isnan(interquartile_mean(np.full(3, np.nan)))
 
     def test_probability_of_improvement_counts_pairs_of_a_task(self) -> None:
         rng = np.random.default_rng(1)

@@ -213,7 +213,7 @@ class Endless(Reach):
     ("env", "words"),
     [
         (Pushes, "cannot play this environment: its actions are continuous"),
-        (Elsewhere, r"bounded by \[5.0, 5.0\] and \[7.0, 7.0\]"),
+        (Elsewhere, r"bounded by \[5, 5\] and \[7, 7\]"),
         (Wide, "observations are of the size 3"),
         (Endless, "horizon must be"),
     ],

@@ -437,7 +437,14 @@ def test_a_runs_best_checkpoint_is_evaluated_unless_one_is_named(tmp_path: Path,
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"task": "cartpole"}, r"observations of size 2 with 2 continuous actions, which 'cartpole' does not have\.$"),
+        (
+            {"task": "cartpole"},
+            r"cannot play 'cartpole': its observations are of the size 2, not of the shape \(4,\)\.$",
+        ),
+        (
+            {"task": "faulty_tasks:Doubled"},
+            r"its actions are bounded by \[-0.1, -0.1\] and \[0.1, 0.1\], not as in Box\(",
+        ),
         ({"task": "navigation"}, r"no task family 'navigation', did you mean 'navigation-2d'"),
         ({"split": "tset"}, r"no split 'tset', did you mean 'test'"),
         ({"num_tasks": 0}, r"^num_tasks must be an integer of 1 or more, not 0\.$"),
