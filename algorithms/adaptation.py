@@ -17,12 +17,22 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
-from ..seeds import Branch, seed_for
-from .inference import check_count, check_number, policy_inputs, task_numbers
-from .maml import CRITICS, Batch, MetaConfig, critic_inputs, for_tasks, inner_step, make_batch, play, task_shards
-from .policy import SSMPolicy, numpy_weights
-from .replay import ReplayBuffer, TaskModel, as_columns, effective_sample_size
-from .rollouts import Array, Rollouts
+from ssm_metarl.algorithms.inference import check_count, check_number, policy_inputs, task_numbers
+from ssm_metarl.algorithms.maml import (
+    CRITICS,
+    Batch,
+    MetaConfig,
+    critic_inputs,
+    for_tasks,
+    inner_step,
+    make_batch,
+    play,
+    task_shards,
+)
+from ssm_metarl.algorithms.policy import SSMPolicy, numpy_weights
+from ssm_metarl.algorithms.replay import ReplayBuffer, TaskModel, as_columns, effective_sample_size
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.seeds import Branch, seed_for
 
 Weights = dict[str, Array]
 Result = TypeVar("Result")

@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy import stats
 
-from .adaptation import Collect, StandardAdapter
-from .maml import MetaConfig
-from .policy import SSMPolicy
-from .rollouts import Array
+from ssm_metarl.algorithms.adaptation import Collect, StandardAdapter
+from ssm_metarl.algorithms.maml import MetaConfig
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.rollouts import Array
 
 Number: TypeAlias = float | np.floating[Any] | Array
 """A number of Python or of NumPy, or an array of one."""

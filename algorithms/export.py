@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .inference import NumpyPolicy
-from .policy import SSMPolicy
+from ssm_metarl.algorithms.inference import NumpyPolicy
+from ssm_metarl.algorithms.policy import SSMPolicy
 
 
 class PolicyStep(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scan import batched, row_parts
+from ssm_metarl.algorithms.scan import batched, row_parts
 
 NARROW = 16
 """Least columns of a product. With one to eight a BLAS takes two to five times as long as with sixteen (MKL with AVX2,

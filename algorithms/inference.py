@@ -19,7 +19,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-from .rollouts import Array, Rollouts
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
 
 MIN_DECAY = 1e-6
 """Least decay of a mode a step. It keeps |a| below 1 in float32 too, where exp(-exp(nu)) rounds to 1 for small nu."""

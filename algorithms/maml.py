@@ -19,11 +19,19 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 from torch.func import functional_call
 
-from .inference import PolicySpec, adapts, check_count, check_number, policy_inputs, step_size, task_numbers
-from .policy import PolicyOutput, SSMPolicy
-from .returns import advantages as estimate
-from .returns import discounted_returns, normalized, step_means, tells_apart
-from .rollouts import Array, Rollouts
+from ssm_metarl.algorithms.inference import (
+    PolicySpec,
+    adapts,
+    check_count,
+    check_number,
+    policy_inputs,
+    step_size,
+    task_numbers,
+)
+from ssm_metarl.algorithms.policy import PolicyOutput, SSMPolicy
+from ssm_metarl.algorithms.returns import advantages as estimate
+from ssm_metarl.algorithms.returns import discounted_returns, normalized, step_means, tells_apart
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
 
 Parameters = dict[str, Tensor]
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .functions import skip_tanh
-from .inference import PolicySpec
-from .policy import SSMPolicy
-from .rollouts import Array
-from .ssm import SSMBlock
+from ssm_metarl.algorithms.functions import skip_tanh
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.algorithms.ssm import SSMBlock
 
 Arrays = dict[str, Array]
 """Parameters by name and, beside them, their moments by ``parameter.moment``."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .inference import PolicySpec, task_numbers
-from .returns import discounted_returns
-from .rollouts import Array, Rollouts
+from ssm_metarl.algorithms.inference import PolicySpec, task_numbers
+from ssm_metarl.algorithms.returns import discounted_returns
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
 
 SMALLEST = 1e-6
 """Below this a standard deviation is taken for rounding: what does not vary is not scaled."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from .functions import linear, tanh
-from .inference import CRITIC_UNITS, PolicySpec, adapts, step_size
-from .rollouts import Array
-from .ssm import Affine, SSMBlock, along
+from ssm_metarl.algorithms.functions import linear, tanh
+from ssm_metarl.algorithms.inference import CRITIC_UNITS, PolicySpec, adapts, step_size
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.algorithms.ssm import Affine, SSMBlock, along
 
 __all__ = ["PolicyOutput", "PolicySpec", "SSMPolicy"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .inference import PolicySpec, check_count
-from .rollouts import Array, Rollouts
+from ssm_metarl.algorithms.inference import PolicySpec, check_count
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
 
 MODEL_STEPS = 64
 """Steps of a stored episode, evenly spread, at which it is compared with a task: consecutive ones are alike."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .rollouts import Array, Rollouts
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
 
 
 def discounted_returns(rewards: Array, valid: Array, discount: float) -> Array:

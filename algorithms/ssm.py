@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .functions import gated_residual, linear, skip_tanh
-from .inference import MAX_NU, MIN_DECAY
-from .scan import scan
+from ssm_metarl.algorithms.functions import gated_residual, linear, skip_tanh
+from ssm_metarl.algorithms.inference import MAX_NU, MIN_DECAY
+from ssm_metarl.algorithms.scan import scan
 
 CHUNK = 128
 """Steps within which a memory is evaluated as a product of matrices, of which every step meets every earlier one."""

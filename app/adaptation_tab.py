@@ -9,13 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..adapt_cli import interval_words, json_object, modes_table, parameter_words, write_report
-from ..distributed.checkpoint import load_checkpoint
-from ..distributed.evaluation import MODES, AdaptOptions, TaskSource, adapt_checkpoint, compare_modes
-from ..job_cli import run_name
-from ..tasks import cartpole, navigation
-from .pretrained_tab import SPLITS
-from .view import (
+from ssm_metarl.adapt_cli import interval_words, json_object, modes_table, parameter_words, write_report
+from ssm_metarl.app.pretrained_tab import SPLITS
+from ssm_metarl.app.view import (
     COMPUTE,
     LOOK,
     model_choice,
@@ -26,7 +22,11 @@ from .view import (
     table_html,
     text_html,
 )
-from .workspace import Workspace
+from ssm_metarl.app.workspace import Workspace
+from ssm_metarl.distributed.checkpoint import load_checkpoint
+from ssm_metarl.distributed.evaluation import MODES, AdaptOptions, TaskSource, adapt_checkpoint, compare_modes
+from ssm_metarl.job_cli import run_name
+from ssm_metarl.tasks import cartpole, navigation
 
 LABELS = {
     "gravity": "Gravity (m/s²)",

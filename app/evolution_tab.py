@@ -10,14 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from ..distributed.checkpoint import MANIFEST, load_checkpoint
-from ..distributed.config import TrainConfig
-from ..plots import plot_evolution
-from ..population_view import decisions_table, population_table
-from ..tasks import names
-from ..tuning.population import EvolveConfig
-from ..tuning.store import RunStore, read_state, request_rollback
-from .view import (
+from ssm_metarl.app.view import (
     JOBS,
     Show,
     follow,
@@ -33,7 +26,14 @@ from .view import (
     start_job,
     table_html,
 )
-from .workspace import Workspace
+from ssm_metarl.app.workspace import Workspace
+from ssm_metarl.distributed.checkpoint import MANIFEST, load_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.plots import plot_evolution
+from ssm_metarl.population_view import decisions_table, population_table
+from ssm_metarl.tasks import names
+from ssm_metarl.tuning.population import EvolveConfig
+from ssm_metarl.tuning.store import RunStore, read_state, request_rollback
 
 PICTURES = {
     "lineage.png": "Lineage: every trial of every generation, where it came from and what became of it",

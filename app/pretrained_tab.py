@@ -8,11 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from ..adapt_cli import evaluation_table, modes_table
-from ..distributed.checkpoint import Checkpoint, load_checkpoint
-from ..distributed.evaluation import evaluate_checkpoint
-from .view import COMPUTE, LOOK, facts_html, model_choice, offer_models, readable, table_html, text_html
-from .workspace import Workspace
+from ssm_metarl.adapt_cli import evaluation_table, modes_table
+from ssm_metarl.app.view import COMPUTE, LOOK, facts_html, model_choice, offer_models, readable, table_html, text_html
+from ssm_metarl.app.workspace import Workspace
+from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint
+from ssm_metarl.distributed.evaluation import evaluate_checkpoint
 
 SPLITS = ["test", "shifted-test", "validation", "shifted", "train"]
 

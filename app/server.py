@@ -11,8 +11,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is loaded
 
 import gradio as gr
 
-from . import adaptation_tab, evolution_tab, pretrained_tab, training_tab
-from .workspace import Workspace
+from ssm_metarl.app import adaptation_tab, evolution_tab, pretrained_tab, training_tab
+from ssm_metarl.app.workspace import Workspace
 
 TABS = {
     "Pretrained": pretrained_tab.build,

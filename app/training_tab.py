@@ -10,14 +10,9 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from ..adapt_cli import evaluation_table
-from ..algorithms.maml import ALGORITHMS
-from ..distributed import jobs
-from ..distributed.checkpoint import checkpoints, load_checkpoint
-from ..distributed.config import TrainConfig
-from ..plots import read_metrics
-from ..tasks import names
-from .view import (
+from ssm_metarl.adapt_cli import evaluation_table
+from ssm_metarl.algorithms.maml import ALGORITHMS
+from ssm_metarl.app.view import (
     JOBS,
     LOOK,
     Show,
@@ -31,7 +26,12 @@ from .view import (
     start_job,
     table_html,
 )
-from .workspace import Workspace
+from ssm_metarl.app.workspace import Workspace
+from ssm_metarl.distributed import jobs
+from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.plots import read_metrics
+from ssm_metarl.tasks import names
 
 OPTIONS = (
     "iterations",

@@ -16,9 +16,9 @@ import gradio as gr
 from gradio.components import FormComponent
 from rich.table import Table
 
-from ..distributed.jobs import JobError
-from ..distributed.trainer import EnvironmentFailure
-from .workspace import Workspace, job_of
+from ssm_metarl.app.workspace import Workspace, job_of
+from ssm_metarl.distributed.jobs import JobError
+from ssm_metarl.distributed.trainer import EnvironmentFailure
 
 COMPUTE: Mapping[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}
 """Of events that play episodes in this process: one after the other, the others wait in the queue."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import pretrained
-from ..distributed import jobs
-from ..distributed.checkpoint import MANIFEST, resolve_checkpoint
-from ..job_cli import job_view, prepared
+from ssm_metarl import pretrained
+from ssm_metarl.distributed import jobs
+from ssm_metarl.distributed.checkpoint import MANIFEST, resolve_checkpoint
+from ssm_metarl.job_cli import job_view, prepared
 
 MAX_JOBS = 2
 """Jobs that the page lets run side by side."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,22 @@ def log(message: str) -> None:
 
 
 def report(benchmark: str, result: Mapping[str, Any]) -> None:
-    """Print the result, with the machine it was measured on, as the one JSON object on stdout."""
-    print(json.dumps({"benchmark": benchmark, **result, "machine": machine()}, indent=2))
+    """Print the result as the one JSON object on stdout, with what made it: command, commit and machine."""
+    made = {"command": command(), "commit": commit(), "date": date.today().isoformat(), "machine": machine()}
+    print(json.dumps({"benchmark": benchmark, **made, **result}, indent=1))
+
+
+def command() -> str:
+    """The command line, as one types it in the project's folder."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of the project's folder, with a "+" where files differ from it; None outside a checkout."""
+    folder = Path(__file__).parents[1]
+    words = ["git", "-C", str(folder), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def machine() -> dict[str, Any]:

@@ -32,13 +32,13 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from .. import pretrained
-from ..algorithms.inference import CRITIC_UNITS, PolicySpec, step_size
-from ..algorithms.replay import ReplayBuffer
-from ..algorithms.rollouts import Array
+from ssm_metarl import pretrained
+from ssm_metarl.algorithms.inference import CRITIC_UNITS, PolicySpec, step_size
+from ssm_metarl.algorithms.replay import ReplayBuffer
+from ssm_metarl.algorithms.rollouts import Array
 
 if TYPE_CHECKING:
-    from ..algorithms.policy import SSMPolicy
+    from ssm_metarl.algorithms.policy import SSMPolicy
 
 FORMAT_VERSION = 1
 """Version of the folder's content. A change that an older reader would misread raises it."""
@@ -182,7 +182,9 @@ def load_policy(path: str | Path) -> tuple[SSMPolicy, Checkpoint]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    from ..algorithms.policy import SSMPolicy  # only here: reading checkpoints needs no torch, which takes seconds
+    from ssm_metarl.algorithms.policy import (
+        SSMPolicy,  # only here: reading checkpoints needs no torch, which takes seconds
+    )
 
     checkpoint = load_checkpoint(resolve_checkpoint(path))
     policy = SSMPolicy(checkpoint.spec)

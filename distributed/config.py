@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from ..algorithms.inference import (
+from ssm_metarl.algorithms.inference import (
     PolicyConfig,
     PolicySpec,
     action_bounds,
@@ -19,9 +19,9 @@ from ..algorithms.inference import (
     check_number,
     task_numbers,
 )
-from ..algorithms.maml import IN_CONTEXT, POLICY_GRADIENT, MetaConfig
-from ..seeds import Branch, seed_for
-from ..tasks import TaskDistribution, make
+from ssm_metarl.algorithms.maml import IN_CONTEXT, POLICY_GRADIENT, MetaConfig
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tasks import TaskDistribution, make
 
 
 def available_cores() -> int:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithms.adaptation import Adaptation, Collect, HybridAdapter, StandardAdapter
-from ..algorithms.evaluation import (
+from ssm_metarl.algorithms.adaptation import Adaptation, Collect, HybridAdapter, StandardAdapter
+from ssm_metarl.algorithms.evaluation import (
     Evaluation,
     confidence_interval,
     evaluate,
@@ -22,18 +22,18 @@ from ..algorithms.evaluation import (
     probability_of_improvement,
     stratified_bootstrap,
 )
-from ..algorithms.inference import check_count
-from ..algorithms.maml import MetaConfig
-from ..algorithms.policy import SSMPolicy
-from ..algorithms.replay import ReplayBuffer
-from ..algorithms.rollouts import Array, Rollouts
-from ..seeds import Branch, seed_for
-from ..tasks import Task, TaskDistribution, make
-from .checkpoint import Checkpoint, load_policy
-from .config import TrainConfig
-from .pool import Pool
-from .run import start_ray
-from .trainer import check_resources, play
+from ssm_metarl.algorithms.inference import check_count
+from ssm_metarl.algorithms.maml import MetaConfig
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.replay import ReplayBuffer
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.distributed.checkpoint import Checkpoint, load_policy
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.pool import Pool
+from ssm_metarl.distributed.run import start_ray
+from ssm_metarl.distributed.trainer import check_resources, play
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tasks import Task, TaskDistribution, make
 
 SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
 """Branches of the seed tree for the splits' tasks: validation and test never meet the tasks of training."""

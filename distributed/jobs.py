@@ -8,13 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pkgutil
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +23,9 @@ import psutil
 import ray
 from packaging.requirements import Requirement
 
-from .checkpoint import replace_file
-from .config import available_cores
+import ssm_metarl
+from ssm_metarl.distributed.checkpoint import replace_file
+from ssm_metarl.distributed.config import available_cores
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -40,6 +38,12 @@ MARK = "ssm-metarl"
 
 HEAD_ADDRESS = "127.0.0.2"
 """Of a head on this machine: loopback. Ray would replace 127.0.0.1 by the address of a network, which may change."""
+
+PACKAGE = Path(ssm_metarl.__file__).parent
+"""The package's folder, which travels with a job."""
+
+EXCLUDED = ("__pycache__",)
+"""Of the package's folder: patterns of what does not travel."""
 
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 """Statuses of a job that is over."""
@@ -226,35 +230,12 @@ def submit(command: Sequence[str], run_dir: str | None, address: str | None = No
         python = shlex.quote(sys.executable)  # the head's own
     elif missing := missing_requirements(client):
         environment["pip"] = missing
-    with tempfile.TemporaryDirectory() as folder:
-        environment["py_modules"] = [str(package_folder(Path(folder)))]
-        return client.submit_job(
-            entrypoint=f"exec {python} -m ssm_metarl {shlex.join(command)}",
-            runtime_env=environment,
-            metadata={MARK: run_dir or ""},
-        )
-
-
-def package_folder(parent: Path) -> Path:
-    """A copy of this package as it is in a wheel, for ``py_modules`` of a runtime environment.
-
-    Args:
-        parent: an empty folder.
-
-    Returns:
-        ``parent / "ssm_metarl"``.
-    """
-    import ssm_metarl
-
-    origin = Path(ssm_metarl.__file__).parent
-    ignore = shutil.ignore_patterns("__pycache__")
-    target = shutil.copytree(origin, parent / "ssm_metarl", ignore=ignore)
-    for module in pkgutil.iter_modules(ssm_metarl.__path__):
-        # In a checkout the parts of the package stand beside its folder, which is one of them.
-        if module.ispkg and not (target / module.name).exists() and module.name != origin.name:
-            source = next(Path(p) / module.name for p in ssm_metarl.__path__ if (Path(p) / module.name).is_dir())
-            shutil.copytree(source, target / module.name, ignore=ignore)
-    return target
+    environment |= {"py_modules": [str(PACKAGE)], "excludes": list(EXCLUDED)}
+    return client.submit_job(
+        entrypoint=f"exec {python} -m ssm_metarl {shlex.join(command)}",
+        runtime_env=environment,
+        metadata={MARK: run_dir or ""},
+    )
 
 
 def missing_requirements(client: JobSubmissionClient) -> list[str]:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ..algorithms.adaptation import adapt_weights, batch_for
-from ..algorithms.inference import PolicySpec
-from ..algorithms.maml import SCHEDULES, Batch, MetaConfig, MetaLoss, meta_loss, task_shards
-from ..algorithms.normalize import Normalizer
-from ..algorithms.policy import SSMPolicy
-from ..algorithms.rollouts import Array, Rollouts
-from .config import TrainConfig
+from ssm_metarl.algorithms.adaptation import adapt_weights, batch_for
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.maml import SCHEDULES, Batch, MetaConfig, MetaLoss, meta_loss, task_shards
+from ssm_metarl.algorithms.normalize import Normalizer
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.distributed.config import TrainConfig
 
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")

@@ -12,15 +12,15 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from ..algorithms.collect import collect
-from ..algorithms.inference import NumpyPolicy, PolicySpec, check_count
-from ..algorithms.rollouts import Array, Rollouts
-from ..seeds import Branch, child, seed_for
-from ..tasks.adapter import policy_env
-from .checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
+from ssm_metarl.algorithms.collect import collect
+from ssm_metarl.algorithms.inference import NumpyPolicy, PolicySpec, check_count
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, resolve_checkpoint
+from ssm_metarl.seeds import Branch, child, seed_for
+from ssm_metarl.tasks.adapter import policy_env
 
 if TYPE_CHECKING:
-    from ..algorithms.adaptation import Adaptation
+    from ssm_metarl.algorithms.adaptation import Adaptation
 
 
 class Player:
@@ -174,9 +174,9 @@ class Player:
             ValueError: the environment's spaces are not those of the policy, an option is impossible, or all
                 episodes were lost; one sentence.
         """
-        from ..algorithms.adaptation import StandardAdapter
-        from ..algorithms.maml import MetaConfig
-        from ..algorithms.policy import SSMPolicy
+        from ssm_metarl.algorithms.adaptation import StandardAdapter
+        from ssm_metarl.algorithms.maml import MetaConfig
+        from ssm_metarl.algorithms.policy import SSMPolicy
 
         config = MetaConfig(**{f.name: self._meta[f.name] for f in fields(MetaConfig) if f.name in self._meta})
         episodes = int(self._meta.get("episodes", 1)) if episodes is None else episodes

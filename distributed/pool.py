@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ..algorithms.collect import collect_tasks
-from ..algorithms.inference import PolicySpec
-from ..algorithms.rollouts import Array, Rollouts
-from ..tasks.base import Task, TaskDistribution
+from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.tasks.base import Task, TaskDistribution
 
 if TYPE_CHECKING:
-    from .worker import WorkerHandle
+    from ssm_metarl.distributed.worker import WorkerHandle
 
 MAX_DEATHS = 3
 """A task held by a worker at this many deaths in one call is taken to be their cause, and dropped."""
@@ -88,7 +88,7 @@ class Pool:
         self._workers: list[WorkerHandle] = []
         self._closed = False
         if num_workers:
-            from .worker import WorkerHandle
+            from ssm_metarl.distributed.worker import WorkerHandle
 
             names = [f"{name}/rollout-worker-{i}" for i in range(num_workers)]
             self._workers = [WorkerHandle(worker_name, distribution, spec, trial_episodes) for worker_name in names]
@@ -195,7 +195,7 @@ class Pool:
 
     def _play(self, batch: _Batch) -> None:
         """Hand the batch's parts to free workers until none is left."""
-        from .worker import wait
+        from ssm_metarl.distributed.worker import wait
 
         held: dict[WorkerHandle, _Part] = {}
         try:
@@ -217,7 +217,7 @@ class Pool:
 
     def _receive(self, batch: _Batch, worker: WorkerHandle, part: _Part | None) -> None:
         """Take the answer of a worker that played ``part``, or (None) that has started."""
-        from .worker import WorkerDied
+        from ssm_metarl.distributed.worker import WorkerDied
 
         try:
             answer = worker.result()

@@ -39,16 +39,16 @@ from ray.rllib.utils.metrics import (
 )
 from torch import Tensor
 
-from ..algorithms.inference import PolicySpec
-from ..algorithms.maml import SCHEDULES
-from ..algorithms.policy import SSMPolicy
-from ..algorithms.rollouts import Array
-from ..seeds import Branch, seed_for
-from ..tasks import TaskDistribution
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from .config import TrainConfig
-from .learner import load_state, optimizer_arrays, resolve_device
-from .trainer import BAD_EPISODES_ALLOWED, EnvironmentFailure, check_resources, check_sizes
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.maml import SCHEDULES
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.learner import load_state, optimizer_arrays, resolve_device
+from ssm_metarl.distributed.trainer import BAD_EPISODES_ALLOWED, EnvironmentFailure, check_resources, check_sizes
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tasks import TaskDistribution
 
 COLUMNS = 20
 """Most episodes that a worker plays side by side: RLlib's time a step falls little beyond."""

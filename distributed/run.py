@@ -18,16 +18,16 @@ import numpy as np
 import ray
 from tensorboardX import SummaryWriter
 
-from ..algorithms.inference import PolicySpec
-from ..tasks import TaskDistribution
-from .checkpoint import checkpoints, load_checkpoint, mark_best, prune, resolve_checkpoint
-from .config import TrainConfig, available_cores
-from .learner import check_device
-from .storage import Mirror
-from .trainer import MetaTrainer, check_sizes, with_critic
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint, mark_best, prune, resolve_checkpoint
+from ssm_metarl.distributed.config import TrainConfig, available_cores
+from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.storage import Mirror
+from ssm_metarl.distributed.trainer import MetaTrainer, check_sizes, with_critic
+from ssm_metarl.tasks import TaskDistribution
 
 if TYPE_CHECKING:
-    from .rllib_ppo import PolicyGradientTrainer
+    from ssm_metarl.distributed.rllib_ppo import PolicyGradientTrainer
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def train(
 def make_trainer(config: TrainConfig, distribution: TaskDistribution | None) -> MetaTrainer | PolicyGradientTrainer:
     """The trainer of a run's algorithm."""
     if config.algorithm == "policy-gradient":
-        from .rllib_ppo import PolicyGradientTrainer  # only here: RLlib takes seconds to load
+        from ssm_metarl.distributed.rllib_ppo import PolicyGradientTrainer  # only here: RLlib takes seconds to load
 
         return PolicyGradientTrainer(config, distribution)
     return MetaTrainer({**config.to_dict(), "task_distribution": distribution})

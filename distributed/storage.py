@@ -10,7 +10,7 @@ from typing import Any
 from pyarrow import ArrowException
 from pyarrow import fs as filesystems
 
-from .checkpoint import MANIFEST
+from ssm_metarl.distributed.checkpoint import MANIFEST
 
 
 def is_uri(place: object) -> bool:

@@ -14,18 +14,18 @@ import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
-from ..algorithms.inference import PolicySpec
-from ..algorithms.normalize import RunningMoments
-from ..algorithms.policy import SSMPolicy
-from ..algorithms.replay import ReplayBuffer
-from ..algorithms.rollouts import Array, Rollouts
-from ..seeds import Branch, seed_for
-from ..tasks import Task, TaskDistribution, names, register
-from .checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from .config import TrainConfig
-from .learner import Learner
-from .pool import Pool
-from .telemetry import Telemetry
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.normalize import RunningMoments
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.replay import ReplayBuffer
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.distributed.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.pool import Pool
+from ssm_metarl.distributed.telemetry import Telemetry
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tasks import Task, TaskDistribution, names, register
 
 BAD_EPISODES_ALLOWED = 0.1
 """Share of a collection's episodes that may be lost to a faulty environment before the run stops."""

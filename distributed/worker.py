@@ -15,10 +15,10 @@ import ray
 from ray import exceptions
 from threadpoolctl import threadpool_limits
 
-from ..algorithms.collect import collect_tasks
-from ..algorithms.inference import PolicySpec
-from ..algorithms.rollouts import Array, Rollouts
-from ..tasks.base import Task, TaskDistribution
+from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.tasks.base import Task, TaskDistribution
 
 _DEATHS = (
     exceptions.RayActorError,

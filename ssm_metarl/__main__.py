@@ -1,6 +1,6 @@
 """``python -m ssm_metarl`` is the command line."""
 
-from .cli import main
+from ssm_metarl.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

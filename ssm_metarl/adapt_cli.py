@@ -12,10 +12,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .distributed.checkpoint import save_checkpoint
-from .distributed.evaluation import AdaptOptions, TaskReport, TaskSource, adapt_checkpoint
-from .job_cli import run_name
-from .plots import plot_task
+from ssm_metarl.distributed.checkpoint import save_checkpoint
+from ssm_metarl.distributed.evaluation import AdaptOptions, TaskReport, TaskSource, adapt_checkpoint
+from ssm_metarl.job_cli import run_name
+from ssm_metarl.plots import plot_task
 
 
 def json_object(text: str) -> dict[str, Any]:

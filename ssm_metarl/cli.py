@@ -17,23 +17,23 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .adapt_cli import Adapt, JsonObject, evaluation_table, json_object, modes_table, run_adapt
-from .algorithms.inference import PolicyConfig
-from .algorithms.maml import ALGORITHMS
-from .distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
-from .distributed.config import TrainConfig
-from .distributed.evaluation import AdaptOptions, TaskSource, compare_modes, evaluate_checkpoint
-from .distributed.jobs import JobError
-from .distributed.learner import check_device
-from .distributed.run import auto_workers, train
-from .distributed.storage import Mirror, is_uri
-from .distributed.trainer import EnvironmentFailure
-from .job_cli import COMMANDS, JobCommand, run_job, run_name
-from .plots import plot_evolution, plot_run
-from .population_view import PopulationView, evolution_summary
-from .tuning.population import EvolveConfig, all_generations
-from .tuning.run import EvolutionFailure, evolve
-from .tuning.store import read_state, request_rollback
+from ssm_metarl.adapt_cli import Adapt, JsonObject, evaluation_table, json_object, modes_table, run_adapt
+from ssm_metarl.algorithms.inference import PolicyConfig
+from ssm_metarl.algorithms.maml import ALGORITHMS
+from ssm_metarl.distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.evaluation import AdaptOptions, TaskSource, compare_modes, evaluate_checkpoint
+from ssm_metarl.distributed.jobs import JobError
+from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.run import auto_workers, train
+from ssm_metarl.distributed.storage import Mirror, is_uri
+from ssm_metarl.distributed.trainer import EnvironmentFailure
+from ssm_metarl.job_cli import COMMANDS, JobCommand, run_job, run_name
+from ssm_metarl.plots import plot_evolution, plot_run
+from ssm_metarl.population_view import PopulationView, evolution_summary
+from ssm_metarl.tuning.population import EvolveConfig, all_generations
+from ssm_metarl.tuning.run import EvolutionFailure, evolve
+from ssm_metarl.tuning.store import read_state, request_rollback
 
 console = Console(stderr=True)
 
@@ -514,7 +514,7 @@ def _app(options: App) -> int:
         import gradio  # noqa: F401
     except ModuleNotFoundError:
         raise ValueError("The web interface needs Gradio: pip install -e '.[app]'") from None
-    from .app.server import serve  # only here: Gradio takes seconds to load
+    from ssm_metarl.app.server import serve  # only here: Gradio takes seconds to load
 
     serve(options.host, options.port, options.storage, options.address, _say)
     return 0

@@ -18,11 +18,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .distributed import jobs
-from .distributed.checkpoint import resolve_checkpoint
-from .distributed.storage import Mirror, is_uri
-from .population_view import population_table
-from .tuning.store import read_state
+from ssm_metarl.distributed import jobs
+from ssm_metarl.distributed.checkpoint import resolve_checkpoint
+from ssm_metarl.distributed.storage import Mirror, is_uri
+from ssm_metarl.population_view import population_table
+from ssm_metarl.tuning.store import read_state
 
 PATH_OPTIONS = ("--run-dir", "--storage", "--from")
 """Options that name files: made absolute when a job is submitted, for a job runs in a folder of its own."""

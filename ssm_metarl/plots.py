@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .algorithms.rollouts import Rollouts
+from ssm_metarl.algorithms.rollouts import Rollouts
 
 LISTED = 12
 """Mutations that are listed beside a lineage, the last ones that were kept."""

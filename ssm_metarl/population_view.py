@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .tuning.metrics import METRICS
-from .tuning.run import EvolveResult
-from .tuning.store import RunStore, read_state
+from ssm_metarl.tuning.metrics import METRICS
+from ssm_metarl.tuning.run import EvolveResult
+from ssm_metarl.tuning.store import RunStore, read_state
 
 _HEADINGS = ("#", "status", "N/H/L", "inner", "outer", "S", "ret", "spd", "gen", "eff", "stb", "comp.")
 _LEGEND = (

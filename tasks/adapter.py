@@ -35,7 +35,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from .base import Parameter, ReferenceReturns, Task, TaskDistribution, lookup, stack_parameters
+from ssm_metarl.tasks.base import Parameter, ReferenceReturns, Task, TaskDistribution, lookup, stack_parameters
 
 GYM = "gym:"
 MAX_FLAT = 1024  # numbers of a one-hot vector, or of a Box with several axes: beyond it is an image or a hash

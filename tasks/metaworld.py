@@ -22,7 +22,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from .base import BatchedEnv, ReferenceReturns, Task, TaskDistribution, load_extra, lookup
+from ssm_metarl.tasks.base import BatchedEnv, ReferenceReturns, Task, TaskDistribution, load_extra, lookup
 
 HORIZON = 500  # Meta-World's; it ends every episode there
 SEED = 0  # of Meta-World's placements

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from .base import (
+from ssm_metarl.tasks.base import (
     BatchedEnv,
     Parameter,
     ReferenceReturns,

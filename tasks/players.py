@@ -23,11 +23,11 @@ from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 from scipy import linalg
 
-from ..seeds import child
-from .base import Task, TaskDistribution, lookup, stack_parameters
-from .cartpole import CARTPOLE_V1, PARAMETERS, START, TIME_STEP, Physics, derivative
-from .popgym import NoisyPositionOnlyCartPole
-from .tabular_mdp import TabularMDP, backward_induction
+from ssm_metarl.seeds import child
+from ssm_metarl.tasks.base import Task, TaskDistribution, lookup, stack_parameters
+from ssm_metarl.tasks.cartpole import CARTPOLE_V1, PARAMETERS, START, TIME_STEP, Physics, derivative
+from ssm_metarl.tasks.popgym import NoisyPositionOnlyCartPole
+from ssm_metarl.tasks.tabular_mdp import TabularMDP, backward_induction
 
 Floats = NDArray[np.float64]
 Observations = NDArray[np.float32]

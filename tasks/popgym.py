@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from .base import (
+from ssm_metarl.tasks.base import (
     SPLITS,
     BatchedEnv,
     ReferenceReturns,
@@ -27,7 +27,15 @@ from .base import (
     register,
     stack_parameters,
 )
-from .cartpole import ACTION_SPACE, CARTPOLE_V1, MAX_ANGLE, MAX_POSITION, PARAMETERS, CartPoleEnv, Physics
+from ssm_metarl.tasks.cartpole import (
+    ACTION_SPACE,
+    CARTPOLE_V1,
+    MAX_ANGLE,
+    MAX_POSITION,
+    PARAMETERS,
+    CartPoleEnv,
+    Physics,
+)
 
 SUITS = 4
 DECK = 52  # cards, a quarter of each suit

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from .base import (
+from ssm_metarl.tasks.base import (
     SPLITS,
     BatchedEnv,
     Parameter,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,20 @@ from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.seeds import seed_for
 
 seeds = st.integers(0, 2**32 - 1)
+
+# --- The package --------------------------------------------------------------------------------------------
+
+
+def package_files() -> set[str]:
+    """Paths of the package's files as they install, ``ssm_metarl/algorithms/ssm.py`` and so on."""
+    root = Path(__file__).resolve().parents[1]
+    return {
+        (Path(folder) / name).relative_to(root).as_posix()
+        for folder, _, names in os.walk(root / "ssm_metarl", followlinks=True)
+        for name in names
+        if "__pycache__" not in folder
+    }
+
 
 # --- Policies ---------------------------------------------------------------------------------------------
 

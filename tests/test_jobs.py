@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 
+from builders import package_files
 from ssm_metarl import job_cli
 from ssm_metarl.cli import main
 from ssm_metarl.distributed import jobs
@@ -48,19 +51,24 @@ IMPORTS = "import ssm_metarl, " + ", ".join(f"ssm_metarl.{part}" for part in PAR
 
 
 def test_what_travels_with_a_job_is_the_whole_package(tmp_path: Path) -> None:
-    folder = jobs.package_folder(tmp_path)
-    assert folder == tmp_path / "ssm_metarl"
+    """Packed as Ray packs ``py_modules``: the files that the links lead to, and nothing that Python compiled."""
+    packed = tmp_path / "package.zip"
+    create_package(
+        str(jobs.PACKAGE), packed, include_gitignore=True, include_parent_dir=True, excludes=list(jobs.EXCLUDED)
+    )
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(tmp_path / "there")
+        assert {name for name in archive.namelist() if not name.endswith("/")} == package_files()
     where = run(
-        f"{IMPORTS}; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('ssm_metarl')))", tmp_path
+        f"{IMPORTS}; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('ssm_metarl')))",
+        tmp_path / "there",
     )
     assert len(where.split()) > 20
-    assert all(Path(file).is_relative_to(folder) for file in where.split())
-    assert not list(folder.rglob("__pycache__"))
-    assert (folder / "py.typed").is_file()
+    assert all(Path(file).is_relative_to(tmp_path / "there") for file in where.split())
 
 
 def test_a_checkout_runs_without_being_installed() -> None:
-    assert run(f"{IMPORTS}; print(ssm_metarl.tuning.run.__file__)", ROOT) == str(ROOT / "tuning" / "run.py")
+    assert run(f"{IMPORTS}; print(ssm_metarl.tuning.run.__file__)", ROOT) == str(ROOT / "ssm_metarl/tuning/run.py")
 
 
 def test_paths_of_a_command_are_made_absolute(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import ssm_metarl
+from builders import package_files
 
 # What a rollout worker loads must cost neither torch nor (but for the actor itself) Ray.
 WITHOUT_TORCH_AND_RAY = (
@@ -51,3 +53,25 @@ def test_every_public_name_loads() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         ssm_metarl.no_such_name  # noqa: B018
+
+
+def test_nothing_is_importable_twice(tmp_path: Path) -> None:
+    program = "import importlib.util as i; print([i.find_spec(n) for n in ('algorithms', 'ssm_metarl.ssm_metarl')])"
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True).stdout == (
+        "[None, None]\n"
+    )
+
+
+@pytest.mark.slow
+def test_the_wheel_is_complete(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    for made_from in (root, None):  # the checkout, and the archive of its sources
+        if made_from is None:
+            subprocess.run([sys.executable, "-m", "build", "--sdist", "-o", tmp_path, root], check=True)
+            (made_from,) = tmp_path.glob("*.tar.gz")
+        out = tmp_path / made_from.name[:3]
+        subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", out, made_from], check=True)
+        (wheel,) = out.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert names == package_files()

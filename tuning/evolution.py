@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from ..seeds import Branch, seed_for
-from .metrics import Assessment, compare, composite, composite_interval, metrics
-from .mutation import SIZES, Proposal, moves, propose
-from .population import EvolveConfig, Record, Report, Slot, all_generations
-from .safety import below_floor, collapsed, keeps
-from .store import RunStore
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tuning.metrics import Assessment, compare, composite, composite_interval, metrics
+from ssm_metarl.tuning.mutation import SIZES, Proposal, moves, propose
+from ssm_metarl.tuning.population import EvolveConfig, Record, Report, Slot, all_generations
+from ssm_metarl.tuning.safety import below_floor, collapsed, keeps
+from ssm_metarl.tuning.store import RunStore
 
 RESTORED = 1 << 20
 """In a seed's path: of a trial that got a checkpoint of the past, beside the small numbers of restarts."""

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithms.evaluation import percentile_interval
-from ..algorithms.inference import check_count, check_keys, check_number
-from ..algorithms.rollouts import Array
-from ..tasks import ReferenceReturns
+from ssm_metarl.algorithms.evaluation import percentile_interval
+from ssm_metarl.algorithms.inference import check_count, check_keys, check_number
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.tasks import ReferenceReturns
 
 METRICS = ("average_return", "adaptation_speed", "generalisation", "meta_efficiency", "stability")
 """Names of the metrics, in the order in which they are reported."""

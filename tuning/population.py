@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..algorithms.inference import check_count, check_flag
-from .safety import SafetyConfig
+from ssm_metarl.algorithms.inference import check_count, check_flag
+from ssm_metarl.tuning.safety import SafetyConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,20 +17,20 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
 
-from ..distributed.checkpoint import load_checkpoint, mark_best, prune, resolve_checkpoint, save_checkpoint
-from ..distributed.config import TrainConfig
-from ..distributed.learner import check_device
-from ..distributed.run import interrupts, prepare_run, start_ray
-from ..distributed.storage import write_folder
-from ..distributed.telemetry import Telemetry
-from ..distributed.trainer import check_resources, with_critic
-from ..tasks import TaskDistribution
-from .evolution import Evolution
-from .metrics import normalise
-from .population import EvolveConfig
-from .scheduler import RecursiveSelfImprovement
-from .store import RunStore, read_state
-from .trainer import EvolvingTrainer
+from ssm_metarl.distributed.checkpoint import load_checkpoint, mark_best, prune, resolve_checkpoint, save_checkpoint
+from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.run import interrupts, prepare_run, start_ray
+from ssm_metarl.distributed.storage import write_folder
+from ssm_metarl.distributed.telemetry import Telemetry
+from ssm_metarl.distributed.trainer import check_resources, with_critic
+from ssm_metarl.tasks import TaskDistribution
+from ssm_metarl.tuning.evolution import Evolution
+from ssm_metarl.tuning.metrics import normalise
+from ssm_metarl.tuning.population import EvolveConfig
+from ssm_metarl.tuning.scheduler import RecursiveSelfImprovement
+from ssm_metarl.tuning.store import RunStore, read_state
+from ssm_metarl.tuning.trainer import EvolvingTrainer
 
 START = "start"
 """Name in the archive of the checkpoint that a run was started from."""

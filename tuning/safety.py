@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..algorithms.inference import check_count, check_number
-from .metrics import Comparison
+from ssm_metarl.algorithms.inference import check_count, check_number
+from ssm_metarl.tuning.metrics import Comparison
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from ray.tune.experiment.trial import _TrialInfo
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from ray.tune.trainable.trainable import TRIAL_INFO
 
-from .evolution import Evolution
-from .population import Report
+from ssm_metarl.tuning.evolution import Evolution
+from ssm_metarl.tuning.population import Report
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController

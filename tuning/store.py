@@ -20,8 +20,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distributed.checkpoint import MANIFEST, Checkpoint, load_checkpoint, replace_file
-from ..distributed.storage import Mirror, local_folder
+from ssm_metarl.distributed.checkpoint import MANIFEST, Checkpoint, load_checkpoint, replace_file
+from ssm_metarl.distributed.storage import Mirror, local_folder
 
 FORMAT_VERSION = 1
 """Version of ``state.json``."""

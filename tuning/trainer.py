@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithms.inference import policy_inputs
-from ..algorithms.morph import resize
-from ..algorithms.rollouts import Rollouts
-from ..distributed.checkpoint import Checkpoint, load_checkpoint
-from ..distributed.evaluation import evaluate_policy
-from ..distributed.pool import Pool
-from ..distributed.storage import write_folder
-from ..distributed.trainer import EnvironmentFailure, MetaTrainer
-from ..seeds import Branch, seed_for
-from .metrics import Assessment, normalise
-from .population import Report
+from ssm_metarl.algorithms.inference import policy_inputs
+from ssm_metarl.algorithms.morph import resize
+from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint
+from ssm_metarl.distributed.evaluation import evaluate_policy
+from ssm_metarl.distributed.pool import Pool
+from ssm_metarl.distributed.storage import write_folder
+from ssm_metarl.distributed.trainer import EnvironmentFailure, MetaTrainer
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tuning.metrics import Assessment, normalise
+from ssm_metarl.tuning.population import Report
 
 PROBE_TASKS, PROBE_EPISODES = 10, 2
 """Rollouts of the old policy on which a resize measures what contributes, and its error."""

@@ -151,13 +151,12 @@ def test_without_a_command_self_improvement_goes_on_from_the_best(home: Path, st
 def test_a_cluster_that_lacks_the_package_gets_it_from_an_empty_folder(home: Path, tmp_path: Path) -> None:
     """`ray job submit`, as for any cluster: logs followed, stopped with a checkpoint, resumed."""
     python = other_python(tmp_path / "venv")
-    package = jobs.package_folder(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", str(python))
         patch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
         head = jobs.start_head()
     try:
-        environment = {"py_modules": [str(package)], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
+        environment = {"py_modules": [str(jobs.PACKAGE)], "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
         empty, run = tmp_path / "empty", tmp_path / "runs" / "run"
         empty.mkdir()
         ray = [str(Path(sys.executable).with_name("ray")), "job"]

@@ -59,7 +59,7 @@ class TestML1:
 
     def test_an_episode_is_metaworlds(self) -> None:
         """The placement of that number, the same observations and rewards, and the goal hidden."""
-        import metaworld
+        import metaworld  # pyright: ignore[reportMissingImports]  # an extra
 
         benchmark = metaworld.ML1("reach-v3", seed=SEED)
         rng = np.random.default_rng(0)
