@@ -46,12 +46,12 @@ MODELS = {
     "cartpole": Model(
         task="cartpole",
         about=(
-            "Meta-trained with the loss before and after the inner step (step_weights): its memory is of some use "
-            "within the first episode, and gradient steps on a few episodes find the direction of the push and balance "
-            "the pole. A policy that is meta-trained in context alone (rl2) balances from its first episode on, and "
-            "leaves nothing for adaptation to show: that is why this one is shipped."
+            "Meta-trained by the recommended options, for its return after one gradient step: before it, the policy "
+            "tries out pushes and falls; a step on a few episodes finds their direction and balances the pole. A "
+            "policy that is meta-trained in context alone (rl2) balances from its first episode on, and leaves nothing "
+            "for adaptation to show: that is why this one is shipped."
         ),
-        options={"step_weights": (1.0, 1.0), "iterations": 60, "replay_episodes": 128},
+        options={"replay_episodes": 128},
         evaluation=10,
     ),
     "navigation-2d": Model(

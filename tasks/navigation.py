@@ -100,8 +100,8 @@ class Navigation2D(TaskDistribution):
     recommended: Mapping[str, Any] = {
         "meta_batch": 40,
         "episodes": 10,
-        "inner_lr": 0.0125,
-        "outer_lr": 1.2e-3,
+        "inner_lr": 0.01,
+        "outer_lr": 1e-3,
         "lr_schedule": "linear",
         "step_weights": [0.2, 0.8],
     }
