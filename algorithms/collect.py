@@ -9,8 +9,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from ssm_metarl.algorithms.inference import NumpyPolicy, PolicySpec
+from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import child
 
 MakeEnv = Callable[[Sequence[Any], int], gymnasium.vector.VectorEnv]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from ssm_metarl.algorithms.functions import linear, tanh
-from ssm_metarl.algorithms.inference import CRITIC_UNITS, PolicySpec, adapts, step_size
+from ssm_metarl.algorithms.affine import Affine, along
+from ssm_metarl.algorithms.operations import linear, tanh
+from ssm_metarl.algorithms.parameters import CRITIC_UNITS, adapts, step_size
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.algorithms.ssm import Affine, SSMBlock, along
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.algorithms.ssm import SSMBlock
 
 __all__ = ["PolicyOutput", "PolicySpec", "SSMPolicy"]
 

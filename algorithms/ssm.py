@@ -8,19 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssm_metarl.algorithms.functions import gated_residual, linear, skip_tanh
-from ssm_metarl.algorithms.inference import MAX_NU, MIN_DECAY
+from ssm_metarl.algorithms.affine import Affine, along, normal
+from ssm_metarl.algorithms.operations import gated_residual, linear, skip_tanh
+from ssm_metarl.algorithms.parameters import MAX_NU, MIN_DECAY
 from ssm_metarl.algorithms.scan import scan
-
-CHUNK = 128
-"""Steps within which a memory is evaluated as a product of matrices, of which every step meets every earlier one."""
-
-
-def along(vector: Tensor, x: Tensor) -> Tensor:
-    """A per-task vector [M, n] (or a shared one [n]) in a shape that broadcasts over the middle axes of x [M, *, n]."""
-    if vector.dim() == 1:
-        return vector
-    return vector.reshape(vector.shape[0], *[1] * (x.dim() - 2), vector.shape[-1])
+from ssm_metarl.algorithms.slot_memory import SlotMemory
 
 
 class SSMBlock(nn.Module):
@@ -63,9 +55,9 @@ class SSMBlock(nn.Module):
         steps = torch.logspace(0, 3, modes) if modes > 1 else torch.tensor([30.0])
         self.nu = nn.Parameter(-torch.log(steps))
         self.theta = nn.Parameter(torch.rand(modes, generator=generator) * math.pi / (min_period / 2))
-        self.B = nn.Parameter(_normal((hidden_dim, state_dim), (2 * hidden_dim) ** -0.5, generator))
-        self.C = nn.Parameter(_normal((state_dim, hidden_dim), state_dim**-0.5, generator))
-        self.D = nn.Parameter(_normal((hidden_dim,), 1.0, generator))
+        self.B = nn.Parameter(normal((hidden_dim, state_dim), (2 * hidden_dim) ** -0.5, generator))
+        self.C = nn.Parameter(normal((state_dim, hidden_dim), state_dim**-0.5, generator))
+        self.D = nn.Parameter(normal((hidden_dim,), 1.0, generator))
         if gated:
             self.gate = nn.ParameterDict({"weight": torch.ones(hidden_dim), "bias": torch.zeros(hidden_dim)})
         else:
@@ -138,92 +130,3 @@ class SSMBlock(nn.Module):
             recalled = recalled.squeeze(-3)
             after.append(contents)
         return self._output(h, recalled, x), after
-
-
-class Affine(nn.Module):
-    """x W + b with W stored [in, out] and an optional task axis; see :func:`linear`."""
-
-    def __init__(self, inputs: int, outputs: int, scale: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(_normal((inputs, outputs), scale, generator))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] → [..., out]."""
-        return linear(x, self.weight, self.bias)
-
-
-class SlotMemory(nn.Module):
-    r"""Associative memory: what followed a situation is added up under its address, and recalled where it comes again.
-
-    .. math:: p_t = \mathrm{softmax}(A x_t), \qquad
-        (S_t, n_t) = (S_{t-1}, n_{t-1}) + p_{t-1} ⊗ (V x_t + b, 1), \qquad
-        r_t = \frac{p_t S_t}{1 + p_t n_t}
-
-    With addresses that hit one slot each, r is the posterior mean of V x + b after the situation, given one prior
-    observation of 0, and with b it tells how many there were. It is a state space model as H3 and Mamba-2, whose input
-    and output maps depend on what is seen: without that dependence a state learns badly to bind what was done where to
-    what came of it. Written is the address of the step before (the shift of H3: Fu et al. 2023, arXiv 2212.14052),
-    since an input holds the previous action and its reward; sums divided by their weights are linear attention
-    (Katharopoulos et al. 2020, arXiv 2006.16236), evaluated as a product of matrices in chunks (Dao and Gu 2024, arXiv
-    2405.21060). Nothing is forgotten until a reset, where S, n and the last p become zero.
-
-    Args:
-        hidden_dim: H, width of what comes in and of what is recalled.
-        slots: S.
-        generator: source of the initial weights.
-    """
-
-    def __init__(self, hidden_dim: int, slots: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(_normal((hidden_dim, hidden_dim), hidden_dim**-0.5, generator))
-        self.bias = nn.Parameter(torch.ones(hidden_dim))  # of 1: counts are recalled from the beginning
-        # 3: situations that differ have addresses that do, too, from the beginning.
-        self.address = nn.Parameter(_normal((hidden_dim, slots), 3 * hidden_dim**-0.5, generator))
-
-    def forward(self, x: Tensor, resets: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Write and recall over a whole sequence.
-
-        Args:
-            x: [M, T, K, H] (or [T, K, H]), finite: a step that is not spoils its column's past, too.
-            resets: [M, T, K] bool, where the memory is emptied before the step; None: nowhere.
-            state: before the first step, [M, K, S, H+2]: sums, weights and the last address; None: zero.
-
-        Returns:
-            What is recalled, of the sequence's shape, and the state after the last step.
-        """
-        address = linear(x, self.address).softmax(-1).movedim(-3, -2)  # [M, K, T, S]
-        value = linear(x, self.weight, self.bias).movedim(-3, -2)
-        if resets is None:
-            resets = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
-        fresh = resets.movedim(-1, -2)
-        last = torch.zeros_like(address[..., :1, :]) if state is None else state[..., -1].unsqueeze(-2)
-        written = torch.cat([last, address[..., :-1, :]], -2).masked_fill(fresh.unsqueeze(-1), 0.0)
-        # [M, K, T]: what was written since as many resets is what can be recalled.
-        age = fresh.cumsum(-1)
-        before = torch.zeros_like(age[..., :1])
-        held = None if state is None else (state[..., :-2], state[..., -2:-1])  # sums and weights
-        recalled = []
-        for start in range(0, x.shape[-3], CHUNK):
-            part = slice(start, start + CHUNK)
-            at, under, what, ages = address[..., part, :], written[..., part, :], value[..., part, :], age[..., part]
-            end = ages[..., -1:]
-            shares = (at @ under.mT) * (ages.unsqueeze(-1) == ages.unsqueeze(-2)).tril()
-            number = 1 + shares.sum(-1, keepdim=True)
-            kept = (under * (ages == end).unsqueeze(-1)).mT
-            now = kept @ what, kept.sum(-1, keepdim=True)
-            if held is None:
-                recalled.append((shares / number) @ what)
-            else:
-                earlier = at * (ages == before).unsqueeze(-1)
-                number = number + earlier @ held[1]
-                recalled.append((shares / number) @ what + (earlier / number) @ held[0])
-                still = (before == end).unsqueeze(-1)
-                now = now[0] + held[0] * still, now[1] + held[1] * still
-            held, before = now, end
-        after = torch.cat([*now, address[..., -1, :].unsqueeze(-1)], -1)
-        return torch.cat(recalled, -2).movedim(-2, -3), after
-
-
-def _normal(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator) * scale

@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-from ssm_metarl.adapt_cli import interval_words, json_object, modes_table, parameter_words, write_report
 from ssm_metarl.app.pretrained_tab import SPLITS
 from ssm_metarl.app.view import (
     COMPUTE,
@@ -23,9 +22,14 @@ from ssm_metarl.app.view import (
     text_html,
 )
 from ssm_metarl.app.workspace import Workspace
-from ssm_metarl.distributed.checkpoint import load_checkpoint
-from ssm_metarl.distributed.evaluation import MODES, AdaptOptions, TaskSource, adapt_checkpoint, compare_modes
-from ssm_metarl.job_cli import run_name
+from ssm_metarl.cli.adapt import write_report
+from ssm_metarl.cli.job import run_name
+from ssm_metarl.cli.options import json_object
+from ssm_metarl.cli.tables import interval_words, modes_table, parameter_words
+from ssm_metarl.evaluation.adapt import MODES, AdaptOptions, adapt_checkpoint
+from ssm_metarl.evaluation.compare import compare_modes
+from ssm_metarl.evaluation.tasks import TaskSource
+from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.tasks import cartpole, navigation
 
 LABELS = {

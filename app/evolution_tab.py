@@ -27,10 +27,11 @@ from ssm_metarl.app.view import (
     table_html,
 )
 from ssm_metarl.app.workspace import Workspace
-from ssm_metarl.distributed.checkpoint import MANIFEST, load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.plots import plot_evolution
-from ssm_metarl.population_view import decisions_table, population_table
+from ssm_metarl.cli.plots import plot_evolution
+from ssm_metarl.cli.population import decisions_table, population_table
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import MANIFEST
 from ssm_metarl.tasks import names
 from ssm_metarl.tuning.population import EvolveConfig
 from ssm_metarl.tuning.store import RunStore, read_state, request_rollback

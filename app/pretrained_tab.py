@@ -8,11 +8,12 @@ from typing import Any
 
 import gradio as gr
 
-from ssm_metarl.adapt_cli import evaluation_table, modes_table
 from ssm_metarl.app.view import COMPUTE, LOOK, facts_html, model_choice, offer_models, readable, table_html, text_html
 from ssm_metarl.app.workspace import Workspace
-from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.cli.tables import evaluation_table, modes_table
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import Checkpoint
 
 SPLITS = ["test", "shifted-test", "validation", "shifted", "train"]
 

@@ -10,8 +10,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from ssm_metarl.adapt_cli import evaluation_table
-from ssm_metarl.algorithms.maml import ALGORITHMS
+from ssm_metarl.algorithms.registry import ALGORITHMS
 from ssm_metarl.app.view import (
     JOBS,
     LOOK,
@@ -27,10 +26,12 @@ from ssm_metarl.app.view import (
     table_html,
 )
 from ssm_metarl.app.workspace import Workspace
+from ssm_metarl.cli.plots import read_metrics
+from ssm_metarl.cli.tables import evaluation_table
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import jobs
-from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.plots import read_metrics
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
 from ssm_metarl.tasks import names
 
 OPTIONS = (

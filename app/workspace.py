@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssm_metarl import pretrained
+from ssm_metarl.cli.job import job_view, prepared
 from ssm_metarl.distributed import jobs
-from ssm_metarl.distributed.checkpoint import MANIFEST, resolve_checkpoint
-from ssm_metarl.job_cli import job_view, prepared
+from ssm_metarl.storage.contents import MANIFEST
+from ssm_metarl.storage.run_folder import resolve_checkpoint
 
 MAX_JOBS = 2
 """Jobs that the page lets run side by side."""

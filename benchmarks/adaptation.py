@@ -16,11 +16,13 @@ import numpy as np
 import tyro
 from _report import log, report
 
-from ssm_metarl.algorithms.evaluation import confidence_interval, interval_values
-from ssm_metarl.distributed.checkpoint import checkpoints
-from ssm_metarl.distributed.config import TrainConfig, available_cores
-from ssm_metarl.distributed.evaluation import MODES, AdaptOptions, compare_modes, evaluate_checkpoint
-from ssm_metarl.distributed.run import train
+from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
+from ssm_metarl.config import TrainConfig, available_cores
+from ssm_metarl.distributed.train import train
+from ssm_metarl.evaluation.adapt import MODES, AdaptOptions
+from ssm_metarl.evaluation.compare import compare_modes
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
 
 TASKS = 200
 """Held-out tasks of a comparison."""

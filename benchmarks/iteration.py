@@ -16,9 +16,9 @@ from typing import Any
 import tyro
 from _report import log, report, summary
 
-from ssm_metarl.algorithms.inference import PolicyConfig
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import start_ray
+from ssm_metarl.algorithms.spec import PolicyConfig
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.trainer import MetaTrainer
 
 TASK = "navigation-2d"

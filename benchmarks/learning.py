@@ -20,13 +20,14 @@ import numpy as np
 import tyro
 from _report import log, report
 
-from ssm_metarl.algorithms.evaluation import Evaluation, confidence_interval, interval_values
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig, available_cores
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
-from ssm_metarl.distributed.run import train
+from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
+from ssm_metarl.config import TrainConfig, available_cores
+from ssm_metarl.distributed.train import train
 from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,10 @@ class Target:
         max_untrained: greatest mean return of the initial policy, without adaptation; None: no limit.
         min_gain: least lower bound of the 95 % interval, over tasks, of the gain by adaptation: the return
             after ``after`` steps less the return before; None: no limit.
+        each_seed: the goal is one for every seed, not for their mean alone.
+        max_deviation: greatest standard deviation, of any seed, of the training return after the last step over the
+            last ten iterations; None: no limit.
+        no_harm: later steps are not significantly worse than ``after``, paired over tasks.
         num_tasks: held-out tasks.
         episodes: episodes, or trials, a held-out task; None: as in training.
         steps: inner steps evaluated and reported.
@@ -61,12 +66,22 @@ class Target:
     max_seconds: float | None = None
     max_untrained: float | None = None
     min_gain: float | None = None
+    each_seed: bool = False
+    max_deviation: float | None = None
+    no_harm: bool = False
     num_tasks: int = 200
     episodes: int | None = None
     steps: int = 3
 
 
 TARGETS = {
+    "default-run": Target(
+        claim="The run that is started without any option: steady, and good on every seed.",
+        task="navigation-2d",
+        goal=-17.0,
+        each_seed=True,
+        max_deviation=2.0,
+    ),
     "navigation-2d": Target(
         claim="The default policy finds the goal after one gradient step.",
         task="navigation-2d",
@@ -116,6 +131,16 @@ TARGETS = {
         goal=480.0,
         max_seconds=300.0,
         max_untrained=60.0,
+        each_seed=True,
+        no_harm=True,
+    ),
+    "halfcheetah-dir": Target(
+        claim="A cheetah learns to run either way; steady over seeds, with half the horizon.",
+        task="halfcheetah-dir",
+        options={"iterations": 60, "task_options": {"horizon": 100}},
+        num_tasks=40,
+        min_gain=0.0,
+        no_harm=True,
     ),
     "navigation-2d-in-context": Target(
         claim="Within one episode, without any gradient step, the policy finds the goal from its rewards.",
@@ -234,6 +259,7 @@ def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any
         "seconds": seconds,
         "checkpoint": str(checkpoint),
         "untrained": untrained,
+        "deviation": deviation(folder / "run"),
         "evaluation": evaluation.summary(),
         "returns": evaluation.returns.tolist(),
     }
@@ -293,6 +319,12 @@ def train_seed(config: TrainConfig, run: Path) -> float:
     return max(result.seconds, sum(json.loads(line)["seconds"]["total"] for line in lines))
 
 
+def deviation(run: Path) -> float:
+    """Standard deviation of the training return after the last step over the last ten iterations."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return float(np.std([line["return_by_step"][-1] for line in lines[-10:]], ddof=1))
+
+
 def last_within(run: Path, max_env_steps: int | None) -> tuple[Path, int]:
     """The last checkpoint kept that was trained on ``max_env_steps`` or fewer, and on how many.
 
@@ -323,12 +355,19 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
     env_steps = max(result["env_steps"] for result in results)
     seconds = max(result["seconds"] for result in results)
     untrained = float(np.mean([result["untrained"] for result in results]))
+    steadiness = max(result["deviation"] for result in results)
+    reached = per_seed[:, target.after].min() if target.each_seed else value["mean"]
+    # The later step that looks worst: the upper bound of what it adds to ``after``.
+    later = (np.nanmean(returns[..., target.after + 1 :] - returns[..., [target.after]], 0)).T
+    harm = min((mean_interval(tasks)["ci_high"] for tasks in later), default=0.0) if target.no_harm else None
     checks = {
-        "return": (value["mean"], ">=", target.goal),
+        "return": (reached, ">=", target.goal),
         "env_steps": (env_steps, "<=", target.max_env_steps),
         "seconds": (seconds, "<=", target.max_seconds),
         "untrained": (untrained, "<=", target.max_untrained),
         "gain_ci_low": (gain["ci_low"], ">=", target.min_gain),
+        "deviation": (steadiness, "<=", target.max_deviation),
+        "later_ci_high": (harm, ">=", 0.0 if target.no_harm else None),
     }
     verdicts = {
         # A claim about an interval is not met where there is none.
@@ -347,6 +386,7 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
         "goal_met": all(verdicts.values()),
         "checks": verdicts,
         "untrained": untrained,
+        "deviation": steadiness,
         "return_by_step": [mean_interval(column) for column in per_seed.T],
         "gain": gain,
         "seeds": [result["seed"] for result in results],

@@ -16,9 +16,9 @@ import tyro
 from _report import log, report, summary
 
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.pool import Pool
-from ssm_metarl.distributed.run import start_ray
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make
 

@@ -27,7 +27,7 @@ from _report import log, report
 from torch import Tensor
 
 from ssm_metarl.algorithms import policy, ssm
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.trainer import MetaTrainer
 
 Variant = Literal["own", "torch", "linear", "elementwise"]

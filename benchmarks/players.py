@@ -16,12 +16,14 @@ import numpy as np
 import tyro
 from _report import log, report
 
-from ssm_metarl.algorithms.evaluation import confidence_interval, interval_values
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.distributed.checkpoint import load_checkpoint, resolve_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import SPLIT_BRANCHES, evaluate_checkpoint
+from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.evaluation.tasks import SPLIT_BRANCHES
 from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import resolve_checkpoint
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.players import PLAYERS, play
 

@@ -16,10 +16,12 @@ import tyro
 from _report import log, machine, report
 
 from ssm_metarl import pretrained
-from ssm_metarl.distributed.checkpoint import load_checkpoint, save_checkpoint
-from ssm_metarl.distributed.config import TrainConfig, available_cores
-from ssm_metarl.distributed.evaluation import AdaptOptions, compare_modes, evaluate_checkpoint
-from ssm_metarl.distributed.run import train
+from ssm_metarl.config import TrainConfig, available_cores
+from ssm_metarl.distributed.train import train
+from ssm_metarl.evaluation.adapt import AdaptOptions
+from ssm_metarl.evaluation.compare import compare_modes
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 
 TASKS = 200
 """Held-out tasks of an evaluation."""

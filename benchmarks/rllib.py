@@ -33,14 +33,16 @@ from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
-from ssm_metarl.algorithms.inference import PolicySpec
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import SPLIT_BRANCHES, evaluate_policy
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.pool import Pool
-from ssm_metarl.distributed.rllib_ppo import PolicyGradientTrainer, build, ppo_config
-from ssm_metarl.distributed.run import start_ray
+from ssm_metarl.distributed.rllib.ppo import build, ppo_config
+from ssm_metarl.distributed.rllib.trainer import PolicyGradientTrainer
 from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.evaluation.evaluate import evaluate_policy
+from ssm_metarl.evaluation.tasks import SPLIT_BRANCHES
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tasks import TaskDistribution
 

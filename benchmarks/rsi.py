@@ -34,22 +34,25 @@ from ray import tune
 from ray.tune import CheckpointConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import PopulationBasedTraining
 
-from ssm_metarl.algorithms.evaluation import confidence_interval, interval_values
-from ssm_metarl.algorithms.inference import PolicySpec, policy_inputs
-from ssm_metarl.algorithms.morph import resize
+from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.resize import resize
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
-from ssm_metarl.distributed.run import start_ray, train
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import start_ray
+from ssm_metarl.distributed.train import train
 from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
+from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.tuning.evolution import Evolution
+from ssm_metarl.tuning.evolve import evolve
+from ssm_metarl.tuning.member_trainer import EvolvingTrainer
 from ssm_metarl.tuning.metrics import Assessment, composite, metrics
 from ssm_metarl.tuning.population import EvolveConfig, Report
-from ssm_metarl.tuning.run import evolve
 from ssm_metarl.tuning.store import RunStore
-from ssm_metarl.tuning.trainer import EvolvingTrainer
 
 TEST_TASKS = 100
 """Held-out tasks on which every snapshot is evaluated; not counted as experience."""

@@ -25,9 +25,9 @@ from _report import log, report, timings
 
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.pool import Pool
-from ssm_metarl.distributed.run import start_ray
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import Task, make
 from ssm_metarl.tasks.mujoco import MujocoFamily, load_model

@@ -37,15 +37,15 @@ from _report import log, report, summary
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from ssm_metarl.algorithms.inference import PolicyConfig, PolicySpec
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.algorithms.spec import PolicyConfig, PolicySpec
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import BatchedEnv, Task, TaskDistribution, register
-from ssm_metarl.tasks.base import Parameter, stack_parameters
+from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 
 HORIZON = 100
 STRAGGLER = 10

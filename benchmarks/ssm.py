@@ -29,7 +29,7 @@ from _report import log, report, timings
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from ssm_metarl.algorithms.maml import Parameters, for_tasks
+from ssm_metarl.algorithms.inner_loop import Parameters, for_tasks
 from ssm_metarl.algorithms.scan import scan
 from ssm_metarl.algorithms.ssm import SSMBlock
 

@@ -42,8 +42,8 @@ from _table import (
 )
 from learning import Target
 
-from ssm_metarl.algorithms.maml import IN_CONTEXT
-from ssm_metarl.distributed.config import available_cores
+from ssm_metarl.algorithms.registry import IN_CONTEXT
+from ssm_metarl.config import available_cores
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.players import PLAYERS
 

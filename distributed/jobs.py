@@ -24,8 +24,8 @@ import ray
 from packaging.requirements import Requirement
 
 import ssm_metarl
-from ssm_metarl.distributed.checkpoint import replace_file
-from ssm_metarl.distributed.config import available_cores
+from ssm_metarl.config import available_cores
+from ssm_metarl.storage.atomic import replace_file
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ssm_metarl.algorithms.adaptation import adapt_weights, batch_for
-from ssm_metarl.algorithms.inference import PolicySpec
-from ssm_metarl.algorithms.maml import SCHEDULES, Batch, MetaConfig, MetaLoss, meta_loss, task_shards
-from ssm_metarl.algorithms.normalize import Normalizer
+from ssm_metarl.algorithms.batch import Batch, task_shards
+from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for
+from ssm_metarl.algorithms.normalizer import Normalizer
+from ssm_metarl.algorithms.objective import MetaLoss, meta_loss
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import SCHEDULES, MetaConfig
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.config import TrainConfig
 
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +13,20 @@ import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
-from ssm_metarl.algorithms.inference import PolicySpec
-from ssm_metarl.algorithms.normalize import RunningMoments
+from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.replay import ReplayBuffer
-from ssm_metarl.algorithms.rollouts import Array, Rollouts
-from ssm_metarl.distributed.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import check_resources
+from ssm_metarl.distributed.collection import play
 from ssm_metarl.distributed.learner import Learner
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.telemetry import Telemetry
 from ssm_metarl.seeds import Branch, seed_for
-from ssm_metarl.tasks import Task, TaskDistribution, names, register
-
-BAD_EPISODES_ALLOWED = 0.1
-"""Share of a collection's episodes that may be lost to a faulty environment before the run stops."""
-
-
-class EnvironmentFailure(RuntimeError):
-    """Too many episodes were lost to the environment; the message carries its own traceback."""
+from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
+from ssm_metarl.storage.contents import Checkpoint, CheckpointError
+from ssm_metarl.tasks import TaskDistribution, names, register
 
 
 class MetaTrainer(tune.Trainable):
@@ -251,70 +245,3 @@ def with_critic(checkpoint: Checkpoint, spec: PolicySpec) -> Checkpoint:
         optimizer={},
         progress={**checkpoint.progress, "normalizer": moments},
     )
-
-
-def play(
-    pool: Pool,
-    weights: Mapping[str, Array],
-    tasks: Sequence[Task],
-    seeds: Sequence[np.random.SeedSequence],
-    episodes: int,
-    played: Array,
-    *,
-    label: str,
-    deterministic: bool = False,
-) -> tuple[Rollouts, int]:
-    """Collect one stage of adaptation with what is left of a batch of tasks; the trainer and the evaluator call it.
-
-    Args:
-        pool, weights, tasks, seeds, episodes, label, deterministic: as for ``Pool.collect``; where a task is not
-            played, weights must be the tasks' own.
-        played: [M] bool, the tasks of which every stage so far brought an episode. The others are not played, and
-            have an empty record. Those that this stage lost are taken out in place.
-
-    Returns:
-        The record of all M tasks, and the number of episodes that the environment spoiled.
-
-    Raises:
-        EnvironmentFailure: the environment spoiled too many episodes.
-    """
-    index = np.flatnonzero(played).tolist()
-    everything = len(index) == len(tasks)
-    lost = len(pool.dropped) + pool.missing
-    rollouts = pool.collect(
-        weights if everything else {name: value[index] for name, value in weights.items()},
-        [tasks[i] for i in index],
-        [seeds[i] for i in index],
-        episodes,
-        label=label,
-        deterministic=deterministic,
-    )
-    # A task that the pool lost has a sentence in errors, but not the environment's.
-    bad = len(rollouts.errors) - (len(pool.dropped) + pool.missing - lost)
-    if bad > BAD_EPISODES_ALLOWED * len(index) * episodes:
-        first = max(rollouts.errors, key=lambda error: "Traceback" in error)
-        share = f"{bad} of {len(index) * episodes} episodes ({label})"
-        raise EnvironmentFailure(f"{share} were lost; the first error:\n{first}")
-    if not everything:
-        parts = [Rollouts.empty([task], episodes, rollouts) for task in tasks]
-        for row, i in enumerate(index):
-            parts[i] = rollouts.select(slice(row, row + 1))
-        rollouts = replace(Rollouts.concatenate(parts), errors=rollouts.errors)
-    played &= rollouts.kept().any(1)
-    return rollouts, bad
-
-
-def check_resources(num_workers: int) -> None:
-    """Refuse more workers than a started Ray has processors for: Tune's placement groups would wait for ever.
-
-    Raises:
-        ValueError: one sentence with both figures.
-    """
-    if num_workers == 0 or not ray.is_initialized():
-        return
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    if 1 + num_workers > cpus:
-        raise ValueError(
-            f"{num_workers} worker{'s' * (num_workers > 1)} and the learner need {1 + num_workers} CPUs, "
-            f"but this Ray cluster has {cpus:g}; use num_workers={max(int(cpus) - 1, 0)} or fewer."
-        )

@@ -17,16 +17,11 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks.base import (
-    BatchedEnv,
-    Parameter,
-    ReferenceReturns,
-    Task,
-    TaskDistribution,
-    lookup,
-    register,
-    stack_parameters,
-)
+from ssm_metarl.checks import lookup
+from ssm_metarl.tasks.batched import BatchedEnv
+from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.parameters import Parameter, stack_parameters
+from ssm_metarl.tasks.registry import register
 
 HORIZON = 500
 TIME_STEP = 0.02  # s

@@ -22,7 +22,10 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks.base import BatchedEnv, ReferenceReturns, Task, TaskDistribution, load_extra, lookup
+from ssm_metarl.checks import lookup
+from ssm_metarl.tasks.batched import BatchedEnv
+from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.registry import load_extra
 
 HORIZON = 500  # Meta-World's; it ends every episode there
 SEED = 0  # of Meta-World's placements

@@ -25,16 +25,11 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks.base import (
-    BatchedEnv,
-    Parameter,
-    ReferenceReturns,
-    Task,
-    TaskDistribution,
-    load_extra,
-    lookup,
-    stack_parameters,
-)
+from ssm_metarl.checks import lookup
+from ssm_metarl.tasks.batched import BatchedEnv
+from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.parameters import Parameter, stack_parameters
+from ssm_metarl.tasks.registry import load_extra
 
 HORIZON = 200  # MAML's
 THREADS_VARIABLE = "SSM_METARL_MUJOCO_THREADS"
@@ -255,7 +250,12 @@ class MujocoFamily(TaskDistribution):
     """
 
     # 80 simulations an iteration and step: seconds of two cores.
-    recommended: Mapping[str, Any] = {"meta_batch": 10, "episodes": 8, "normalize_observations": True}
+    recommended: Mapping[str, Any] = {
+        "meta_batch": 10,
+        "episodes": 8,
+        "normalize_observations": True,
+        "lr_schedule": "linear",
+    }
     robot: ClassVar[Robot]
     environment: ClassVar[type[Any]]
     parameters: ClassVar[dict[str, Parameter]]

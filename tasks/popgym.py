@@ -16,17 +16,8 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks.base import (
-    SPLITS,
-    BatchedEnv,
-    ReferenceReturns,
-    Task,
-    TaskDistribution,
-    check_actions,
-    lookup,
-    register,
-    stack_parameters,
-)
+from ssm_metarl.checks import lookup
+from ssm_metarl.tasks.batched import BatchedEnv, check_actions
 from ssm_metarl.tasks.cartpole import (
     ACTION_SPACE,
     CARTPOLE_V1,
@@ -36,6 +27,9 @@ from ssm_metarl.tasks.cartpole import (
     CartPoleEnv,
     Physics,
 )
+from ssm_metarl.tasks.interface import SPLITS, ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.parameters import stack_parameters
+from ssm_metarl.tasks.registry import register
 
 SUITS = 4
 DECK = 52  # cards, a quarter of each suit

@@ -15,19 +15,11 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks.base import (
-    SPLITS,
-    BatchedEnv,
-    Parameter,
-    ReferenceReturns,
-    Task,
-    TaskDistribution,
-    check_actions,
-    check_option,
-    lookup,
-    register,
-    stack_parameters,
-)
+from ssm_metarl.checks import check_option, lookup
+from ssm_metarl.tasks.batched import BatchedEnv, check_actions
+from ssm_metarl.tasks.interface import SPLITS, ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.parameters import Parameter, stack_parameters
+from ssm_metarl.tasks.registry import register
 
 Floats = NDArray[np.float64]
 

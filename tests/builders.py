@@ -14,11 +14,11 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from hypothesis import strategies as st
 
+from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.collect import collect
-from ssm_metarl.algorithms.inference import PolicySpec
-from ssm_metarl.algorithms.maml import Batch
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import seed_for
 
 seeds = st.integers(0, 2**32 - 1)

@@ -16,12 +16,13 @@ import numpy as np
 from ray import tune
 
 from builders import make_policy, make_spec
-from ssm_metarl.distributed.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.storage import is_uri, write_folder
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
+from ssm_metarl.storage.contents import Checkpoint
+from ssm_metarl.storage.mirror import is_uri, write_folder
+from ssm_metarl.tuning.member_trainer import Assignment, EvolvingTrainer
 from ssm_metarl.tuning.metrics import Assessment
 from ssm_metarl.tuning.population import Report
-from ssm_metarl.tuning.trainer import Assignment, EvolvingTrainer
 
 TASKS, STEPS = 12, 100
 """Validation tasks, and environment steps of one pretended meta-iteration."""

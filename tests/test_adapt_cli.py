@@ -13,8 +13,9 @@ from PIL import Image
 from scipy import stats
 
 from ssm_metarl import AdaptOptions, TaskSource, TrainConfig, adapt_checkpoint, compare_modes, load_policy, train
-from ssm_metarl.cli import main
-from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
+from ssm_metarl.cli.main import main
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.cartpole import CartPole
 
@@ -241,7 +242,7 @@ def test_over_workers_the_result_is_the_same(cartpole: Path) -> None:
         (("--test-episodes", "0"), "test_episodes must be"),
         (("--kl-bound", "nan"), "kl_bound must be"),
         (("--split", "tests"), "tests"),
-        (("--task", "navigation-2d"), "does not have"),
+        (("--task", "navigation-2d"), "its observations are of the size 4, not of the shape (2,)"),
     ],
 )
 def test_bad_input_is_one_sentence(

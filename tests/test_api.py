@@ -26,7 +26,8 @@ from ssm_metarl import (
     register,
     train,
 )
-from ssm_metarl.tasks import Task, base, make
+from ssm_metarl.tasks import Task, make
+from ssm_metarl.tasks import registry as base
 
 SMALL: dict[str, Any] = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "epochs": 1}
 

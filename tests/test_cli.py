@@ -18,14 +18,17 @@ from typing import Any
 import pytest
 
 from faulty_tasks import FaultyNavigation
-from ssm_metarl.cli import _parse, main
-from ssm_metarl.distributed import run as run_module
-from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.cli.main import main
+from ssm_metarl.cli.options import parse
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed import train as run_module
 from ssm_metarl.distributed.learner import Learner
-from ssm_metarl.distributed.run import train
-from ssm_metarl.tasks import Task, base
+from ssm_metarl.distributed.train import train
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
+from ssm_metarl.tasks import Task
+from ssm_metarl.tasks import registry as base
 
 RUN_LOCAL = Path(__file__).resolve().parents[1] / "run_local.py"
 PNG = b"\x89PNG\r\n"
@@ -205,7 +208,7 @@ def test_an_interrupted_evaluation_has_the_exit_code_of_its_signal(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise end
 
-    monkeypatch.setattr("ssm_metarl.cli.evaluate_checkpoint", interrupted)
+    monkeypatch.setattr("ssm_metarl.cli.evaluate.evaluate_checkpoint", interrupted)
     outcome = command("evaluate", trained, "--json")
     assert (outcome.code, outcome.out) == (code, "")
     assert "Traceback" not in outcome.err
@@ -463,12 +466,12 @@ def until(stream: Any, beginning: str) -> list[str]:
 
 
 def test_train_takes_a_gpu_where_there_is_one_and_trials_do_not_queue_for_it() -> None:
-    assert [_parse([command]).config.device for command in ("train", "evolve")] == ["auto", "cpu"]  # type: ignore[union-attr]
+    assert [parse([command]).config.device for command in ("train", "evolve")] == ["auto", "cpu"]  # type: ignore[union-attr]
 
 
 def test_the_algorithm_decides_on_the_other_options_defaults() -> None:
     def steps(*words: str) -> int:
-        return _parse(["train", *words]).config.inner_steps  # type: ignore[union-attr]
+        return parse(["train", *words]).config.inner_steps  # type: ignore[union-attr]
 
     assert (steps("--task", "bandit"), steps("--task", "bandit", "--algorithm", "promp")) == (0, 1)
     assert (steps("--task", "cartpole"), steps("--task", "cartpole", "--algorithm", "rl2")) == (1, 0)

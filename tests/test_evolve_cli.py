@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from ssm_metarl.cli import main
-from ssm_metarl.distributed.checkpoint import load_policy
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import train
-from ssm_metarl.plots import plot_evolution
-from ssm_metarl.population_view import PopulationView, population_table
-from ssm_metarl.tuning import run as run_module
+from ssm_metarl.cli.main import main
+from ssm_metarl.cli.plots import plot_evolution
+from ssm_metarl.cli.population import PopulationView, population_table
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.train import train
+from ssm_metarl.storage.checkpoint import load_policy
+from ssm_metarl.tuning import evolve as run_module
 from ssm_metarl.tuning.evolution import Evolution
 from ssm_metarl.tuning.population import EvolveConfig
 from ssm_metarl.tuning.store import RunStore, read_state

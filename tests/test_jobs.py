@@ -16,8 +16,8 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 
 from builders import package_files
-from ssm_metarl import job_cli
-from ssm_metarl.cli import main
+from ssm_metarl.cli import job as job_cli
+from ssm_metarl.cli.main import main
 from ssm_metarl.distributed import jobs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ def run(program: str, *path: Path) -> str:
     return result.stdout.strip()
 
 
-PARTS = ("algorithms.maml", "tasks", "distributed.run", "tuning.run", "cli")
+PARTS = ("algorithms.objective", "tasks", "distributed.train", "tuning.evolve", "cli.main")
 IMPORTS = "import ssm_metarl, " + ", ".join(f"ssm_metarl.{part}" for part in PARTS)
 
 
@@ -68,7 +68,9 @@ def test_what_travels_with_a_job_is_the_whole_package(tmp_path: Path) -> None:
 
 
 def test_a_checkout_runs_without_being_installed() -> None:
-    assert run(f"{IMPORTS}; print(ssm_metarl.tuning.run.__file__)", ROOT) == str(ROOT / "ssm_metarl/tuning/run.py")
+    assert run(f"{IMPORTS}; print(ssm_metarl.tuning.evolve.__file__)", ROOT) == str(
+        ROOT / "ssm_metarl/tuning/evolve.py"
+    )
 
 
 def test_paths_of_a_command_are_made_absolute(tmp_path: Path) -> None:

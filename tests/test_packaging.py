@@ -17,7 +17,7 @@ from builders import package_files
 WITHOUT_TORCH_AND_RAY = (
     "ssm_metarl",
     "ssm_metarl.algorithms.rollouts",
-    "ssm_metarl.algorithms.inference",
+    "ssm_metarl.algorithms.numpy_policy",
     "ssm_metarl.algorithms.collect",
     "ssm_metarl.algorithms.returns",
     "ssm_metarl.tasks",

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from ssm_metarl import plots
-from ssm_metarl.plots import plot_run, read_metrics
+from ssm_metarl.cli import plots
+from ssm_metarl.cli.plots import plot_run, read_metrics
 
 
 def write_metrics(run: Path, iterations: int, stages: int) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from ssm_metarl import AdaptOptions, compare_modes, load_pretrained, pretrained
-from ssm_metarl.cli import main
-from ssm_metarl.distributed.checkpoint import CheckpointError, resolve_checkpoint
+from ssm_metarl.cli.main import main
+from ssm_metarl.storage.contents import CheckpointError
+from ssm_metarl.storage.run_folder import resolve_checkpoint
 
 NAMES = ("cartpole", "navigation-2d")
 each = pytest.mark.parametrize("name", NAMES)

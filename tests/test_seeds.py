@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from ssm_metarl import seeds
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import evaluate_policy
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.evaluation.evaluate import evaluate_policy
 from ssm_metarl.seeds import Branch, child, seed_for
-from ssm_metarl.tuning.trainer import Assignment, EvolvingTrainer
+from ssm_metarl.tuning.member_trainer import Assignment, EvolvingTrainer
 
 SMALL: dict[str, Any] = {
     "meta_batch": 3, "episodes": 2, "epochs": 1, "hidden_dim": 8, "state_dim": 4, "minibatches": 3, "seed": 5,

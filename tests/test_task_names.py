@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssm_metarl.cli import main
-from ssm_metarl.distributed.checkpoint import load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
-from ssm_metarl.distributed.run import train
+from ssm_metarl.cli.main import main
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.train import train
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.tasks import make
 
 SMALL = {

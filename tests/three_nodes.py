@@ -18,9 +18,9 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from ssm_metarl.cli import main
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import train
+from ssm_metarl.cli.main import main
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.train import train
 
 SMALL = {"meta_batch": 6, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "epochs": 1, "learner_threads": 1}
 # A lost node is noticed after seconds instead of a quarter of a minute.

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from ssm_metarl.algorithms.evaluation import percentile_interval
-from ssm_metarl.algorithms.inference import check_count, check_keys, check_number
 from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.algorithms.statistics import percentile_interval
+from ssm_metarl.checks import check_count, check_keys, check_number
 from ssm_metarl.tasks import ReferenceReturns
 
 METRICS = ("average_return", "adaptation_speed", "generalisation", "meta_efficiency", "stability")

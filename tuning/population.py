@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssm_metarl.algorithms.inference import check_count, check_flag
+from ssm_metarl.checks import check_count, check_flag
 from ssm_metarl.tuning.safety import SafetyConfig
 
 

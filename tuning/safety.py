@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssm_metarl.algorithms.inference import check_count, check_number
+from ssm_metarl.checks import check_count, check_number
 from ssm_metarl.tuning.metrics import Comparison
 
 

@@ -20,8 +20,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssm_metarl.distributed.checkpoint import MANIFEST, Checkpoint, load_checkpoint, replace_file
-from ssm_metarl.distributed.storage import Mirror, local_folder
+from ssm_metarl.storage.atomic import replace_file
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import MANIFEST, Checkpoint
+from ssm_metarl.storage.mirror import Mirror, local_folder
 
 FORMAT_VERSION = 1
 """Version of ``state.json``."""

@@ -11,18 +11,12 @@ import pytest
 import torch
 
 from builders import drop, make_policy, make_spec, toy_rollouts, uneven
-from ssm_metarl.algorithms.adaptation import (
-    Collect,
-    HybridAdapter,
-    StandardAdapter,
-    adapt_weights,
-    batch_for,
-    divergence,
-    log_probs,
-)
-from ssm_metarl.algorithms.inference import step_size
-from ssm_metarl.algorithms.maml import MetaConfig, make_batch
+from ssm_metarl.algorithms.adapters import Collect, HybridAdapter, StandardAdapter, divergence, log_probs
+from ssm_metarl.algorithms.batch import make_batch
+from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for
+from ssm_metarl.algorithms.parameters import step_size
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.algorithms.replay import ReplayBuffer
 from ssm_metarl.algorithms.rollouts import Rollouts
 

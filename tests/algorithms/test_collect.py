@@ -28,7 +28,7 @@ from builders import (
     uneven,
 )
 from ssm_metarl.algorithms.collect import collect_tasks
-from ssm_metarl.algorithms.inference import policy_inputs
+from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from builders import assert_same, drop, make_policy, make_spec, seeds, toy_rollouts, uneven
-from ssm_metarl.algorithms.adaptation import adapt_weights
-from ssm_metarl.algorithms.evaluation import (
-    Evaluation,
+from ssm_metarl.algorithms.batch import make_batch
+from ssm_metarl.algorithms.inner_loop import adapt_weights, for_tasks, inner_step
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import MetaConfig
+from ssm_metarl.algorithms.statistics import (
     confidence_interval,
-    evaluate,
     interquartile_mean,
     interval_values,
     probability_of_improvement,
     stratified_bootstrap,
 )
-from ssm_metarl.algorithms.maml import MetaConfig, for_tasks, inner_step, make_batch
-from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.evaluation.evaluate import Evaluation, evaluate
 
 TASKS, COLUMNS, HORIZON = 4, 5, 6
 

@@ -12,7 +12,8 @@ import torch
 
 from builders import make_policy, make_spec
 from ssm_metarl.algorithms.export import export_onnx, export_step
-from ssm_metarl.algorithms.inference import NumpyPolicy, PolicySpec
+from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
+from ssm_metarl.algorithms.spec import PolicySpec
 
 SPECS = {
     "default": make_spec(),

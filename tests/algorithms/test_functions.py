@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from builders import seeds
-from ssm_metarl.algorithms.functions import gated_residual, linear, skip_tanh, tanh
+from ssm_metarl.algorithms.operations import gated_residual, linear, skip_tanh, tanh
 
 TASKS, WIDTH = 2, 3
 # name: ours, plain, shapes of the arguments without the task axis

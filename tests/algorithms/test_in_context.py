@@ -12,16 +12,19 @@ from hypothesis import given, settings
 from torch.func import functional_call
 
 from builders import ToyEnv, make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
-from ssm_metarl.algorithms.adaptation import StandardAdapter, adapt_weights, batch_for
+from ssm_metarl.algorithms.adapters import StandardAdapter
 from ssm_metarl.algorithms.collect import collect
-from ssm_metarl.algorithms.inference import NumpyPolicy, policy_inputs, step_size, task_numbers
-from ssm_metarl.algorithms.maml import MetaConfig, critic_inputs, for_tasks, inner_step, meta_loss
-from ssm_metarl.algorithms.morph import resize
-from ssm_metarl.algorithms.normalize import Normalizer, RunningMoments
+from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for, for_tasks, inner_step
+from ssm_metarl.algorithms.inputs import critic_inputs, policy_inputs, task_numbers
+from ssm_metarl.algorithms.normalizer import Normalizer, RunningMoments
+from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
+from ssm_metarl.algorithms.objective import meta_loss
+from ssm_metarl.algorithms.parameters import expected_shapes, step_size
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import MetaConfig
+from ssm_metarl.algorithms.resize import resize
 from ssm_metarl.algorithms.returns import advantages, discounted_returns, normalized, time_baseline
 from ssm_metarl.algorithms.rollouts import Rollouts
-from ssm_metarl.distributed.checkpoint import expected_shapes
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make
 

@@ -14,7 +14,9 @@ from scipy import stats
 from torch.func import functional_call
 
 from builders import make_policy, make_spec, seeds, specs, task_weights, tensors, toy_rollouts, uneven
-from ssm_metarl.algorithms.inference import NumpyPolicy, PolicyConfig, PolicySpec, policy_inputs
+from ssm_metarl.algorithms.inputs import policy_inputs
+from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
+from ssm_metarl.algorithms.spec import PolicyConfig, PolicySpec
 
 
 def run(spec: Any, weights: Any, inputs: Any, noise: Any) -> tuple[Any, Any, Any, Any]:

@@ -27,23 +27,11 @@ from builders import (
     toy_rollouts,
     uneven,
 )
-from ssm_metarl.algorithms.adaptation import adapt_weights
-from ssm_metarl.algorithms.maml import (
-    ALGORITHMS,
-    SCHEDULES,
-    Batch,
-    MetaConfig,
-    detached,
-    for_tasks,
-    inner_loss,
-    inner_step,
-    make_batch,
-    meta_loss,
-    outer_loss,
-    play,
-    task_shards,
-)
+from ssm_metarl.algorithms.batch import Batch, make_batch, task_shards
+from ssm_metarl.algorithms.inner_loop import adapt_weights, for_tasks, inner_loss, inner_step, play
+from ssm_metarl.algorithms.objective import detached, meta_loss, outer_loss
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import ALGORITHMS, SCHEDULES, MetaConfig
 
 TASKS, COLUMNS, HORIZON = 3, 4, 5
 

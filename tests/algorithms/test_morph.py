@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import make_policy, make_spec, seeds, specs
-from ssm_metarl.algorithms.inference import NumpyPolicy
-from ssm_metarl.algorithms.morph import AXES, READERS, SILENT, resize
+from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
+from ssm_metarl.algorithms.parameters import AXES, READERS, SILENT, expected_shapes
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.distributed.checkpoint import expected_shapes
+from ssm_metarl.algorithms.resize import resize
 
 growths = st.tuples(st.integers(0, 4), st.sampled_from([0, 2, 4]), st.integers(0, 2))
 sizes = st.tuples(st.integers(1, 9), st.sampled_from([2, 4, 6, 8]), st.integers(0, 4))

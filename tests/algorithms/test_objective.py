@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
-from ssm_metarl.algorithms.adaptation import adapt_weights, batch_for
-from ssm_metarl.algorithms.inference import PolicySpec, task_numbers
-from ssm_metarl.algorithms.maml import ALGORITHMS, BASELINES, Batch, MetaConfig, MetaLoss, meta_loss
+from ssm_metarl.algorithms.batch import Batch
+from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for
+from ssm_metarl.algorithms.inputs import task_numbers
+from ssm_metarl.algorithms.objective import MetaLoss, meta_loss
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import ALGORITHMS, BASELINES, MetaConfig
+from ssm_metarl.algorithms.spec import PolicySpec
 
 TASKS, COLUMNS, HORIZON = 2, 3, 6
 

@@ -13,7 +13,8 @@ from scipy import stats
 
 from builders import assert_same, drop, make_policy, make_spec, seeds, specs, toy_rollouts, uneven
 from ssm_metarl.algorithms.collect import collect
-from ssm_metarl.algorithms.replay import ReplayBuffer, TaskModel, effective_sample_size
+from ssm_metarl.algorithms.propensity import TaskModel, effective_sample_size
+from ssm_metarl.algorithms.replay import ReplayBuffer
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make

@@ -12,8 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from builders import seeds, step_with
-from ssm_metarl.algorithms import ssm
-from ssm_metarl.algorithms.ssm import SlotMemory, SSMBlock
+from ssm_metarl.algorithms import slot_memory
+from ssm_metarl.algorithms.slot_memory import SlotMemory
+from ssm_metarl.algorithms.ssm import SSMBlock
 
 FORMS = pytest.mark.parametrize(("gated", "slots"), [(False, 0), (True, 0), (False, 3), (True, 3)])
 
@@ -211,7 +212,7 @@ def test_first_and_second_derivatives(
     gated: bool, slots: int, tasks: int | None, full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With respect to the sequence, the state and every parameter, shared or of each task."""
-    monkeypatch.setattr(ssm, "CHUNK", 2)
+    monkeypatch.setattr(slot_memory, "CHUNK", 2)
     lead = () if tasks is None else (tasks,)
     block = make_block(0, 2, 4, gated, slots, torch.float64)
     names = [name for name, _ in block.named_parameters()]
@@ -269,7 +270,7 @@ def test_gradients_of_long_sequences_equal_those_with_a_graph(
     gated: bool, slots: int, lead: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a graph the gradients are made piece by piece, with one all at once."""
-    monkeypatch.setattr(ssm, "CHUNK", 20)
+    monkeypatch.setattr(slot_memory, "CHUNK", 20)
     block = make_block(0, gated=gated, slots=slots, dtype=torch.float64)
     values = {name: value.expand(*lead, *value.shape).clone() for name, value in block.named_parameters()}
     sequence = draw(1, *lead, 50, 130, 3, dtype=torch.float64).requires_grad_()
@@ -288,7 +289,7 @@ def test_gradients_of_long_sequences_equal_those_with_a_graph(
 @FORMS
 def test_vmap_over_any_argument(gated: bool, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients of vmap, with one parameter or the input alone batched, are those of a loop."""
-    monkeypatch.setattr(ssm, "CHUNK", 3)
+    monkeypatch.setattr(slot_memory, "CHUNK", 3)
     block = make_block(0, gated=gated, slots=slots, dtype=torch.float64)
     shared = {name: value.detach() for name, value in block.named_parameters()}
     sequence = draw(1, 7, 4, 3, dtype=torch.float64)
@@ -322,7 +323,7 @@ def test_a_memory_is_its_recurrence(seed: int, steps: int, chunk: int, density: 
     x, state = draw(seed, steps, 2, 3, dtype=torch.float64), draw(seed + 1, 2, 4, 5, dtype=torch.float64).abs()
     resets = torch.rand(steps, 2, generator=torch.Generator().manual_seed(seed)) < density
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssm, "CHUNK", chunk)
+        patch.setattr(slot_memory, "CHUNK", chunk)
         recalled, after = memory(x, resets, state)
     for column in range(2):
         sums, counts, last = state[column, :, :3], state[column, :, 3], state[column, :, 4]

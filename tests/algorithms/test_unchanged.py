@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from builders import make_policy, make_spec, seeds, specs, step_with
 from ssm_metarl import load_pretrained
-from ssm_metarl.algorithms.functions import gated_residual, linear, skip_tanh, tanh
-from ssm_metarl.algorithms.inference import NumpyPolicy
+from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
+from ssm_metarl.algorithms.operations import gated_residual, linear, skip_tanh, tanh
 from ssm_metarl.algorithms.scan import scan
 
 

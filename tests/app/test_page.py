@@ -23,12 +23,13 @@ import pytest
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from ssm_metarl import TrainConfig, cli, train
+from ssm_metarl import TrainConfig, train
 from ssm_metarl.app import adaptation_tab, evolution_tab, pretrained_tab, server, training_tab, view
 from ssm_metarl.app.workspace import MAX_JOBS, Workspace, job_of
-from ssm_metarl.cli import main
+from ssm_metarl.cli.main import check_command, main
+from ssm_metarl.cli.options import Evolve, Train, parse
 from ssm_metarl.distributed import jobs
-from ssm_metarl.distributed.checkpoint import CheckpointError
+from ssm_metarl.storage.contents import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEAD_END = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
@@ -148,8 +149,8 @@ def test_what_the_page_trains_is_what_the_command_trains() -> None:
     options = {name: getattr(TrainConfig.for_task("cartpole"), name) for name in training_tab.OPTIONS}
     options |= {"iterations": 7, "inner_lr": 0.25, "replay_episodes": 64}
     words = training_tab.train_command("cartpole", "maml", options)
-    parsed = cli._parse(words)
-    assert isinstance(parsed, cli.Train)
+    parsed = parse(words)
+    assert isinstance(parsed, Train)
     expected = TrainConfig.for_task("cartpole", algorithm="maml", **options)
     same = {name: value for name, value in expected.to_dict().items() if name not in ("num_workers", "device")}
     assert same.items() <= {**parsed.config.to_dict()}.items()
@@ -162,9 +163,9 @@ def test_what_the_page_trains_is_what_the_command_trains() -> None:
 def test_what_the_page_evolves_is_what_the_command_evolves(workspace: Workspace) -> None:
     for start in (None, workspace.checkpoint("point")):
         words = evolution_tab.evolve_command(start, "navigation-2d", 2, 1, 2000, 4, 2, 5)
-        cli._check(words)
-        parsed = cli._parse(words)
-        assert isinstance(parsed, cli.Evolve)
+        check_command(words)
+        parsed = parse(words)
+        assert isinstance(parsed, Evolve)
         assert (parsed.cycles, parsed.proposals, parsed.start, parsed.config.seed) == (2, 1, start, 5)
         assert parsed.evolution.generation_steps == 2000
     with pytest.raises(ValueError, match="validation_tasks must be"):
@@ -236,7 +237,7 @@ def test_without_gradio_one_sentence_says_what_installs_it(
 
 @pytest.mark.slow
 def test_the_command_line_does_not_load_gradio() -> None:
-    program = "import sys, ssm_metarl.cli; print('gradio' in sys.modules)"
+    program = "import sys, ssm_metarl.cli.main; print('gradio' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
 

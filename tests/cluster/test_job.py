@@ -17,9 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from ssm_metarl.cli import main
+from ssm_metarl.cli.main import main
 from ssm_metarl.distributed import jobs
-from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import train
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.train import train
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
 from ssm_metarl.tuning.store import RunStore, read_state
 from three_nodes import SMALL
 

@@ -30,7 +30,8 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from ssm_metarl.distributed.checkpoint import checkpoints, load_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"

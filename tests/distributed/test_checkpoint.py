@@ -22,20 +22,12 @@ import safetensors.numpy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.parameters import expected_shapes
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.distributed.checkpoint import (
-    FORMAT_VERSION,
-    Checkpoint,
-    CheckpointError,
-    checkpoints,
-    expected_shapes,
-    load_checkpoint,
-    mark_best,
-    prune,
-    resolve_checkpoint,
-    save_checkpoint,
-)
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
+from ssm_metarl.storage.contents import FORMAT_VERSION, Checkpoint, CheckpointError
+from ssm_metarl.storage.run_folder import checkpoints, mark_best, prune, resolve_checkpoint
 
 CONTENT = ("policy.safetensors", "optimizer.safetensors", "config.json", "progress.json")
 FILES = (*CONTENT, "manifest.json")
@@ -192,7 +184,7 @@ class TestRoundTrip:
             assert [path.name for path in place.parent.glob(".*")] == []
 
     def test_no_torch_and_no_ray(self) -> None:
-        code = "import sys, ssm_metarl.distributed.checkpoint; print({'torch', 'ray'} & set(sys.modules))"
+        code = "import sys, ssm_metarl.storage.checkpoint; print({'torch', 'ray'} & set(sys.modules))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "set()"
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from ssm_metarl.distributed.checkpoint import load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
-from ssm_metarl.distributed.run import train
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.train import train
 from ssm_metarl.distributed.trainer import MetaTrainer
-from ssm_metarl.tasks import BatchedEnv, Task, TaskDistribution, base
-from ssm_metarl.tasks.base import Parameter, stack_parameters
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.tasks import BatchedEnv, Task, TaskDistribution
+from ssm_metarl.tasks import registry as base
+from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 
 SAFE, GOOD, BAD = 0.3, 1.0, -1.0
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from builders import drop, make_spec, toy_rollouts, uneven
-from ssm_metarl.algorithms import adaptation
-from ssm_metarl.algorithms.maml import ALGORITHMS, Batch
+from ssm_metarl.algorithms import inner_loop
+from ssm_metarl.algorithms.batch import Batch
+from ssm_metarl.algorithms.registry import ALGORITHMS
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as module
-from ssm_metarl.distributed.config import TrainConfig
 from ssm_metarl.distributed.learner import Learner
 
 TASKS, COLUMNS, HORIZON = 6, 5, 8
@@ -64,7 +65,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """One task a shard, in the update and in adaptation."""
-    for user in (module, adaptation):
+    for user in (module, inner_loop):
         monkeypatch.setattr(user, "task_shards", lambda shape: [slice(i, i + 1) for i in range(shape[0])])
 
 
@@ -96,11 +97,11 @@ def test_threads_change_nothing_in_any_environment() -> None:
 PROGRAM = """
 import hashlib
 from builders import make_spec, toy_rollouts, uneven
-from ssm_metarl.algorithms import adaptation
+from ssm_metarl.algorithms import inner_loop
 from ssm_metarl.distributed import learner as module
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.config import TrainConfig
 
-for user in (module, adaptation):
+for user in (module, inner_loop):
     user.task_shards = lambda shape: [slice(i, i + 1) for i in range(shape[0])]
 for threads in (1, 2, 3):
     config = TrainConfig(learner_threads=threads, epochs=3, step_weights=(1, 2))

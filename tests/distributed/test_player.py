@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from builders import make_policy, make_spec
 from ssm_metarl import Player, load_player, load_policy
 from ssm_metarl.algorithms.collect import collect
-from ssm_metarl.algorithms.inference import PolicySpec
+from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import child, seed_for
 from ssm_metarl.tasks import make
 

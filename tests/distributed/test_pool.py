@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from faulty_tasks import Buggy, FaultyNavigation, Unstartable
-from ssm_metarl.algorithms.inference import PolicySpec
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import Task, TaskDistribution, make

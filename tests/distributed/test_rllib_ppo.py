@@ -17,16 +17,24 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from builders import make_policy, make_spec
 from faulty_tasks import FaultyNavigation
-from ssm_metarl.algorithms.inference import NumpyPolicy, PolicySpec, policy_inputs
+from ssm_metarl.algorithms.inputs import policy_inputs
+from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
-from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint, resolve_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.collection import EnvironmentFailure
 from ssm_metarl.distributed.learner import Learner
-from ssm_metarl.distributed.rllib_ppo import PolicyGradientTrainer, SSMModule, TaskEnv, ppo_config, state_name
-from ssm_metarl.distributed.run import train
-from ssm_metarl.distributed.trainer import EnvironmentFailure, MetaTrainer
+from ssm_metarl.distributed.rllib.env import TaskEnv
+from ssm_metarl.distributed.rllib.module import SSMModule, state_name
+from ssm_metarl.distributed.rllib.ppo import ppo_config
+from ssm_metarl.distributed.rllib.trainer import PolicyGradientTrainer
+from ssm_metarl.distributed.train import train
+from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import CheckpointError
+from ssm_metarl.storage.run_folder import resolve_checkpoint
 from ssm_metarl.tasks import Task, TaskDistribution, make
 
 Array = np.ndarray[Any, Any]
@@ -442,7 +450,7 @@ def test_what_rllib_does_not_follow_is_refused(changes: dict[str, Any], sentence
 
 
 def test_what_cannot_be_is_refused_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssm_metarl.distributed.run.start_ray", lambda *args, **kwargs: pytest.fail("Ray starts"))
+    monkeypatch.setattr("ssm_metarl.distributed.train.start_ray", lambda *args, **kwargs: pytest.fail("Ray starts"))
     with pytest.raises(ValueError, match="learns none"):
         train(config(normalize_observations=True), tmp_path / "a")
     with pytest.raises(CheckpointError, match="hidden_dim 64 instead of 8"):

@@ -18,13 +18,15 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from faulty_tasks import FaultyNavigation
-from ssm_metarl.algorithms.evaluation import Evaluation
-from ssm_metarl.distributed import run as run_module
-from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint, load_policy
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.evaluation import evaluate_checkpoint
-from ssm_metarl.distributed.run import start_ray, train
-from ssm_metarl.distributed.trainer import EnvironmentFailure
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed import cluster
+from ssm_metarl.distributed import train as run_module
+from ssm_metarl.distributed.cluster import start_ray
+from ssm_metarl.distributed.collection import EnvironmentFailure
+from ssm_metarl.distributed.train import train
+from ssm_metarl.evaluation.evaluate import Evaluation, evaluate_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint, load_policy
+from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.tasks import Task
 from ssm_metarl.tasks.navigation import Navigation2D
 
@@ -93,7 +95,7 @@ def test_a_run_leaves_metrics_events_and_checkpoints(tmp_path: Path, without_ray
 
 def test_the_last_three_checkpoints_and_the_best_are_kept(tmp_path: Path, without_ray: None) -> None:
     # Learning too slow to matter: which iteration is best is up to its tasks.
-    result = train(config(iterations=8, checkpoint_every=1, outer_lr=1e-9, seed=2), tmp_path / "run")
+    result = train(config(iterations=8, checkpoint_every=1, outer_lr=1e-9, seed=3), tmp_path / "run")
     returns = [line["return_by_step"][-1] for line in logged(result.run_dir)]
     best = 1 + int(np.argmax(returns))
     assert best < 6, "choose another seed: this one shows nothing"
@@ -243,9 +245,9 @@ def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         starts.append(how)
         return SimpleNamespace(dashboard_url="127.0.0.1:8265")
 
-    monkeypatch.setattr(run_module.ray, "init", init)
-    monkeypatch.setattr(run_module.ray, "is_initialized", lambda: bool(starts))
-    monkeypatch.setattr(run_module, "available_cores", lambda: 2)
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: bool(starts))
+    monkeypatch.setattr(cluster, "available_cores", lambda: 2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return starts
 
@@ -376,7 +378,7 @@ def test_random_numbers_are_common_to_evaluations_of_the_same_seed(trained: Path
     assert np.array_equal(evaluated(trained).returns, report.returns)
     for fewer in (0, 1):
         assert np.array_equal(evaluated(trained, steps=fewer).returns, report.returns[:, : fewer + 1])
-    slower = evaluated(trained, inner_lr=0.01).returns
+    slower = evaluated(trained, inner_lr=0.003).returns
     assert np.array_equal(slower[:, 0], report.returns[:, 0]), "the same tasks, starts and actions"
     assert not np.array_equal(slower[:, 1], report.returns[:, 1])
     for other in ({"seed": 1}, {"split": "validation"}, {"deterministic": True}):

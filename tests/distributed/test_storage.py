@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from builders import make_policy, make_spec
-from ssm_metarl.cli import main
-from ssm_metarl.distributed import storage as storage_module
-from ssm_metarl.distributed.checkpoint import Checkpoint, checkpoints, load_checkpoint, save_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import train
-from ssm_metarl.distributed.storage import Mirror, local_folder, write_folder
+from ssm_metarl.cli.main import main
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.train import train
+from ssm_metarl.storage import mirror as storage_module
+from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
+from ssm_metarl.storage.contents import Checkpoint
+from ssm_metarl.storage.mirror import Mirror, local_folder, write_folder
+from ssm_metarl.storage.run_folder import checkpoints
 
 SMALL = {"meta_batch": 2, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "epochs": 1, "learner_threads": 1}
 

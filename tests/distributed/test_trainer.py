@@ -21,13 +21,15 @@ import torch
 from builders import assert_same
 from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
-from ssm_metarl.distributed.checkpoint import CheckpointError, load_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.distributed.cluster import auto_workers, check_resources
+from ssm_metarl.distributed.collection import EnvironmentFailure
 from ssm_metarl.distributed.learner import resolve_device
-from ssm_metarl.distributed.run import auto_workers
-from ssm_metarl.distributed.trainer import EnvironmentFailure, MetaTrainer, check_resources
+from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.tasks import Task
 
 Metrics = dict[str, Any]

@@ -20,11 +20,13 @@ from gymnasium.vector import AutoresetMode
 
 from builders import assert_same, make_policy
 from ssm_metarl.algorithms.collect import collect_tasks
-from ssm_metarl.algorithms.inference import PolicySpec
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import TaskDistribution, adapter, make
-from ssm_metarl.tasks.adapter import GymFamily, TaskFamily, from_name
+from ssm_metarl.tasks.external.gym import GymFamily
+from ssm_metarl.tasks.external.names import from_name
+from ssm_metarl.tasks.external.own import TaskFamily
 
 PENDULUM: Mapping[str, Any] = {"g": [8, 12], "l": [0.5, 1.5]}
 LINE = '''

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks import BatchedEnv, TaskDistribution, base, make, names, register
+from ssm_metarl.tasks import BatchedEnv, TaskDistribution, make, names, register
+from ssm_metarl.tasks import registry as base
 
 FAMILIES = ("cartpole", "navigation-2d")
 WRONG_NUMBERS: list[Any] = [np.nan, np.inf, -np.inf, -1e9, 1e9, "1", None, True, [0.1], [[1], [1, 2]]]

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.tuning.evolution import Evolution
 from ssm_metarl.tuning.metrics import Comparison
 from ssm_metarl.tuning.mutation import Proposal, moves

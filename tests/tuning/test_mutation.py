@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_metarl.distributed.config import TrainConfig
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.tuning.evolution import _fit_weights
 from ssm_metarl.tuning.mutation import BOUNDS, FACTORS, SIZES, Proposal, alternatives, moves, propose
 

@@ -19,20 +19,22 @@ import pytest
 import ray
 
 from scripted_trainers import STEPS, MortalTrainer, ScriptedTrainer, write_faults
-from ssm_metarl.distributed.checkpoint import CheckpointError, checkpoints, load_checkpoint, resolve_checkpoint
-from ssm_metarl.distributed.config import TrainConfig
-from ssm_metarl.distributed.run import train
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.train import train
 from ssm_metarl.distributed.trainer import MetaTrainer
-from ssm_metarl.tasks import base
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import CheckpointError
+from ssm_metarl.storage.run_folder import checkpoints, resolve_checkpoint
+from ssm_metarl.tasks import registry as base
 from ssm_metarl.tasks.navigation import Navigation2D
 from ssm_metarl.tuning import evolution as evolution_module
-from ssm_metarl.tuning import run as run_module
+from ssm_metarl.tuning import evolve as run_module
+from ssm_metarl.tuning.evolve import EvolutionFailure, EvolveResult, evolve, export_best
+from ssm_metarl.tuning.member_trainer import EvolvingTrainer
 from ssm_metarl.tuning.mutation import Proposal
 from ssm_metarl.tuning.population import EvolveConfig, checkpoint_bound
-from ssm_metarl.tuning.run import EvolutionFailure, EvolveResult, evolve, export_best
 from ssm_metarl.tuning.scheduler import RecursiveSelfImprovement
 from ssm_metarl.tuning.store import RunStore, read_state, request_rollback
-from ssm_metarl.tuning.trainer import EvolvingTrainer
 
 TESTS = Path(__file__).resolve().parents[1]
 SMALL = {"hidden_dim": 8, "state_dim": 4, "learner_threads": 1}

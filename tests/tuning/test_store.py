@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_metarl.algorithms.inference import PolicySpec
-from ssm_metarl.distributed.checkpoint import Checkpoint, CheckpointError, expected_shapes, save_checkpoint
+from ssm_metarl.algorithms.parameters import expected_shapes
+from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.storage.checkpoint import save_checkpoint
+from ssm_metarl.storage.contents import Checkpoint, CheckpointError
 from ssm_metarl.tuning.store import FORMAT_VERSION, RunStore, read_state, request_rollback
 
 

@@ -1,0 +1,115 @@
+"""The meta-objective: the loss after each inner step, differentiated through adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+
+from ssm_metarl.algorithms.batch import Batch
+from ssm_metarl.algorithms.inner_loop import for_tasks, inner_step, play
+from ssm_metarl.algorithms.policy import PolicyOutput, SSMPolicy
+from ssm_metarl.algorithms.registry import ALGORITHMS, MetaConfig
+
+
+def outer_loss(output: PolicyOutput, batch: Batch, config: MetaConfig) -> Tensor:
+    """Loss of each task's policy on a batch that it collected, [M]: PPO's clipped surrogate, or plain policy gradient.
+
+    Args:
+        output: what the policy says of the batch's steps.
+        batch: rollouts of the query, or of any stage that has a weight in the meta-objective.
+    """
+    actions, advantages = output.actions, batch.outer_advantages
+    log_probs = actions.log_prob(batch.actions)
+    if ALGORITHMS[config.algorithm].clipped:
+        ratio = torch.exp(batch.log_ratio(log_probs))
+        clipped = torch.clamp(ratio, 1 - config.clip, 1 + config.clip)
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
+    else:
+        gain = batch.counted(log_probs) * advantages
+    if config.entropy_bonus:
+        gain = gain + config.entropy_bonus * batch.counted(actions.entropy())
+    if batch.targets is not None:
+        gain = gain - config.value_weight * torch.square(batch.counted(output.values) - batch.targets)
+    return -(gain * batch.share).sum((1, 2))
+
+
+class MetaLoss(NamedTuple):
+    """The meta-objective over M tasks and its diagnostics.
+
+    Attributes:
+        losses: [M], Σ_s w_s L(θ_s) plus the penalty.
+        before: detached action distribution of the meta-parameters on the first batch: the reference of later epochs.
+        kl_before: [M], detached divergence of the meta-policy from the reference on the first batch; in minibatches or
+            without inner steps an unbiased estimate from the actions taken.
+        log_ratio: largest |log π_new/π_old| on the query batch over valid steps.
+        entropy: mean entropy of the adapted policies on the query batch.
+    """
+
+    losses: Tensor
+    before: Distribution
+    kl_before: Tensor
+    log_ratio: Tensor
+    entropy: Tensor
+
+
+def meta_loss(
+    policy: SSMPolicy,
+    parameters: Mapping[str, Tensor],
+    stages: Sequence[Batch],
+    config: MetaConfig,
+    reference: Distribution | None = None,
+) -> MetaLoss:
+    """Σ_s w_s L(θ_s) over 0..S adaptation steps, θ_0 the meta-parameters and θ_{s+1} = θ_s - α ∇L_s(θ_s).
+
+    Args:
+        parameters: the meta-parameters, shared by all tasks.
+        stages: S+1 batches; the s-th was collected with θ_s. Batch s < S is support of step s, batch S is the query.
+        reference: the meta-policy's action distribution on the first batch when it was collected; None: it is now.
+
+    Returns:
+        Losses of each task, differentiable to ``parameters``.
+    """
+    algorithm = ALGORITHMS[config.algorithm]
+    weights = config.weights
+    # Without inner steps no task has parameters of its own, and none gets a gradient of its own.
+    current = for_tasks(parameters, stages[0].share.shape[0]) if len(stages) > 1 else dict(parameters)
+    total = torch.zeros((), device=stages[0].share.device)
+    before: Distribution | None = None
+    for stage, weight in zip(stages[:-1], weights[:-1], strict=True):
+        current, output = inner_step(policy, current, stage, config, differentiable=True)
+        if weight:
+            total = total + weight * outer_loss(output, stage, config)
+        before = output.actions if before is None else before
+    output = play(policy, current, stages[-1])
+    adapted = output.actions
+    total = total + weights[-1] * outer_loss(output, stages[-1], config)
+    first = stages[0]
+    before = adapted if before is None else before
+    if config.minibatches > 1 or len(stages) == 1:
+        # The policy that acted has changed since in other minibatches; its log-probabilities are known.
+        change = first.log_ratio(before.log_prob(first.actions))
+        pointwise = torch.exp(change) - 1 - change
+    else:
+        pointwise = first.counted(kl_divergence(detached(before) if reference is None else reference, before))
+    divergence = (pointwise * first.share).sum((1, 2))
+    if algorithm.clipped and config.kl_penalty:
+        total = total + config.kl_penalty * divergence
+    with torch.no_grad():
+        query = stages[-1]
+        log_ratio = query.log_ratio(adapted.log_prob(query.actions)).abs().max()
+        entropy = (query.counted(adapted.entropy()) * query.share).sum() / query.share.sum().clamp(min=1e-8)
+    return MetaLoss(total, detached(before), divergence.detach(), log_ratio, entropy)
+
+
+def detached(distribution: Distribution) -> Distribution:
+    """The same distribution without a graph."""
+    if isinstance(distribution, Categorical):
+        return Categorical(logits=distribution.logits.detach(), validate_args=False)
+    assert isinstance(distribution, Independent)
+    base = distribution.base_dist
+    normal = Normal(base.loc.detach(), base.scale.detach(), validate_args=False)
+    return Independent(normal, 1, validate_args=False)

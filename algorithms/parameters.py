@@ -1,0 +1,137 @@
+"""The policy's parameters: names, axes, shapes and readers, for policy, NumPy, checkpoints and resizing alike."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from ssm_metarl.algorithms.spec import PolicySpec
+
+MIN_DECAY = 1e-6
+"""Least decay of a mode a step. It keeps |a| below 1 in float32 too, where exp(-exp(nu)) rounds to 1 for small nu."""
+
+MAX_NU = 10.0
+"""Largest ν that has an effect: beyond, a mode forgets all in one step, and exp(ν) would overflow in gradients."""
+
+CRITIC_UNITS = 128
+"""Width of what a critic that is told the task makes of it and of the policy's last layer."""
+
+
+def step_size(name: str) -> str:
+    """Name of the step sizes of a parameter."""
+    return "step_sizes." + name.replace(".", "/")  # a parameter's own name cannot have a dot
+
+
+def adapts(name: str) -> bool:
+    """Whether inner steps change what has that name: no value head, no step size and no normaliser."""
+    return name.startswith(("encoder.", "blocks.", "policy."))
+
+
+AXES: dict[str, tuple[str, ...]] = {
+    "encoder.weight": ("input", "unit"),
+    "encoder.bias": ("unit",),
+    "nu": ("mode",),
+    "theta": ("mode",),
+    "B": ("unit", "state"),
+    "C": ("state", "unit"),
+    "D": ("unit",),
+    "gate.weight": ("unit",),
+    "gate.bias": ("unit",),
+    "out.weight": ("unit", "unit"),
+    "out.bias": ("unit",),
+    "memory.weight": ("unit", "unit"),
+    "memory.bias": ("unit",),
+    "memory.address": ("unit", "slot"),
+    "policy.weight": ("unit", "action"),
+    "policy.bias": ("action",),
+    "policy.log_std": ("action",),
+    "value.weight": ("unit", "value"),
+    "value.bias": ("value",),
+    "critic.weight": ("unit", "critic"),
+    "critic.bias": ("critic",),
+    "critic.task": ("task", "critic"),
+    "critic.out": ("critic", "value"),
+    "input_mean": ("input",),
+    "input_scale": ("input",),
+    "reward_scale": ("reward",),
+    "task_mean": ("task",),
+    "task_scale": ("task",),
+}
+"""What lies along each axis of a parameter (its name without ``blocks.i.``). Resizing changes units (of the residual
+stream, and of the same number in a block), real state variables, and complex modes, two state variables each. Moments
+and learned step sizes have the axes of their parameter."""
+
+VALUE_HEADS = ("value.weight", "critic.weight")
+"""Readers that say what a policy expects, not what it does."""
+
+READERS = ("B", "C", "out.weight", "memory.weight", "memory.address", "policy.weight", *VALUE_HEADS)
+"""Parameters whose row j is how unit (for C: state variable) j is read: zero where j is new. Whatever else a unit or
+mode has, D and gate included, stays inside it and reaches others through these rows alone."""
+
+SILENT = {True: ("C", "D", "memory.weight", "memory.bias"), False: ("out.weight", "out.bias")}
+"""Parameters that are zero in a new block, gated or not, so that its output is its input."""
+
+_KEY = re.compile(r"(step_sizes\.)?(?:blocks[./](\d+)[./])?(.+?)(?:\.(step|exp_avg|exp_avg_sq))?")
+
+
+class ParameterName(NamedTuple):
+    """A name taken apart.
+
+    Attributes:
+        block: number of its block, or None.
+        leaf: the parameter's name in there.
+        moment: which of Adam's numbers it is, or "".
+        step_sizes: whether it is of the parameter's step sizes instead of the parameter.
+    """
+
+    block: int | None
+    leaf: str
+    moment: str
+    step_sizes: bool
+
+
+def parse_name(key: str) -> ParameterName:
+    """A name taken apart; any name of a policy's parameter, step size or moment can be."""
+    match = _KEY.fullmatch(key)
+    assert match is not None
+    step_sizes, block, leaf, moment = match.groups()
+    return ParameterName(None if block is None else int(block), leaf.replace("/", "."), moment or "", bool(step_sizes))
+
+
+def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
+    """Shape of each array of such a policy by name, ordered as in ``SSMPolicy.numpy_weights()``."""
+    width, state, actions = spec.hidden_dim, spec.state_dim, spec.action_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= {"encoder.weight": (spec.input_size, width), "encoder.bias": (width,)}
+    for i in range(spec.num_layers):
+        block = f"blocks.{i}."
+        shapes |= {
+            block + "nu": (state // 2,),
+            block + "theta": (state // 2,),
+            block + "B": (width, state),
+            block + "C": (state, width),
+            block + "D": (width,),
+        }
+        if spec.gated:  # in the order of a ParameterDict, which is the alphabet's
+            shapes |= {block + "gate.bias": (width,), block + "gate.weight": (width,)}
+        else:
+            shapes |= {block + "out.weight": (width, width), block + "out.bias": (width,)}
+        if spec.memory_slots:
+            memory = block + "memory."
+            shapes |= {memory + "weight": (width, width), memory + "bias": (width,)}
+            shapes[memory + "address"] = (width, spec.memory_slots)
+    shapes |= {"policy.weight": (width, actions), "policy.bias": (actions,)}
+    if not spec.discrete:
+        shapes["policy.log_std"] = (actions,)
+    sizes = {step_size(name): shape for name, shape in shapes.items()} if spec.learned_step_sizes else {}
+    shapes |= {"value.weight": (width, 1), "value.bias": (1,)}
+    told, units = (spec.task_size,), (CRITIC_UNITS,)
+    if spec.task_size:
+        shapes |= {"critic.weight": (width, *units), "critic.bias": units}
+        shapes |= {"critic.task": (*told, *units), "critic.out": (*units, 1)}
+    shapes |= dict(sorted(sizes.items()))
+    if spec.task_size:
+        shapes |= {"task_mean": told, "task_scale": told}
+    if spec.normalizes:
+        shapes |= {"input_mean": (spec.input_size,), "input_scale": (spec.input_size,), "reward_scale": (1,)}
+    return shapes

@@ -1,0 +1,172 @@
+"""The algorithms of MAML's family and RL², and the options of meta-learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ssm_metarl.checks import check_count, check_number
+
+
+class Algorithm(NamedTuple):
+    """What distinguishes the members of the MAML family.
+
+    Attributes:
+        inner_ratio: the inner objective weighs advantages with the likelihood ratio to the policy that acted (the
+            low-variance curvature surrogate of ProMP, whose Hessian is that of the expected return) instead of with
+            the log-probability (MAML's, whose Hessian lacks the term ∇log π ∇log πᵀ).
+        second_order: the meta-gradient passes through the inner gradient.
+        clipped: the outer objective is PPO's clipped ratio with a penalty on the change of the policy before
+            adaptation, good for several epochs on the same data; otherwise a plain policy gradient, good for one.
+    """
+
+    inner_ratio: bool
+    second_order: bool
+    clipped: bool
+
+
+ALGORITHMS: Mapping[str, Algorithm] = {
+    "promp": Algorithm(inner_ratio=True, second_order=True, clipped=True),
+    "rl2": Algorithm(inner_ratio=True, second_order=True, clipped=True),
+    "maml": Algorithm(inner_ratio=False, second_order=True, clipped=False),
+    "fomaml": Algorithm(inner_ratio=False, second_order=False, clipped=False),
+    "policy-gradient": Algorithm(inner_ratio=True, second_order=True, clipped=True),
+}
+"""ProMP (Rothfuss et al. 2019, arXiv 1810.06784), RL² (Duan et al. 2016, arXiv 1611.02779), MAML and first-order MAML
+(Finn et al. 2017, arXiv 1703.03400). RL² is ProMP that may do without inner steps: PPO on a policy that learns in its
+recurrent state. "policy-gradient" is that with RLlib's PPO, over single episodes."""
+
+IN_CONTEXT: Mapping[str, object] = {
+    "inner_steps": 0,
+    "baseline": "critic",
+    "epochs": 4,
+    "minibatches": 8,
+    "clip": 0.2,
+    "kl_penalty": 0.0,
+    "lr_schedule": "linear",
+    "num_layers": 2,
+    "state_dim": 64,
+}
+"""Options that "rl2" starts from, where they differ from the defaults."""
+
+POLICY_GRADIENT: Mapping[str, object] = {
+    **IN_CONTEXT,
+    "algorithm": "policy-gradient",
+    "episodes": 1,
+    "epochs": 8,
+    "outer_lr": 2e-3,
+    "gae_lambda": 0.95,
+    # Returns are not scaled, and encoder and memory are shared: with more, the critic's error is all that they learn.
+    "value_weight": 1e-3,
+}
+"""Options that "policy-gradient" starts from, where they differ from the defaults."""
+
+BASELINES = ("linear", "critic", "informed", "time")
+"""What advantages are measured against, see ``MetaConfig``."""
+
+CRITICS = ("critic", "informed")
+"""The baselines that the policy learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """How the policy adapts and how it is meta-trained.
+
+    Attributes:
+        algorithm: "promp", "maml", "fomaml", "rl2" or "policy-gradient".
+        inner_lr: step size of the inner policy gradient steps.
+        inner_steps: number S of inner steps; "rl2" can do without (0), "policy-gradient" has none.
+        step_weights: weights w_0..w_S of the loss after 0..S steps in the meta-objective; two numbers: before
+            adaptation and after the last step; empty: all on the last.
+        outer_lr: Adam's learning rate at the first iteration.
+        lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
+        epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
+        minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
+        baseline: of the advantages: "linear" (fitted to each task's returns), "critic" (the policy's value head),
+            "time" (the step's mean return over all tasks) or "informed" ("time", and a value head that in training is
+            told the task, which must be numbers, for the rest). Critics also bootstrap where a column was cut.
+        value_weight: weight of the critic's squared error.
+        clip: range of PPO's likelihood ratio, 1 ± clip.
+        kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
+        entropy_bonus: weight of the policy's entropy after adaptation at first; it falls with the learning rate.
+        max_grad_norm: the meta-gradient is scaled down to this norm.
+        discount: of rewards, a step.
+        gae_lambda: of the generalized advantage estimator.
+    """
+
+    algorithm: str = "promp"
+    inner_lr: float = 0.1
+    inner_steps: int = 1
+    step_weights: tuple[float, ...] = ()
+    outer_lr: float = 1e-3
+    lr_schedule: str = "constant"
+    epochs: int = 5
+    minibatches: int = 1
+    baseline: str = "linear"
+    value_weight: float = 0.5
+    clip: float = 0.3
+    kl_penalty: float = 0.01
+    entropy_bonus: float = 0.0
+    max_grad_norm: float = 1.0
+    discount: float = 0.99
+    gae_lambda: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("algorithm", self.algorithm, ALGORITHMS)
+        _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
+        _one_of("baseline", self.baseline, dict.fromkeys(BASELINES))
+        for name in ("inner_lr", "outer_lr", "clip", "max_grad_norm"):
+            check_number(name, getattr(self, name), above=0.0)
+        for name in ("kl_penalty", "entropy_bonus", "value_weight"):
+            check_number(name, getattr(self, name), low=0.0)
+        for name in ("discount", "gae_lambda"):
+            check_number(name, getattr(self, name), low=0.0, high=1.0)
+        check_count("inner_steps", self.inner_steps, 0)
+        if self.inner_steps == 0 and self.algorithm not in ("rl2", "policy-gradient"):
+            raise ValueError(
+                f"inner_steps must be 1 or more for {self.algorithm}: only rl2 and policy-gradient learn without."
+            )
+        check_count("epochs", self.epochs, 1)
+        check_count("minibatches", self.minibatches, 1)
+        weights = self.step_weights
+        if not isinstance(weights, tuple | list):
+            raise ValueError(f"step_weights must be a tuple of numbers, not {weights!r}.")
+        for weight in weights:
+            check_number("step_weights", weight, low=0.0)
+        if len(weights) not in (0, *([2] if self.inner_steps else []), self.inner_steps + 1):
+            raise ValueError(
+                f"step_weights needs one weight for each of 0..{self.inner_steps} inner steps, "
+                f"that is {self.inner_steps + 1}, or two for before and after, not {len(weights)}."
+            )
+        if weights and not 0 < sum(weights) < math.inf:
+            raise ValueError(f"step_weights must have a positive sum, not {weights!r}.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights w_0..w_S, normalised to sum 1."""
+        if self.inner_steps == 0:
+            return (1.0,)
+        first, *_, last = self.step_weights or (0.0, 1.0)
+        between = self.step_weights[1:-1] or [0.0] * (self.inner_steps - 1)
+        weights = (first, *between, last)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    @property
+    def passes(self) -> int:
+        """Epochs that the algorithm takes over one iteration's rollouts."""
+        return self.epochs if ALGORITHMS[self.algorithm].clipped else 1
+
+
+SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""Factor of the outer learning rate by the fraction of iterations done, in [0, 1)."""
+
+
+def _one_of(name: str, value: str, valid: Mapping[str, object]) -> None:
+    if value not in tuple(valid):
+        raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")

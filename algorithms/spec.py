@@ -1,0 +1,209 @@
+"""Sizes and form of a policy, and the environment's bounds of its actions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.checks import check_count, check_flag, check_keys, check_number
+
+ABSENT_BOUND = 1e30
+"""A Box with bounds of at least this size is taken for unbounded: such numbers are written where there is no bound."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Sizes and form of a policy, whatever the task.
+
+    Attributes:
+        hidden_dim: width H of the residual stream.
+        state_dim: real state variables N of each SSM block (even: N/2 complex modes).
+        num_layers: SSM blocks; 0 gives a memoryless policy.
+        gated: gate a block's output by its input instead of mixing it by a linear layer (see ``SSMBlock``).
+        inputs: "full" (observation, previous action, previous reward, start flag) or "observation" alone.
+        initial_std: standard deviation of continuous actions before training.
+        learned_step_sizes: every parameter has an inner step size of its own, ``inner_lr`` times a factor that is
+            meta-learned from 1 (Li et al. 2017, arXiv 1707.09835).
+        normalize_observations: observations less their running mean, divided by their running standard deviation.
+        scale_rewards: rewards divided by a running standard deviation: as input by that of rewards, for the critic by
+            that of returns.
+        encoder_scale: factor of the encoder's initial weights. With one-hot inputs, of which few are not 0, tanh is
+            nearly linear at 1, and what depends on a product of inputs (this action and that reward) is slow to learn.
+        min_period: shortest period, in steps, of the oscillations that the modes start with, 2 or more; their phases
+            are uniform up to 2π/min_period (LRU's max_phase). Slow ones tell apart what changes slowly; single steps
+            of a long past are told apart by those of all periods from 2 on, which make a delay line.
+        memory_slots: of an associative memory in each block, which binds what was done where to what came of it (see
+            ``SlotMemory``); 0: none.
+    """
+
+    hidden_dim: int = 64
+    state_dim: int = 32
+    num_layers: int = 1
+    gated: bool = False
+    inputs: Literal["full", "observation"] = "full"
+    initial_std: float = 0.5
+    learned_step_sizes: bool = False
+    normalize_observations: bool = False
+    scale_rewards: bool = False
+    encoder_scale: float = 1.0
+    min_period: float = 20.0
+    memory_slots: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("hidden_dim", self.hidden_dim, 1)
+        check_count("state_dim", self.state_dim, 2)
+        check_count("num_layers", self.num_layers, 0)
+        check_count("memory_slots", self.memory_slots, 0)
+        if self.state_dim % 2:
+            raise ValueError(f"state_dim must be even (complex modes are pairs), not {self.state_dim}.")
+        for name in ("gated", "learned_step_sizes", "normalize_observations", "scale_rewards"):
+            check_flag(name, getattr(self, name))
+        if self.inputs not in ("full", "observation"):
+            raise ValueError(f"inputs must be 'full' or 'observation', not {self.inputs!r}.")
+        for name in ("initial_std", "encoder_scale"):
+            check_number(name, getattr(self, name), above=0.0)
+        check_number("min_period", self.min_period, low=2.0)
+
+
+@dataclass(frozen=True)
+class PolicySpec(PolicyConfig):
+    """All that is needed, with the weights, to run a policy. JSON values only.
+
+    Attributes:
+        observation_size: O, length of an observation.
+        action_size: A, length of a continuous action, or the number of discrete actions.
+        discrete: whether actions are integers in [0, A).
+        task_size: P, how many numbers describe a task to the critic that is told it; 0: there is none such.
+        action_low, action_high: bounds of each number of a continuous action in the environment's unit, None where
+            there is none; empty: no number has any. See :meth:`env_actions`.
+    """
+
+    observation_size: int
+    action_size: int
+    discrete: bool
+    task_size: int = 0
+    action_low: tuple[float | None, ...] = ()
+    action_high: tuple[float | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_count("observation_size", self.observation_size, 1)
+        check_count("action_size", self.action_size, 1)
+        check_flag("discrete", self.discrete)
+        check_count("task_size", self.task_size, 0)
+        super().__post_init__()
+        for name, bounds in (("action_low", self.action_low), ("action_high", self.action_high)):
+            if not isinstance(bounds, tuple) or len(bounds) not in (0, 0 if self.discrete else self.action_size):
+                raise ValueError(f"{name} must be a tuple of a bound for each number of a continuous action.")
+            for bound in bounds:
+                if bound is not None:
+                    check_number(name, bound, low=-ABSENT_BOUND, high=ABSENT_BOUND)
+        if len(self.action_low) != len(self.action_high):
+            raise ValueError("action_low and action_high must have equally many bounds.")
+        for low, high in zip(self.action_low, self.action_high, strict=True):
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"action_low {low:g} must not be above action_high {high:g}.")
+
+    @property
+    def input_size(self) -> int:
+        """Length I of the policy's input vector."""
+        if self.inputs == "observation":
+            return self.observation_size
+        return self.observation_size + self.action_size + 2
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether inputs are normalised."""
+        return self.normalize_observations or self.scale_rewards
+
+    def env_actions(self, actions: Array) -> Array:
+        """The policy's actions in the environment's unit.
+
+        A number with two bounds is clipped to [-1, 1] and mapped to them linearly, as by the environments of rllab that
+        MAML was published with. A number with one bound, or none, is in the environment's unit already and is clipped
+        to the bound that it has.
+
+        Args:
+            actions: [..., A] float32, or [...] integers, which stay as they are.
+
+        Returns:
+            Of the same shape and dtype, within the bounds; NaN stays NaN.
+        """
+        if self.discrete or not self.action_low:
+            return actions
+        centre, half, least, most, low, high = _action_map(self.action_low, self.action_high)
+        return np.clip(centre + half * np.clip(actions, least, most), low, high)
+
+    def misfit(self, observations: gymnasium.Space[Any], actions: gymnasium.Space[Any]) -> str:
+        """How the spaces of an environment of vectors differ from those that the policy was made for; "" if they fit.
+
+        Args:
+            observations: space of one observation.
+            actions: space of one action.
+        """
+        shape = getattr(observations, "shape", None)
+        if shape != (self.observation_size,):
+            return f"its observations are of the size {self.observation_size}, not of the shape {shape}"
+        if isinstance(actions, Discrete) != self.discrete:
+            return f"its actions are {'discrete' if self.discrete else 'continuous'}"
+        if isinstance(actions, Discrete):
+            same = int(actions.n) == self.action_size
+            return "" if same else f"it has {self.action_size} actions, not {int(actions.n)}"
+        if not isinstance(actions, Box) or actions.shape != (self.action_size,):
+            return f"its actions have {self.action_size} numbers, not those of {actions}"
+        bounds = action_bounds(actions.low, actions.high)
+        if bounds == (self.action_low, self.action_high) or (not self.action_low and set(sum(bounds, ())) == {None}):
+            return ""
+        low, high = (
+            ", ".join("none" if bound is None else f"{bound:g}" for bound in side) or "nothing"
+            for side in (self.action_low, self.action_high)
+        )
+        return f"its actions are bounded by [{low}] and [{high}], not as in {actions}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PolicySpec:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: for an unknown key (the nearest valid one is named), a missing key, or an impossible size.
+        """
+        known = {f.name for f in fields(cls)}
+        check_keys(values, known, "policy")
+        try:
+            given: dict[str, Any] = {
+                k: tuple(value) if isinstance(value, list) else value for k, value in values.items()
+            }
+            return cls(**given)
+        except TypeError as error:
+            raise ValueError(f"Incomplete policy description: {error}.") from None
+
+
+@functools.lru_cache
+def _action_map(lows: tuple[float | None, ...], highs: tuple[float | None, ...]) -> tuple[Array, ...]:
+    """Of ``PolicySpec.env_actions``, [A] float32 each: centre and half-width, and the bounds before and after."""
+    low = np.array([-np.inf if bound is None else bound for bound in lows])
+    high = np.array([np.inf if bound is None else bound for bound in highs])
+    bounded = np.isfinite(low) & np.isfinite(high)
+    centre = np.where(bounded, np.where(bounded, low, 0) / 2 + np.where(bounded, high, 0) / 2, 0.0)
+    half = np.where(bounded, np.where(bounded, high, 0) / 2 - np.where(bounded, low, 0) / 2, 1.0)
+    least, most = np.where(bounded, -1.0, -np.inf), np.where(bounded, 1.0, np.inf)
+    return tuple(array.astype(np.float32) for array in (centre, half, least, most, low, high))
+
+
+def action_bounds(low: Array, high: Array) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
+    """``action_low`` and ``action_high`` of a Box's bounds [A]; what is ``ABSENT_BOUND`` or more stands for none."""
+
+    def present(bounds: Array) -> tuple[float | None, ...]:
+        return tuple(bound if abs(bound) < ABSENT_BOUND else None for bound in bounds.astype(np.float32).tolist())
+
+    return present(low), present(high)

@@ -1,0 +1,1 @@
+"""RLlib's PPO on the SSM policy: the algorithm "policy-gradient"."""

@@ -1,0 +1,1 @@
+"""Evaluation of policies: held-out tasks, adaptation, and the modes of adaptation side by side."""

@@ -1,0 +1,185 @@
+"""A policy adapted to one task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ssm_metarl.algorithms.adapters import Adaptation, HybridAdapter, StandardAdapter
+from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import MetaConfig
+from ssm_metarl.algorithms.replay import ReplayBuffer
+from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.algorithms.statistics import (
+    confidence_interval,
+    interval_values,
+)
+from ssm_metarl.checks import check_count
+from ssm_metarl.evaluation.tasks import TaskSource, collect_split, open_subject, sample_split
+from ssm_metarl.seeds import Branch
+from ssm_metarl.storage.contents import Checkpoint
+from ssm_metarl.tasks import Task
+
+MODES = ("none", "standard", "replay", "hybrid")
+"""How a policy adapts: not at all; with the task's own episodes; with randomly drawn replay beside them, unweighted;
+with replay weighted by propensity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptOptions:
+    """How a policy adapts to new tasks; see ``StandardAdapter`` and ``HybridAdapter``.
+
+    Attributes:
+        steps: adaptation steps; None: as many as the policy was trained for, at least one.
+        episodes: episodes a task and step that the steps are made of; None: as in training.
+        step_size: of a step; None: as in training.
+        kl_bound: most that a step may move the policy, nats a step; a larger one is halved.
+        optimizer: sgd, the inner step of meta-training, or adam.
+        replay_episodes: most stored episodes a step uses (replay, hybrid).
+        pull: strength of the pull towards the meta-parameters (replay, hybrid).
+        test_episodes: fresh episodes a task that judge the adapted policy, and count as no cost.
+    """
+
+    steps: int | None = None
+    episodes: int | None = None
+    step_size: float | None = None
+    kl_bound: float = float("inf")
+    optimizer: str = "sgd"
+    replay_episodes: int = 20
+    pull: float = 0.0
+    test_episodes: int = 20
+
+    def adapter(
+        self, mode: str, policy: SSMPolicy, config: MetaConfig, replay: ReplayBuffer | None, seed: int = 0
+    ) -> StandardAdapter:
+        """The adapter of a mode.
+
+        Raises:
+            ValueError: an unknown mode, an impossible option, or no replay where the mode needs one.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}.")
+        check_count("test_episodes", self.test_episodes, 1)
+        if self.episodes is not None:
+            check_count("episodes", self.episodes, 1)
+        common: dict[str, Any] = {
+            "steps": 0 if mode == "none" else max(config.inner_steps, 1) if self.steps is None else self.steps,
+            "step_size": self.step_size,
+            "kl_bound": self.kl_bound,
+            "optimizer": self.optimizer,
+        }
+        if mode in ("none", "standard"):
+            return StandardAdapter(policy, config, **common)
+        return HybridAdapter(
+            policy,
+            config,
+            replay,
+            replay_episodes=self.replay_episodes,
+            weighted=mode == "hybrid",
+            pull=self.pull,
+            seed=seed,
+            **common,
+        )
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """A policy adapted to one task.
+
+    Attributes:
+        task: family.
+        parameters: the task's.
+        mode: of adaptation.
+        adaptation: curve, cost and the adapted weights.
+        policy: the adapted policy.
+        checkpoint: the adapted policy's, of the same run; without an optimiser's state.
+        before, after: fresh episodes of the meta-trained and of the adapted policy, with common random numbers.
+    """
+
+    task: str
+    parameters: Task
+    mode: str
+    adaptation: Adaptation
+    policy: SSMPolicy
+    checkpoint: Checkpoint
+    before: Rollouts
+    after: Rollouts
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: the adaptation curve on the task's own episodes, its cost, and fresh returns with intervals."""
+        found = self.adaptation
+        result: dict[str, Any] = {
+            "task": self.task,
+            "parameters": self.parameters,
+            "mode": self.mode,
+            "curve": found.returns[0].tolist(),
+            "best_step": int(found.best_step[0]),
+            "step_fractions": found.fractions[0].tolist(),
+            "effective_replay_episodes": found.effective_episodes[0].tolist(),
+            "environment_steps": found.environment_steps,
+            "seconds": found.seconds,
+        }
+        for name, record in (("before", self.before), ("after", self.after)):
+            found_interval = interval_values(*confidence_interval(record.returns()[0]))
+            result[name] = {"return": found_interval.pop("value"), **found_interval}
+        return result
+
+
+def adapt_checkpoint(
+    path: str | Path,
+    params: Mapping[str, Any] | None = None,
+    *,
+    mode: str = "standard",
+    options: AdaptOptions | None = None,
+    source: TaskSource | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> TaskReport:
+    """Adapt a checkpoint's policy to one task, and play it before and after::
+
+        report = adapt_checkpoint("pretrained:cartpole", {"direction": -1}, mode="hybrid")
+        report.policy
+
+    Args:
+        path: a checkpoint, a run folder for its best one, or pretrained:NAME.
+        params: the task's parameters; what is not given is as in a task drawn from the split.
+        mode: see ``MODES``.
+        options: of the adapter.
+        source: where the task comes from.
+        seed: of the task and the rollouts.
+        num_workers: Ray actors; 0: in process.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        ValueError: an impossible option, task or parameter, or a mode that needs a replay without one.
+        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
+    """
+    options, source = options or AdaptOptions(), source or TaskSource()
+    check_count("seed", seed, 0)
+    with open_subject(path, source, num_workers) as subject:
+        adapter = options.adapter(mode, subject.policy, subject.config, subject.checkpoint.replay, seed)
+        task = sample_split(subject.family, source.split, 1, seed)[0]
+        if params:
+            if not isinstance(task, Mapping):
+                raise ValueError(f"A task of {subject.family.name} is {task!r} and has no parameters to set.")
+            if unknown := set(params) - set(task):
+                raise ValueError(
+                    f"A task of {subject.family.name} has the parameters {', '.join(task)}, not {sorted(unknown)[0]!r}."
+                )
+            task = {**task, **params}
+        subject.family.make_vector_env([task], 1).close()  # refuses impossible values in one sentence
+        episodes = subject.config.episodes if options.episodes is None else options.episodes
+        adaptation = adapter.adapt(collect_split(subject.pool, [task], source.split, seed), episodes)
+        test = [collect_split(subject.pool, [task], source.split, seed, branch=Branch.ADAPTED) for _ in range(2)]
+        before = test[0](subject.policy.numpy_weights(), options.test_episodes, 0)
+        after = test[1](adaptation.weights, options.test_episodes, 0)
+        adapted = adaptation.policy(subject.policy)
+        checkpoint = replace(
+            subject.checkpoint,
+            progress={**subject.checkpoint.progress, "adapted_to": task},
+            policy=adapted.numpy_weights(),
+            optimizer={},
+        )
+        return TaskReport(subject.family.name, task, mode, adaptation, adapted, checkpoint, before, after)

@@ -1,0 +1,101 @@
+"""Checks of what people write: each refuses a wrong value with one sentence that names the option."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+import numpy as np
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Refuse what is not an integer of at least ``least``.
+
+    Raises:
+        ValueError: with one sentence that names the option.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither true nor false.
+
+    Raises:
+        ValueError: with one sentence that names the option.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, not {value!r}.")
+
+
+def check_number(
+    name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf
+) -> None:
+    """Refuse what is not a finite number above ``above`` and in [``low``, ``high``].
+
+    Raises:
+        ValueError: with one sentence that names the option.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if number and above < value and low <= value <= high:
+        return
+    bounds = [f"above {above:g}"] if above > -math.inf else []
+    bounds += [f"at least {low:g}"] if low > -math.inf else []
+    bounds += [f"at most {high:g}"] if high < math.inf else []
+    raise ValueError(f"{name} must be a number {' and '.join(bounds)}, not {value!r}.")
+
+
+def check_keys(values: Mapping[str, Any], known: set[str], what: str) -> None:
+    """Refuse keys that are not ``known``, naming the nearest valid one.
+
+    Raises:
+        ValueError: with one sentence, for the first unknown key.
+    """
+    for key in values:
+        if key not in known:
+            near = get_close_matches(str(key), sorted(known), 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(sorted(known))}."
+            raise ValueError(f"Unknown {what} key {key!r}: {hint}")
+
+
+Value = TypeVar("Value")
+
+
+def lookup(entries: Mapping[str, Value], key: str, noun: str) -> Value:
+    """Take an entry by a name that a person may have mistyped.
+
+    Args:
+        entries: what can be asked for, by name.
+        key: what was asked for.
+        noun: what an entry is called in the error's sentence.
+
+    Raises:
+        ValueError: there is no such entry; the sentence gives the nearest name and lists all.
+    """
+    try:
+        return entries[key]
+    except (KeyError, TypeError):
+        raise ValueError(f"There is {no_such(noun, key, entries)}") from None
+
+
+def no_such(noun: str, key: object, valid: Iterable[str]) -> str:
+    """The rest of a sentence that begins with "There is": which name is wrong and which are right."""
+    valid = sorted(valid)
+    nearest = difflib.get_close_matches(str(key).lower(), valid, n=1, cutoff=0.5)
+    hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+    return f"no {noun} {key!r}{hint} (valid: {', '.join(valid)})."
+
+
+def check_option(name: str, value: object, least: int) -> int:
+    """Return an option of a family that must be a whole number of at least `least`.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    return int(value)

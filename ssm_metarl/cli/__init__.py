@@ -1,0 +1,1 @@
+"""The command line, and its tables and plots, which the web page shows, too."""

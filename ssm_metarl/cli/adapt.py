@@ -1,0 +1,93 @@
+"""``adapt``: a policy and one task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ssm_metarl.cli.job import run_name
+from ssm_metarl.cli.options import Adapt
+from ssm_metarl.cli.plots import plot_task
+from ssm_metarl.cli.tables import interval_words, parameter_words
+from ssm_metarl.evaluation.adapt import TaskReport, adapt_checkpoint
+from ssm_metarl.evaluation.tasks import TaskSource
+from ssm_metarl.storage.checkpoint import save_checkpoint
+
+
+def run_adapt(options: Adapt, console: Console, runs: str) -> int:
+    """Adapt, show and write the result; returns the exit code.
+
+    Args:
+        runs: parent of the default folder.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+        ValueError: bad input, in one sentence.
+    """
+    out = options.out
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not empty; choose another folder.")
+    source = TaskSource(options.task, options.task_options, options.task_ranges, options.split)
+    report = adapt_checkpoint(
+        options.checkpoint,
+        options.params,
+        mode=options.mode,
+        options=options.options,
+        source=source,
+        seed=options.seed,
+        num_workers=options.num_workers,
+    )
+    summary = write_report(report, out or Path(runs) / run_name(report.task, f"adapt-{options.mode}"))
+    _show(summary, console)
+    for path in summary["pictures"]:
+        console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Adapted policy: {summary['checkpoint']}", markup=False, highlight=False, soft_wrap=True)
+    if options.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def write_report(report: TaskReport, out: Path) -> dict[str, Any]:
+    """Write adaptation.json, the pictures and the adapted policy.
+
+    Args:
+        report: what adapting gave.
+        out: folder of the results, made where it is not there.
+
+    Returns:
+        The report as JSON values, with the paths of the "checkpoint" and the "pictures".
+    """
+    summary = report.summary()
+    out.mkdir(parents=True, exist_ok=True)
+    summary["checkpoint"] = str(save_checkpoint(out / "policy", report.checkpoint))
+    (out / "adaptation.json").write_text(json.dumps(summary, indent=1))
+    summary["pictures"] = [str(path) for path in plot_task(out, summary, report.before, report.after)]
+    return summary
+
+
+def _show(summary: Mapping[str, Any], console: Console) -> None:
+    replayed = [f"{count:.1f}" for count in summary["effective_replay_episodes"]]
+    console.print(f"Task: {parameter_words(summary['parameters'])}", markup=False, highlight=False, soft_wrap=True)
+    table = Table(title=f"{summary['task']}: {summary['mode']} adaptation")
+    columns = ["step", "return of its own episodes"]
+    columns += ["effective replayed episodes"] if any(summary["effective_replay_episodes"]) else []
+    for column in columns:
+        table.add_column(column, justify="right")
+    for step, value in enumerate(summary["curve"]):
+        mark = " (best)" if step == summary["best_step"] else ""
+        table.add_row(str(step), f"{value:.2f}{mark}", *(["", *replayed][step : step + 1] if len(columns) > 2 else []))
+    console.print(table)
+    before, after = summary["before"], summary["after"]
+    interval = interval_words(after, 2)
+    cost = f"{summary['environment_steps']} environment steps, {summary['seconds']:.1f} s"
+    console.print(
+        f"Fresh episodes: {before['return']:.2f} before, {after['return']:.2f} ({interval}) after; {cost}.",
+        highlight=False,
+    )
+    if summary["best_step"] == 0 and len(summary["curve"]) > 1:
+        console.print("No step did better on its own episodes: the policy is the meta-trained one.")

@@ -1,0 +1,218 @@
+"""``job``: commands of this package in the background, as Ray Jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus
+from ssm_metarl.cli.population import population_table
+from ssm_metarl.distributed import jobs
+from ssm_metarl.storage.mirror import Mirror, is_uri
+from ssm_metarl.storage.run_folder import resolve_checkpoint
+from ssm_metarl.tuning.store import read_state
+
+PATH_OPTIONS = ("--run-dir", "--storage", "--from")
+"""Options that name files: made absolute when a job is submitted, for a job runs in a folder of its own."""
+
+
+def run_job(options: JobCommand, command: Sequence[str], console: Console) -> int:
+    """Carry out one of the commands; for ``job start``, ``command`` is what the job is to do.
+
+    Raises:
+        JobError: see ``distributed.jobs``.
+    """
+    if isinstance(options, JobStart):
+        return _start(options, list(command), console)
+    if isinstance(options, JobShutdown):
+        return _shutdown(console)
+    client = jobs.connect(options.address)
+    if isinstance(options, JobList):
+        return _list([job_view(job) for job in jobs.jobs(client)], options.json, console)
+    job = jobs.choose(client, options.job)
+    name = job.submission_id or ""
+    if isinstance(options, JobStatus):
+        return _status(job_view(job), options.json, console)
+    if isinstance(options, JobLogs):
+        return _logs(client, name, options.follow)
+    client.stop_job(name)
+    console.print(f"Waiting for {name} to write a checkpoint …", highlight=False)
+    console.print(f"{name}: {jobs.wait(client, name)}", highlight=False)
+    return 0
+
+
+def prepared(command: Sequence[str], storage: str) -> tuple[list[str], str | None]:
+    """A command as a job runs it: paths absolute, and a run folder that is known from the start.
+
+    Args:
+        command: arguments of the command line; empty for self-improvement without end.
+        storage: parent of the run folders.
+
+    Returns:
+        The command, and its run folder if it makes one.
+    """
+    given = list(command) or _improve(storage)
+    for i, word in enumerate(given):
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            name = name.replace("_", "-")
+            given[i] = name + equals + value
+        if name in PATH_OPTIONS and equals:
+            given[i] = f"{name}={_absolute(value)}"
+        elif name in PATH_OPTIONS and i + 1 < len(given):
+            given[i + 1] = _absolute(given[i + 1])
+        elif not word.startswith("-") and i and Path(word).exists() and not given[i - 1].startswith("--"):
+            given[i] = _absolute(word)  # a checkpoint to evaluate
+    if given[0] not in ("train", "evolve"):
+        return given, None
+    run_dir = _value(given, "--run-dir")
+    if run_dir is None:
+        task = _value(given, "--task") or "navigation-2d"
+        parent = _value(given, "--storage") or _absolute(storage)
+        name = run_name(task, given[0])
+        run_dir = f"{parent.rstrip('/')}/{name}"
+        if is_uri(parent):
+            given += ["--run-dir", name, *([] if _value(given, "--storage") else ["--storage", parent])]
+        else:
+            given += ["--run-dir", run_dir]
+    return given, run_dir
+
+
+def run_name(task: str, kind: str) -> str:
+    """Name of a new run's folder: its task, without what a path could not have, what it does, and the time."""
+    return f"{re.sub('[^A-Za-z0-9._-]+', '-', task)}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _improve(storage: str) -> list[str]:
+    """``evolve`` without end, from the best there is."""
+    for run in sorted(Path(storage).glob("*/"), key=lambda run: run.stat().st_mtime, reverse=True):
+        if (run / "rsi" / "state.json").is_file():
+            return ["evolve", "--resume", "--run-dir", str(run), "--generations", "0"]
+        if (run / "best.json").is_file():
+            return ["evolve", "--from", str(resolve_checkpoint(run)), "--generations", "0"]
+    return ["evolve", "--generations", "0"]
+
+
+def _value(words: Sequence[str], option: str) -> str | None:
+    """What a command line gives for an option."""
+    for i, word in enumerate(words):
+        if word == option and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _absolute(path: str) -> str:
+    return path if is_uri(path) else str(Path(path).absolute())
+
+
+def _start(options: JobStart, command: list[str], console: Console) -> int:
+    command, run_dir = prepared(command, options.storage)
+    had = jobs.recorded_head()
+    name = jobs.submit(command, run_dir, options.address)
+    head = jobs.recorded_head()
+    if head is not None and head != had:
+        console.print(f"Started a Ray head; dashboard: {head.dashboard}", highlight=False, soft_wrap=True)
+    console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
+    if options.json:
+        print(json.dumps({"job": name, "command": command, "run_dir": run_dir}))
+    return 0
+
+
+def _shutdown(console: Console) -> int:
+    head = jobs.recorded_head()
+    if head is None:
+        raise jobs.JobError("No head of this machine is running.")
+    client = jobs.connect(head.dashboard)
+    running = [job.submission_id or "" for job in jobs.jobs(client) if str(job.status.value) not in jobs.ENDED]
+    for name in running:
+        client.stop_job(name)
+    for name in running:
+        console.print(f"{name}: {jobs.wait(client, name)}", highlight=False)
+    jobs.end_head(head)
+    console.print("The head has ended.")
+    return 0
+
+
+def _logs(client: Any, name: str, follow: bool) -> int:
+    async def tail() -> None:
+        async for text in jobs.follow(client, name):
+            print(text, end="", flush=True)
+
+    if follow:
+        asyncio.run(tail())
+    else:
+        print(client.get_job_logs(name), end="")
+    return 0
+
+
+def job_view(job: Any) -> dict[str, Any]:
+    """A job as JSON values: id, status, command, run folder, times and message."""
+    run_dir = (job.metadata or {}).get(jobs.MARK) or None
+    return {
+        "job": job.submission_id,
+        "status": str(job.status.value),
+        "command": job.entrypoint.partition(" -m ssm_metarl ")[2],
+        "run_dir": run_dir,
+        "started": _time(job.start_time),
+        "ended": _time(job.end_time),
+        "message": job.message,
+    }
+
+
+def _time(milliseconds: int | None) -> str | None:
+    return datetime.fromtimestamp(milliseconds / 1000).isoformat(" ", "seconds") if milliseconds else None
+
+
+def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
+    if as_json:
+        print(json.dumps(views))
+        return 0
+    table = Table()
+    for heading in ("job", "status", "started", "command"):
+        table.add_column(heading, overflow="fold")
+    for view in views:
+        table.add_row(view["job"], view["status"], view["started"] or "", view["command"])
+    console.print(table)
+    return 0
+
+
+def _progress(place: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The population of a run, or else its last iteration, as far as this machine can read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder if is_uri(place) else place)
+        try:
+            if is_uri(place):
+                Mirror(run, place, ("rsi/tune", "rsi/checkpoints")).fetch()
+            return read_state(run), None
+        except (OSError, ValueError):
+            lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
+            return None, json.loads(lines[-1]) if lines else None
+
+
+def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
+    state, metrics = _progress(view["run_dir"]) if view["run_dir"] else (None, None)
+    if as_json:
+        print(json.dumps({**view, "state": state, "metrics": metrics}))
+        return 0
+    for key, value in view.items():
+        if value and (key != "message" or view["status"] == "FAILED"):
+            console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+    if state is not None:
+        console.print(population_table(state))
+    if metrics is not None:
+        before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
+        console.print(f"iteration {metrics['iteration']}: return {before:.1f} → {after:.1f}", highlight=False)
+    return 0

@@ -1,0 +1,22 @@
+"""``plot``."""
+
+from __future__ import annotations
+
+from ssm_metarl.cli.options import Plot
+from ssm_metarl.cli.plots import plot_evolution, plot_run
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
+from ssm_metarl.tuning.store import read_state
+
+
+def run_plot(options: Plot) -> int:
+    """Carry out ``plot``; returns the exit code."""
+    if (options.run / "rsi").is_dir():
+        for path in plot_evolution(options.run, read_state(options.run)["trials"][0]["config"]["task"]):
+            print(path)
+        return 0
+    found = checkpoints(options.run) if options.run.is_dir() else []
+    title = load_checkpoint(found[-1]).config["task"] if found else options.run.name
+    for path in plot_run(options.run, title):
+        print(path)
+    return 0

@@ -1,0 +1,114 @@
+"""``train``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ssm_metarl.cli.console import RUNS, console, say
+from ssm_metarl.cli.job import run_name
+from ssm_metarl.cli.options import (
+    Evolve,
+    Train,
+    UncheckedConfig,
+    copy_of,
+)
+from ssm_metarl.cli.plots import plot_run
+from ssm_metarl.cli.tables import evaluation_table
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import auto_workers
+from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.train import train
+from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.storage.mirror import Mirror, is_uri
+
+
+def checked_config(config: UncheckedConfig, trials: int) -> TrainConfig:
+    """The options of a run, checked before the workers of "auto" are counted, for which Ray may have to be started."""
+    values = asdict(config)
+    automatic = values["num_workers"] == "auto"
+    checked = TrainConfig(**{**values, **({"num_workers": 0} if automatic else {})})
+    check_device(checked.device)
+    return replace(checked, num_workers=auto_workers(trials)) if automatic else checked
+
+
+def run_place(options: Train | Evolve, name: str) -> tuple[Path, str | None]:
+    """A run's folder, and the URI of its copy if it is to have one."""
+    parent = RUNS if is_uri(options.storage) else options.storage
+    run_dir = options.run_dir or Path(parent) / name
+    return run_dir, copy_of(options.storage, run_dir)
+
+
+def run_train(options: Train) -> int:
+    """Carry out ``train``; returns the exit code."""
+    if options.eval_tasks < 1:
+        raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
+    config = checked_config(options.config, trials=1)
+    name = run_name(config.task, config.algorithm)
+    run_dir, mirror = run_place(options, name)
+    with _progress() as progress:
+        bar = progress.add_task(config.task, total=config.iterations, returns="", speed="")
+
+        def show(metrics: dict[str, Any]) -> None:
+            if show.steps is None:  # type: ignore[attr-defined]
+                say(f"Run folder: {run_dir}")
+            before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
+            steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
+            show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
+            rate = steps / metrics["seconds"]["total"] / 1000
+            speed = f"{rate:.{0 if rate > 10 else 1}f}k steps/s" if steps else ""
+            returns = f"return {before:.1f} → {after:.1f}" if config.inner_steps else f"return {after:.1f}"
+            progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
+            if not console.is_terminal:
+                console.print(f"iteration {metrics['iteration']}/{config.iterations}: {returns} {speed}")
+
+        show.steps = None  # type: ignore[attr-defined]
+        result = train(config, run_dir, start=options.start, resume=options.resume, on_iteration=show, mirror=mirror)
+    summary: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "checkpoint": str(result.checkpoint),
+        "seconds": result.seconds,
+        "interrupted": result.signal is not None,
+        "metrics": result.metrics,
+    }
+    if result.signal is None:
+        console.print(f"Evaluating on {options.eval_tasks} held-out tasks …")
+        report = evaluate_checkpoint(
+            result.checkpoint, num_tasks=options.eval_tasks, seed=config.seed, num_workers=config.num_workers
+        ).summary()
+        summary["evaluation"] = report
+        (run_dir / "evaluation.json").write_text(json.dumps(summary["evaluation"], indent=1))
+        console.print(evaluation_table(summary["evaluation"]))
+    if (run_dir / "metrics.jsonl").stat().st_size:
+        summary["pictures"] = [str(path) for path in plot_run(run_dir, config.task)]
+    if mirror:
+        Mirror(run_dir, mirror).push()
+    say(f"Checkpoint: {result.checkpoint}")
+    for path in summary.get("pictures", []):
+        say(f"Picture: {path}")
+    if options.json:
+        print(json.dumps(summary))
+    if result.signal is not None:
+        say(f"Interrupted; go on with: train --resume --run-dir {shlex.quote(str(run_dir))}")
+        return 128 + result.signal
+    return 0
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[returns]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,1 @@
+"""Run folders and checkpoints, on a disk or at a URI."""

@@ -1,0 +1,62 @@
+"""Files and folders that are there whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one, whole.
+
+    Raises:
+        OSError: where the disk refuses; the old file stays.
+    """
+    temporary = temporary_beside(path)
+    try:
+        write_new(temporary, content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or a folder; of a folder what cannot be deleted now stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # what is left is deleted by the next prune
+    else:
+        path.unlink(missing_ok=True)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new hidden name in the same folder, which ``prune`` knows for a leftover."""
+    return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, to the disk itself.
+
+    Raises:
+        OSError: it is there, or the disk refuses.
+    """
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in ``folder`` durable, where its file system knows of that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""A run's folder: its checkpoints, which of them is the best, and what a crash left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+from ssm_metarl import pretrained
+from ssm_metarl.storage.atomic import delete, replace_file, temporary_beside
+from ssm_metarl.storage.contents import BEST, MANIFEST, CheckpointError, brief, decode_json, read_file
+
+_NAME = re.compile(r"checkpoint_([0-9]+)")
+_STAND_IN = re.compile(r"\.(checkpoint_[0-9]+)\.old")
+_LEFTOVER = re.compile(r"\.(checkpoint_[0-9]+|best\.json)\.[0-9a-f]{32}\.tmp")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run folder, by iteration ascending; empty where there is no such folder."""
+    return list(_complete(Path(run)).values())
+
+
+def resolve_checkpoint(path: Path | str) -> Path:
+    """The checkpoint folder that ``path`` means: itself, or a run's best, or its last while none is marked.
+
+    ``pretrained:NAME`` is a model that comes with the package.
+
+    Raises:
+        CheckpointError: where there is none, or the best cannot be told.
+    """
+    if str(path).startswith(pretrained.PREFIX):
+        try:
+            return pretrained.folder(str(path).removeprefix(pretrained.PREFIX))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+    folder = present(Path(path))
+    if os.path.lexists(folder / MANIFEST):
+        return folder
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} is neither a checkpoint nor a run: there is no such folder.")
+    complete = _complete(folder)
+    if not complete:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint: neither a {MANIFEST} of its own nor a complete checkpoint folder."
+        )
+    best = _best(folder)
+    if best is None:
+        return list(complete.values())[-1]
+    if best not in complete:
+        raise CheckpointError(
+            f"{folder / BEST} names {best!r}, which is not there: delete {BEST} to use the last checkpoint, "
+            f"{list(complete)[-1]}."
+        )
+    return complete[best]
+
+
+def prune(run: Path, keep_last: int = 3) -> None:
+    """Delete all checkpoints of a run but the last and the best, and what a crash left behind.
+
+    The trainer calls it after each save; no other process may be writing to the run. While ``best.json`` is
+    unreadable, no checkpoint is deleted.
+
+    Args:
+        run: the run folder.
+        keep_last: how many of the last checkpoints stay, at least 1.
+
+    Raises:
+        ValueError: for ``keep_last`` below 1.
+        OSError: where the disk refuses.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1, not {keep_last!r}.")
+    run = Path(run)
+    _clean_up(run)
+    try:
+        best = _best(run)
+    except CheckpointError:
+        return
+    for name, path in list(_complete(run).items())[:-keep_last]:
+        if name != best:
+            discard(path)
+
+
+def mark_best(run: Path, checkpoint: Path, value: float) -> None:
+    """Record which checkpoint is the best, in ``best.json``, replaced atomically.
+
+    Args:
+        run: the run folder.
+        checkpoint: a complete checkpoint in it.
+        value: the return that made it the best.
+
+    Raises:
+        ValueError: for a NaN or infinite value.
+        CheckpointError: where the run has no such complete checkpoint.
+        OSError: where the disk refuses.
+    """
+    run, name = Path(run), Path(checkpoint).name
+    if not math.isfinite(value):
+        raise ValueError(f"The return of {name} must be a finite number to be the best, not {value!r}.")
+    if name not in _complete(run):
+        raise CheckpointError(f"{checkpoint} is not a complete checkpoint of {run}.")
+    replace_file(run / BEST, json.dumps({"checkpoint": name, "return": float(value)}).encode())
+
+
+# Disk: what is in place, and how it gets there.
+
+
+def _complete(run: Path) -> dict[str, Path]:
+    """Complete checkpoints of a run by name, iteration ascending; a stand-in where the folder is missing."""
+    if not os.path.isdir(run):
+        return {}
+    in_place, standing_in = {}, {}
+    for path in run.iterdir():
+        if not os.path.isfile(path / MANIFEST):
+            continue
+        if _NAME.fullmatch(path.name):
+            in_place[path.name] = path
+        elif match := _STAND_IN.fullmatch(path.name):
+            standing_in[match[1]] = path
+    found = standing_in | in_place
+    return {name: found[name] for name in sorted(found, key=lambda name: (int(name.partition("_")[2]), name))}
+
+
+def present(folder: Path) -> Path:
+    """``folder``, or what stands in for it since a crash in the middle of its replacement."""
+    old = stand_in(folder)
+    return old if not os.path.lexists(folder) and os.path.isfile(old / MANIFEST) else folder
+
+
+def _best(run: Path) -> str | None:
+    """Name of the best checkpoint, or None while none is marked; CheckpointError where it cannot be told."""
+    if not os.path.lexists(run / BEST):
+        return None
+    name = decode_json(run / BEST, read_file(run / BEST)).get("checkpoint")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CheckpointError(f"{run / BEST} names no checkpoint: {brief(name)}.")
+    return name
+
+
+def _clean_up(run: Path) -> None:
+    """Delete what a crash left behind in a run folder, and put stand-ins back into their place."""
+    for path in list(run.iterdir()) if run.is_dir() else []:
+        if _LEFTOVER.fullmatch(path.name):
+            delete(path)
+        elif match := _STAND_IN.fullmatch(path.name):
+            place = run / match[1]
+            if not os.path.isfile(path / MANIFEST) or os.path.isfile(place / MANIFEST):
+                discard(path)
+            elif not os.path.lexists(place):
+                os.rename(path, place)
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint folder, under another name first: what looks like a checkpoint is always whole."""
+    temporary = temporary_beside(folder.with_name(folder.name.removeprefix(".").removesuffix(".old")))
+    os.rename(folder, temporary)
+    delete(temporary)
+
+
+def stand_in(folder: Path) -> Path:
+    """The folder that stands in for a checkpoint while it is replaced."""
+    return folder.parent / f".{folder.name}.old"
+
+
+def prepare_run(run: Path) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        ValueError: it is not empty, or cannot be made.
+    """
+    if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise ValueError(f"{run} is not empty; resume the run in it, or choose another folder.")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{run} cannot be made: {error.strerror}.") from None
+
+
+def cut_metrics(path: Path, iteration: int) -> list[float]:
+    """Drop lines after ``iteration``, of a run that died before its next checkpoint; return adapted returns left."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            metrics = json.loads(line)
+        except json.JSONDecodeError:
+            break  # torn by a crash
+        if metrics["iteration"] > iteration:
+            break
+        kept.append(metrics)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
+    fresh.replace(path)
+    return [metrics["return_by_step"][-1] for metrics in kept]

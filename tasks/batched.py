@@ -1,0 +1,191 @@
+"""The environment that steps many episodes in a few arrays."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.error import ResetNeeded
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from ssm_metarl.tasks.interface import Step
+
+
+def check_actions(actions: NDArray[Any], count: int, family: str) -> NDArray[np.integer[Any]]:
+    """Return actions [N] that must be whole numbers from 0 to `count` - 1: an index below 0 would not fail by itself.
+
+    Raises:
+        ValueError: one is anything else.
+    """
+    if not np.issubdtype(actions.dtype, np.integer) or actions.min() < 0 or actions.max() >= count:
+        raise ValueError(f"An action of {family} must be a whole number from 0 to {count - 1}.")
+    return actions
+
+
+class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc.ABC):
+    """N environments whose state is a few arrays, stepped together; native families derive from it.
+
+    It keeps what is the same everywhere: seeds, the horizon, ends and autoreset. A family adds its dynamics
+    in ``_start``, ``_advance`` and ``_observe``, which must treat columns one by one (elementwise operations
+    only), so that a column's experience is the same bits whatever runs beside it.
+
+    Flags and infos are those of gymnasium's ``SyncVectorEnv`` in ``AutoresetMode.SAME_STEP``: the step that
+    ends an episode returns its reward and flags with the next episode's first observation, and its last
+    observation as ``infos["final_obs"][column]``, where ``infos["_final_obs"][column]`` is true. Where
+    nothing ended, infos are empty. All arrays returned are the caller's to keep and to change.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (gymnasium's type)
+
+    def __init__(
+        self,
+        observation_space: gymnasium.Space[Any],
+        action_space: gymnasium.Space[Any],
+        num_envs: int,
+        horizon: int,
+    ) -> None:
+        """Set up `num_envs` environments with these spaces (of one) and up to `horizon` steps an episode."""
+        self.num_envs = num_envs
+        self.single_observation_space = observation_space
+        self.single_action_space = action_space
+        self._actions_shape = (num_envs, *(action_space.shape or ()))
+        self._horizon = horizon
+        # Columns share one clock. A column is truncated at its deadline; before the next one no step looks.
+        self._clock: int | None = None
+        self._deadlines = np.zeros(num_envs, dtype=np.int64)
+        self._next_deadline = 0
+        self._seeds: list[int | None] = [None] * num_envs
+        self._generators: list[np.random.Generator | None] = [None] * num_envs
+
+    # Made when asked for: a rollout worker never asks, and making one takes as long as many steps.
+
+    @functools.cached_property
+    def observation_space(self) -> gymnasium.Space[Any]:  # type: ignore[override]
+        """Space of the observations of all columns."""
+        return batch_space(self.single_observation_space, self.num_envs)
+
+    @functools.cached_property
+    def action_space(self) -> gymnasium.Space[Any]:  # type: ignore[override]
+        """Space of the actions of all columns."""
+        return batch_space(self.single_action_space, self.num_envs)
+
+    @abc.abstractmethod
+    def _start(self, columns: NDArray[np.intp]) -> None:
+        """Put these columns at the start of an episode; chance comes from ``_generator(column)``."""
+
+    @abc.abstractmethod
+    def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Move every column one step; return new arrays: rewards [N] float32 and terminated [N] bool."""
+
+    @abc.abstractmethod
+    def _observe(self) -> NDArray[np.float32]:
+        """Return the present observations in a new array [N, O] float32."""
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Start an episode in every column.
+
+        Args:
+            seed: N seeds; or one, for seed, seed + 1, ...; None, here or for a column, goes on with the
+                column's present generator.
+            options: none are known.
+
+        Returns:
+            Observations [N, O] float32 and an empty dict.
+
+        Raises:
+            ValueError: wrong number of seeds, a negative seed, or options.
+        """
+        if options:
+            raise ValueError(f"{type(self).__name__} has no reset options, not {', '.join(options)}.")
+        for column, column_seed in enumerate(_column_seeds(seed, self.num_envs)):
+            if column_seed is not None:
+                self._seeds[column] = column_seed
+                self._generators[column] = None
+        self._clock = 0
+        self._begin(np.arange(self.num_envs))
+        return self._observe(), {}
+
+    def step(self, actions: NDArray[Any]) -> Step:
+        """Move every column one step and start the next episode where one ended.
+
+        Args:
+            actions: [N, A] float32, or [N] integers.
+
+        Returns:
+            Observations [N, O] float32, rewards [N] float32, terminated and truncated [N] bool, and the infos
+            described above. At the horizon both flags can be true.
+
+        Raises:
+            ResetNeeded: before the first ``reset``.
+            ValueError: actions of another shape, or that a discrete family does not have.
+        """
+        if self._clock is None:
+            raise ResetNeeded("Call reset before step.")
+        actions = np.asarray(actions)
+        if actions.shape != self._actions_shape:
+            raise ValueError(f"Actions must have the shape {self._actions_shape}, not {actions.shape}.")
+        rewards, terminated = self._advance(actions)
+        observations = self._observe()
+        self._clock += 1
+        if self._clock < self._next_deadline:
+            truncated = np.zeros(self.num_envs, dtype=np.bool_)
+        else:
+            truncated = self._deadlines <= self._clock
+        ended = terminated | truncated
+        if not np.count_nonzero(ended):
+            return observations, rewards, terminated, truncated, {}
+        columns = np.flatnonzero(ended)
+        infos = _final_infos(observations, ended, columns)
+        self._begin(columns)
+        return self._observe(), rewards, terminated, truncated, infos
+
+    def _begin(self, columns: NDArray[np.intp]) -> None:
+        """Start an episode in these columns, at the present time."""
+        assert self._clock is not None
+        self._start(columns)
+        self._deadlines[columns] = self._clock + self._horizon
+        self._next_deadline = int(self._deadlines.min())
+
+    def _generator(self, column: int) -> np.random.Generator:
+        """The column's own generator, made when a start first draws from it: many families never do."""
+        generator = self._generators[column]
+        if generator is None:
+            generator = self._generators[column] = np_random(self._seeds[column])[0]
+        return generator
+
+
+def _column_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:
+    """One seed a column, as gymnasium's vector environments read ``reset(seed=...)``."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, int | np.integer):
+        seed = range(int(seed), int(seed) + num_envs)
+    seeds = [None if column_seed is None else operator.index(column_seed) for column_seed in seed]
+    if len(seeds) != num_envs:
+        raise ValueError(f"{num_envs} environments need {num_envs} seeds, not {len(seeds)}.")
+    if any(column_seed is not None and column_seed < 0 for column_seed in seeds):
+        raise ValueError("A seed must be 0 or more.")
+    return seeds
+
+
+def _final_infos(
+    observations: NDArray[np.float32], ended: NDArray[np.bool_], columns: NDArray[np.intp]
+) -> dict[str, Any]:
+    """The infos of gymnasium's ``SyncVectorEnv`` where these columns ended and no environment has its own."""
+    final_obs = np.full(len(ended), None, dtype=object)
+    for column in columns.tolist():
+        final_obs[column] = observations[column]
+    return {"final_obs": final_obs, "_final_obs": ended, "final_info": {}, "_final_info": ended.copy()}

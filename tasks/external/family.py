@@ -1,0 +1,150 @@
+"""What families of external environments share."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import functools
+import os
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from ssm_metarl.tasks.external.lending import Column, LentVectorEnv, checked_horizon, close_columns, own_horizon
+from ssm_metarl.tasks.external.spaces import action_space, vector_space
+from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.parameters import stack_parameters
+
+REFERENCE_EPISODES = 100
+PROBE_STEPS = 50
+NO_RANGES: Mapping[str, Sequence[float]] = types.MappingProxyType({})
+
+
+class AdaptedFamily(TaskDistribution, abc.ABC):
+    """What both kinds share: batches of environments that are kept for the next batch, and the random player.
+
+    Environments are costly to make, so those of a closed batch are kept and lent to the next one, but only if a trial
+    at the first batch shows that a used one plays just as a new one does. One that raised is not used again. A pickled
+    family has none.
+
+    Observations are float32 vectors: a ``Box`` is flattened where it has several axes and up to ``MAX_FLAT`` numbers,
+    ``Discrete`` and ``MultiDiscrete`` become one-hot. Actions are ``Discrete``, or a ``Box`` with one axis, to which
+    they are clipped.
+    """
+
+    splits = ("train", "validation", "test")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._directory = os.getcwd()  # may hold modules that Python does not find, and workers start elsewhere
+        self._idle: dict[Any, list[Column]] = {}
+        self._keeps: bool | None = None
+
+    def _adopt(self, env: gymnasium.Env[Any, Any], horizon: int | None) -> None:
+        """Take spaces and horizon from one of the environments."""
+        self.observation_space = vector_space(self.name, env.observation_space)
+        self.action_space = action_space(self.name, env.action_space)
+        self.horizon = checked_horizon(self.name, own_horizon(self.name, env) if horizon is None else horizon)
+
+    @abc.abstractmethod
+    def _key(self, task: Task) -> Any:
+        """What of a task is built into an environment: it can play another task only with an equal key."""
+
+    @abc.abstractmethod
+    def _column(self, task: Task) -> Column:
+        """Make an environment for a task."""
+
+    def _check(self, tasks: Sequence[Task], columns: int) -> None:
+        """Raise ValueError for a batch that cannot be; the message is a sentence."""
+        stack_parameters([{} for _ in tasks], {}, columns)
+
+    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> LentVectorEnv:
+        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        self._check(tasks, columns)
+        if self._keeps is None:
+            self._keeps = self._used_plays_as_new()
+        keys = [self._key(task) for task in tasks]
+        for unwanted in self._idle.keys() - set(keys):
+            close_columns(self._idle.pop(unwanted))
+        return LentVectorEnv([self._lend(*row) for row in zip(keys, tasks) for _ in range(columns)], self._give_back)
+
+    def _lend(self, key: Any, task: Task) -> Column:
+        idle = self._idle.get(key)
+        column = idle.pop() if idle else self._column(task)
+        column.task = task
+        return column
+
+    def _give_back(self, columns: list[Column]) -> None:
+        if not self._keeps:
+            close_columns(columns)
+            return
+        for column in columns:
+            self._idle.setdefault(self._key(column.task), []).append(column)
+
+    def _used_plays_as_new(self) -> bool:
+        """Try whether what a column plays depends on its task and seed alone, and not on what it played before."""
+        task, other = self.sample(2, np.random.default_rng(0))
+        columns: list[Column] = []
+        try:
+            columns.append(self._column(task))
+            column = columns[0]
+            first = _played(column, task, seed=0)
+            _played(column, other if self._key(other) == self._key(task) else task, seed=1)
+            if np.array_equal(first, _played(column, task, seed=0), equal_nan=True):
+                return True
+            columns.append(self._column(task))
+            new = _played(columns[1], task, seed=0)
+        except Exception:
+            return False  # it will be raised, and reported, where episodes are collected
+        finally:
+            close_columns(columns)
+        if not np.array_equal(first, new, equal_nan=True):
+            warnings.warn(
+                f"{self.name} plays differently with the same task, seed and actions: runs cannot be repeated.",
+                stacklevel=3,
+            )
+        return False
+
+    @functools.cached_property
+    def reference(self) -> ReferenceReturns:  # type: ignore[override]
+        """Returns of uniformly random actions (normal ones where a ``Box`` has no bounds); no best player is known.
+
+        Measured when first asked for, over ``REFERENCE_EPISODES`` episodes on as many training tasks with fixed seeds.
+        """
+        returns = np.zeros(REFERENCE_EPISODES)
+        running = np.ones(REFERENCE_EPISODES, bool)
+        envs = self.make_vector_env(self.sample(REFERENCE_EPISODES, np.random.default_rng(0)), 1)
+        try:
+            actions = batch_space(self.action_space, REFERENCE_EPISODES)
+            actions.seed(0)
+            envs.reset(seed=list(range(REFERENCE_EPISODES)))
+            while running.any():
+                _, rewards, terminated, truncated, _ = envs.step(actions.sample())
+                returns += np.where(running, rewards, 0.0)
+                running &= ~(terminated | truncated)
+        finally:
+            envs.close()
+        return ReferenceReturns(float(returns.mean()), float(returns.std()), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_idle": {}}
+
+
+def _played(column: Column, task: Task, seed: int) -> NDArray[Any]:
+    """All that a column returns in ``PROBE_STEPS`` steps of random actions, in one row."""
+    column.task = task
+    actions = copy.deepcopy(column.action_space)
+    actions.seed(seed)
+    seen = [column.reset(seed=seed)[0]]
+    for _ in range(PROBE_STEPS):
+        observation, reward, terminated, truncated, _ = column.step(actions.sample())
+        seen += [observation, np.array([reward, terminated, truncated], np.float64)]
+        if terminated or truncated:
+            seen.append(column.reset()[0])
+    return np.concatenate(seen)

@@ -1,0 +1,75 @@
+"""Modules of the user's, and what can be said of their errors."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import types
+from typing import Any
+
+import gymnasium
+
+from ssm_metarl.checks import lookup
+from ssm_metarl.tasks.interface import TaskDistribution
+
+
+def load_entry(name: str, directory: str) -> Any:
+    """What ``module:attribute`` names."""
+    module, _, path = name.partition(":")
+    entry = import_module(module, directory)
+    for part in path.split("."):
+        if not hasattr(entry, part):
+            lookup(dict.fromkeys(_offered(entry)), part, f"attribute of {module}")
+        entry = getattr(entry, part)
+    return entry
+
+
+def _offered(owner: Any) -> list[str]:
+    """Names of the classes and functions that a module defines itself, and of its families."""
+    home = getattr(owner, "__name__", None)
+    return [
+        name
+        for name, value in vars(owner).items()
+        if isinstance(value, TaskDistribution)
+        or (callable(value) and getattr(value, "__module__", None) == home and not name.startswith("_"))
+    ]
+
+
+def import_module(module: str, directory: str) -> types.ModuleType:
+    """Import from the Python path, else from a directory, which then joins the path."""
+    top = module.partition(".")[0]
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        if importlib.machinery.PathFinder.find_spec(top, [directory]) is None:
+            raise ValueError(f"There is no module {top!r}, neither installed nor in {directory}.")
+        sys.path.append(directory)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise ValueError(f"{module} cannot be imported: {one_line(error)}") from error
+
+
+def call(name: str, entry: Any) -> Any:
+    """Make what a class or a function without arguments makes."""
+    if not callable(entry):
+        raise ValueError(f"{name} must be a class or a function without arguments, not {entry!r}.")
+    try:
+        return entry()
+    except Exception as error:
+        raise ValueError(f"{name} cannot be made: {one_line(error)}") from error
+
+
+def argument_names(function: Any) -> set[str]:
+    """Names of a function's arguments; none where it is not written in Python."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # not written in Python
+        return set()
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in a line."""
+    message = " ".join(str(error).split())
+    known = isinstance(error, gymnasium.error.Error | ValueError)
+    return message if known else f"{type(error).__name__}: {message}"

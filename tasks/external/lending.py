@@ -1,0 +1,152 @@
+"""Environments that are lent to one batch after the other."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from numpy.typing import NDArray
+
+from ssm_metarl.tasks.external.spaces import action_of, action_space, vector_of, vector_space
+from ssm_metarl.tasks.interface import Task
+
+
+class LentVectorEnv(SyncVectorEnv):
+    """Environments of a family, which gets them back when the batch is closed. Infos have the ends only.
+
+    Args:
+        columns: the environments, each with its task.
+        give_back: called with them at ``close``, unless one of them raised.
+    """
+
+    def __init__(self, columns: list[Column], give_back: Callable[[list[Column]], None]) -> None:
+        self._give_back = give_back
+        self._sound = True
+        super().__init__(
+            [functools.partial(_itself, column) for column in columns], autoreset_mode=AutoresetMode.SAME_STEP
+        )
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode in every column; see ``gymnasium.vector.SyncVectorEnv.reset``."""
+        self._sound = False  # until it returns
+        result: tuple[Any, dict[str, Any]] = super().reset(seed=seed, options=options)
+        self._sound = True
+        return result
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Move every column one step; see ``gymnasium.vector.SyncVectorEnv.step``. Rewards are float32."""
+        self._sound = False
+        observations, rewards, *ends_and_infos = super().step(actions)  # type: ignore[var-annotated]
+        self._sound = True
+        return observations, rewards.astype(np.float32), *ends_and_infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Part with the environments: this batch cannot be stepped any more."""
+        columns, self.envs = getattr(self, "envs", []), []
+        if self._sound:
+            self._give_back(columns)
+        else:
+            close_columns(columns)
+
+
+class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
+    """One environment as the policy meets it: vectors, clipped actions, no infos, and its task at every reset.
+
+    Args:
+        env: with a time limit.
+        observation_space, action_space: of the policy, see ``vector_space`` and ``action_space``.
+        assign: called with the environment and the task before every reset.
+        again: after it, too, in case that resetting put something else there.
+
+    Attributes:
+        task: what is played from the next reset on.
+    """
+
+    task: Task
+
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        observation_space: gymnasium.Space[Any],
+        action_space: gymnasium.Space[Any],
+        assign: Callable[[gymnasium.Env[Any, Any], Task], None],
+        *,
+        again: bool,
+    ) -> None:
+        super().__init__(env)
+        self._vector = vector_of(env.observation_space)
+        self._action = action_of(env.action_space)
+        self.observation_space = observation_space
+        self.action_space = action_space
+        self.metadata = dict(env.metadata)  # a copy: the vector environment writes into it
+        self._assign = assign
+        self._again = again
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Apply the task and start an episode."""
+        self._assign(self.env, self.task)
+        observation, _ = self.env.reset(seed=seed, options=options)
+        if self._again:
+            self._assign(self.env, self.task)
+        return self._vector(observation), {}
+
+    def step(self, action: Any) -> tuple[NDArray[np.float32], Any, bool, bool, dict[str, Any]]:
+        """Take a step with an action of the policy's."""
+        observation, reward, terminated, truncated, _ = self.env.step(self._action(action))
+        return self._vector(observation), reward, terminated, truncated, {}
+
+
+def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tuple[Column, int]:
+    """An environment as a policy meets it, whatever its task is, and the most steps of its episodes.
+
+    Args:
+        env: of any supported spaces, with or without a time limit.
+        horizon: most steps of an episode; None: the environment's own.
+
+    Raises:
+        ValueError: for a space that is not supported, or a horizon that is missing; one sentence.
+    """
+    name = type(env.unwrapped).__name__
+    limit = checked_horizon(name, own_horizon(name, env) if horizon is None else horizon)
+    spaces = vector_space(name, env.observation_space), action_space(name, env.action_space)
+    limited: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(env, limit)
+    column = Column(limited, *spaces, lambda env, task: None, again=False)
+    column.task = {}
+    return column, limit
+
+
+def _itself(column: Column) -> Column:
+    return column
+
+
+def close_columns(columns: Sequence[Column]) -> None:
+    """Close the environments."""
+    for column in columns:
+        column.close()
+
+
+def checked_horizon(name: str, horizon: Any) -> int:
+    """The most steps of an episode.
+
+    Raises:
+        ValueError: it is no whole number of 1 or more.
+    """
+    if not isinstance(horizon, int | np.integer) or isinstance(horizon, bool) or horizon < 1:
+        raise ValueError(f"{name}: the horizon must be a whole number of steps, 1 or more, not {horizon!r}.")
+    return int(horizon)
+
+
+def own_horizon(name: str, env: gymnasium.Env[Any, Any]) -> Any:
+    """The time limit that an environment has."""
+    if env.spec is not None and env.spec.max_episode_steps is not None:
+        return env.spec.max_episode_steps
+    for attribute in ("horizon", "max_episode_length"):  # the second is POPGym's
+        if env.has_wrapper_attr(attribute):
+            return env.get_wrapper_attr(attribute)
+    raise ValueError(f"{name} has no time limit of its own: give a horizon, the most steps of an episode.")

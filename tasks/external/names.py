@@ -1,0 +1,57 @@
+"""Families of tasks from gymnasium environments that exist already: ``gym:<environment id>`` and ``module:attribute``.
+
+The registry calls ``from_name`` for names that it does not have; what it gets is a family like any other::
+
+    family = from_name("gym:Pendulum-v1", {"g": [8, 12], "l": [0.5, 1.5]})  # a task: {"g": 9.3, "l": 0.7}
+    family = from_name("mymodule:MyEnv")  # tasks from its sample_tasks(n), applied by its set_task(task)
+
+The environments are stepped one after another in Python: a family written as a ``BatchedEnv`` is much faster.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+import gymnasium
+
+from ssm_metarl.tasks.external.family import NO_RANGES
+from ssm_metarl.tasks.external.gym import GYM, GymFamily
+from ssm_metarl.tasks.external.importing import call, load_entry
+from ssm_metarl.tasks.external.own import TaskFamily
+from ssm_metarl.tasks.interface import TaskDistribution
+
+_MODULE_ATTRIBUTE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def from_name(
+    name: str, ranges: Mapping[str, Sequence[float]] = NO_RANGES, horizon: int | None = None
+) -> TaskDistribution:
+    """Make the family that a name with a colon means.
+
+    Args:
+        name: "gym:Pendulum-v1", or "package.module:attribute". Such an attribute is a gymnasium environment's class,
+            or a function without arguments that makes one, with the methods of ``TaskFamily``; or a
+            ``TaskDistribution`` (class, instance, or a function that makes one), which is used as it is.
+        ranges: for ``gym:`` only, see ``GymFamily``.
+        horizon: most steps of an episode; None: the environment's own. Not for a ``TaskDistribution``.
+
+    Raises:
+        ValueError: in one sentence, when the name is neither, or the family cannot be made.
+    """
+    if name.startswith(GYM):
+        return GymFamily(name.removeprefix(GYM), ranges, horizon)
+    if not _MODULE_ATTRIBUTE.fullmatch(name):
+        raise ValueError(f"A task family is {GYM}<environment id> or module:attribute, not {name!r}.")
+    if ranges:
+        raise ValueError(f"Ranges are for {GYM} environments: {name} draws its tasks itself.")
+    entry = load_entry(name, os.getcwd())
+    made = entry if isinstance(entry, TaskDistribution) else call(name, entry)
+    if not isinstance(made, TaskDistribution):
+        if isinstance(made, gymnasium.Env):
+            made.close()
+        return TaskFamily(name, horizon)
+    if horizon is not None:
+        raise ValueError(f"{name} has a horizon of its own, {made.horizon} steps: another cannot be given.")
+    return made

@@ -1,0 +1,101 @@
+"""What a family of tasks is: it draws tasks and builds the environments that play them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+
+Task = dict[str, Any]
+"""Parameters of one task: JSON values only."""
+
+Step = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
+"""Observations [N, O], rewards [N], terminated [N], truncated [N], infos."""
+
+
+@dataclass(frozen=True)
+class ReferenceReturns:
+    """Undiscounted episode returns on the training tasks between which metrics are normalised.
+
+    Attributes:
+        random: mean over tasks and episodes of a policy that has learned nothing.
+        random_sd: standard deviation of that policy's return from episode to episode, over tasks and chance.
+        oracle: mean of the best player, one that knows the task; None where no best is known.
+    """
+
+    random: float
+    random_sd: float
+    oracle: float | None
+
+
+class TaskDistribution(abc.ABC):
+    """A family of tasks: draws task parameters and builds the environments that play them.
+
+    The trainer makes one by name and ships it to its workers: it must be picklable and hold no environment.
+
+    Attributes:
+        name: name in the registry.
+        horizon: most steps of an episode; an episode of that length is truncated.
+        observation_space, action_space: spaces of one environment.
+        splits: what ``sample`` takes. `train`, `validation` and `test` are one distribution, kept apart by
+            the seeds of the callers; `shifted` and `shifted-test` lie outside of it and of each other.
+        enumerable: the family is finite, so that the splits share tasks and differ in seeds only.
+        reference: the returns of a random and of the best player.
+        recommended: training options that learn on this family, where they differ from the defaults. A family that
+            nobody tuned can have inputs and rewards of any size, which would saturate a fresh policy's units.
+        in_context: options that the algorithm "rl2" starts from on this family.
+    """
+
+    name: str
+    horizon: int
+    observation_space: gymnasium.Space[Any]
+    action_space: gymnasium.Space[Any]
+    splits: tuple[str, ...]
+    enumerable: bool = False
+    reference: ReferenceReturns
+    recommended: Mapping[str, Any] = MappingProxyType({"normalize_observations": True, "scale_rewards": True})
+    in_context: Mapping[str, Any] = recommended
+
+    @abc.abstractmethod
+    def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
+        """Draw the tasks of a meta-batch or of an evaluation; the trainer and the evaluator call this.
+
+        Args:
+            n: how many, 0 or more.
+            rng: the only source of chance: equal generators give equal tasks.
+            split: one of ``splits``.
+
+        Returns:
+            n tasks.
+
+        Raises:
+            ValueError: there is no such split; the sentence lists the valid ones.
+        """
+
+    @abc.abstractmethod
+    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> VectorEnv[Any, Any, Any]:
+        """Build the environments of M tasks, K columns each; a rollout worker calls this for every batch.
+
+        Args:
+            tasks: M tasks, as from ``sample``.
+            columns: K, the episodes of a task that run side by side.
+
+        Returns:
+            M*K environments with ``AutoresetMode.SAME_STEP``; number m*K + k is column k of task m. ``reset``
+            takes a list of M*K seeds; ``step`` takes [M*K, A] float32 actions, which it clips itself, or
+            [M*K] int64. What a column experiences depends on its task, seed and actions alone.
+
+        Raises:
+            ValueError: a task's parameters are missing, unknown or impossible, or the batch is empty.
+        """
+
+
+SPLITS = ("train", "validation", "test")
+"""Of a family that offers no tasks outside its training range."""
