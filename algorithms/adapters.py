@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.algorithms.replay import ReplayBuffer, as_columns
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.checks import check_count, check_number
+from ssm_metarl.core import Collect
 from ssm_metarl.seeds import Branch, seed_for
 
 OPTIMIZERS = ("sgd", "adam")
@@ -33,13 +33,6 @@ OPTIMIZERS = ("sgd", "adam")
 
 HALVINGS = 10
 """A step that still changes the policy too much when it was halved as many times is not taken."""
-
-
-class Collect(Protocol):
-    """How an adapter gets rollouts of its tasks; in process, over Ray, or from an environment of the user's own."""
-
-    def __call__(self, weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
-        """Play every task for ``episodes`` with ``weights`` (shared, or [M, ...] a task) after ``step`` steps."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 from ssm_metarl.checks import check_count, check_number
 
+META_TRAINER = "ssm_metarl.distributed.trainer:MetaTrainer"
+"""The trainer that populations and Ray Tune can have, too."""
 
-class Algorithm(NamedTuple):
-    """What distinguishes the members of the MAML family.
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """What distinguishes an algorithm from the others.
 
     Attributes:
         inner_ratio: the inner objective weighs advantages with the likelihood ratio to the policy that acted (the
@@ -20,48 +23,45 @@ class Algorithm(NamedTuple):
         second_order: the meta-gradient passes through the inner gradient.
         clipped: the outer objective is PPO's clipped ratio with a penalty on the change of the policy before
             adaptation, good for several epochs on the same data; otherwise a plain policy gradient, good for one.
+        least_inner_steps: 0 where the algorithm learns without inner steps.
+        family_preset: attribute of a task family with the options that train it by this algorithm; None: no family has
+            such options, and those of the algorithm hold for all.
+        trainer: ``module:class``.
+        fixed: options that the trainer does not follow, and the value that each must have.
     """
 
-    inner_ratio: bool
-    second_order: bool
-    clipped: bool
+    inner_ratio: bool = True
+    second_order: bool = True
+    clipped: bool = True
+    least_inner_steps: int = 1
+    family_preset: str | None = "recommended"
+    trainer: str = META_TRAINER
+    fixed: Mapping[str, object] = field(default_factory=dict)
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
-    "promp": Algorithm(inner_ratio=True, second_order=True, clipped=True),
-    "rl2": Algorithm(inner_ratio=True, second_order=True, clipped=True),
-    "maml": Algorithm(inner_ratio=False, second_order=True, clipped=False),
+    "promp": Algorithm(),
+    "rl2": Algorithm(least_inner_steps=0, family_preset="in_context"),
+    "maml": Algorithm(inner_ratio=False, clipped=False),
     "fomaml": Algorithm(inner_ratio=False, second_order=False, clipped=False),
-    "policy-gradient": Algorithm(inner_ratio=True, second_order=True, clipped=True),
+    "policy-gradient": Algorithm(
+        least_inner_steps=0,
+        family_preset=None,
+        trainer="ssm_metarl.distributed.rllib.trainer:PolicyGradientTrainer",
+        fixed={
+            "inner_steps": 0,
+            "baseline": "critic",
+            "kl_penalty": 0.0,
+            "trial_episodes": 1,
+            "learned_step_sizes": False,
+            "replay_episodes": 0,
+            "sample_timeout_s": None,
+        },
+    ),
 }
 """ProMP (Rothfuss et al. 2019, arXiv 1810.06784), RL² (Duan et al. 2016, arXiv 1611.02779), MAML and first-order MAML
 (Finn et al. 2017, arXiv 1703.03400). RL² is ProMP that may do without inner steps: PPO on a policy that learns in its
 recurrent state. "policy-gradient" is that with RLlib's PPO, over single episodes."""
-
-IN_CONTEXT: Mapping[str, object] = {
-    "inner_steps": 0,
-    "baseline": "critic",
-    "epochs": 4,
-    "minibatches": 8,
-    "clip": 0.2,
-    "kl_penalty": 0.0,
-    "lr_schedule": "linear",
-    "num_layers": 2,
-    "state_dim": 64,
-}
-"""Options that "rl2" starts from, where they differ from the defaults."""
-
-POLICY_GRADIENT: Mapping[str, object] = {
-    **IN_CONTEXT,
-    "algorithm": "policy-gradient",
-    "episodes": 1,
-    "epochs": 8,
-    "outer_lr": 2e-3,
-    "gae_lambda": 0.95,
-    # Returns are not scaled, and encoder and memory are shared: with more, the critic's error is all that they learn.
-    "value_weight": 1e-3,
-}
-"""Options that "policy-gradient" starts from, where they differ from the defaults."""
 
 BASELINES = ("linear", "critic", "informed", "time")
 """What advantages are measured against, see ``MetaConfig``."""
@@ -124,10 +124,9 @@ class MetaConfig:
         for name in ("discount", "gae_lambda"):
             check_number(name, getattr(self, name), low=0.0, high=1.0)
         check_count("inner_steps", self.inner_steps, 0)
-        if self.inner_steps == 0 and self.algorithm not in ("rl2", "policy-gradient"):
-            raise ValueError(
-                f"inner_steps must be 1 or more for {self.algorithm}: only rl2 and policy-gradient learn without."
-            )
+        if self.inner_steps < ALGORITHMS[self.algorithm].least_inner_steps:
+            others = " and ".join(name for name, entry in ALGORITHMS.items() if not entry.least_inner_steps)
+            raise ValueError(f"inner_steps must be 1 or more for {self.algorithm}: only {others} learn without.")
         check_count("epochs", self.epochs, 1)
         check_count("minibatches", self.minibatches, 1)
         weights = self.step_weights

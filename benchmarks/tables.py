@@ -42,7 +42,7 @@ from _table import (
 )
 from learning import Target
 
-from ssm_metarl.algorithms.registry import IN_CONTEXT
+from ssm_metarl import presets
 from ssm_metarl.config import available_cores
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.players import PLAYERS
@@ -56,7 +56,7 @@ BANDITS = {5: "bandit", 10: "bandit-10", 50: "bandit-50"}
 def bandit_promp(arms: int) -> dict[str, Any]:
     """What rl2 learns bandits with, and a gradient step, of which the half of a batch's pulls comes before."""
     return {
-        **IN_CONTEXT,
+        **presets.of_algorithm("rl2"),
         **make("bandit", {"arms": arms}).in_context,
         "algorithm": "promp",
         "inner_steps": 1,

@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 from ssm_metarl.algorithms.collect import collect_tasks
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.tasks.interface import Task, TaskDistribution
+from ssm_metarl.core import Task, TaskDistribution
 
 if TYPE_CHECKING:
     from ssm_metarl.distributed.worker import WorkerHandle

@@ -6,25 +6,28 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from ssm_metarl.algorithms.registry import ALGORITHMS
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.core import Trainer
 from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.learner import check_device
 from ssm_metarl.distributed.signals import interrupts
-from ssm_metarl.distributed.trainer import MetaTrainer, check_sizes, with_critic
+from ssm_metarl.distributed.trainer import check_sizes, with_critic
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.mirror import Mirror
 from ssm_metarl.storage.run_folder import checkpoints, cut_metrics, mark_best, prepare_run, prune, resolve_checkpoint
 from ssm_metarl.tasks import TaskDistribution
 
 if TYPE_CHECKING:
-    from ssm_metarl.distributed.rllib.trainer import PolicyGradientTrainer
+    pass
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def train(
     begin = time.perf_counter()
     run = Path(run_dir)
     check_device(config.device)
+    kind = trainer_class(config)
     spec = config.policy_spec(distribution or config.family())
     copy = Mirror(run, mirror) if mirror else None
     if copy and resume:
@@ -85,14 +89,14 @@ def train(
     first = None if start is None or resume else with_critic(load_checkpoint(resolve_checkpoint(start)), spec)
     if first:
         check_sizes(str(start), first.spec, spec)
-    elif config.algorithm == "policy-gradient" and spec.normalizes and not resume:
+    elif not kind.learns_normalizer and spec.normalizes and not resume:
         raise ValueError(
-            "policy-gradient keeps the normaliser of the checkpoint that it starts from and learns none: "
+            f"{config.algorithm} keeps the normaliser of the checkpoint that it starts from and learns none: "
             "normalize_observations and scale_rewards must be False without one."
         )
     last = _prepare(run, resume, spec)
-    start_ray(config.num_workers, always=config.algorithm == "policy-gradient")
-    trainer = make_trainer(config, distribution)
+    start_ray(config.num_workers, always=kind.always_ray)
+    trainer = kind.of_run(config, distribution)
     metrics: dict[str, Any] = {}
     try:
         if last:
@@ -129,13 +133,11 @@ def train(
     return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)
 
 
-def make_trainer(config: TrainConfig, distribution: TaskDistribution | None) -> MetaTrainer | PolicyGradientTrainer:
-    """The trainer of a run's algorithm."""
-    if config.algorithm == "policy-gradient":
-        from ssm_metarl.distributed.rllib.trainer import PolicyGradientTrainer
-
-        return PolicyGradientTrainer(config, distribution)
-    return MetaTrainer({**config.to_dict(), "task_distribution": distribution})
+def trainer_class(config: TrainConfig) -> type[Trainer]:
+    """The trainer that the registry names for a run's algorithm."""
+    module, _, name = ALGORITHMS[config.algorithm].trainer.partition(":")
+    found: type[Trainer] = getattr(import_module(module), name)
+    return found
 
 
 def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
@@ -155,7 +157,7 @@ def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
     return None
 
 
-def _save(trainer: MetaTrainer | PolicyGradientTrainer, run: Path, recent: list[float]) -> Path:
+def _save(trainer: Trainer, run: Path, recent: list[float]) -> Path:
     """Checkpoint now; it is the best if the mean return after adaptation of the iterations since the last one is."""
     path = run / f"checkpoint_{trainer.meta_iteration:06d}"
     trainer.save_checkpoint(str(path))

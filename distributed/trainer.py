@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -15,6 +15,7 @@ from ray.tune import PlacementGroupFactory
 
 from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.replay import ReplayBuffer
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import TrainConfig
@@ -46,6 +47,14 @@ class MetaTrainer(tune.Trainable):
             registered one that "task" names.
     """
 
+    learns_normalizer: ClassVar[bool] = True
+    always_ray: ClassVar[bool] = False
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, distribution: TaskDistribution | None = None) -> MetaTrainer:
+        """The trainer of a run outside of Tune."""
+        return cls({**config.to_dict(), "task_distribution": distribution})
+
     def setup(self, config: dict[str, Any]) -> None:
         """Build learner and workers; Tune and the constructor call it once."""
         config = dict(config)
@@ -56,8 +65,9 @@ class MetaTrainer(tune.Trainable):
         if self._trial_info is not None:  # under Tune, where the learner has the one CPU that was requested for it
             config["learner_threads"] = 1
         self.train_config = TrainConfig.from_dict(config)
-        if self.train_config.algorithm == "policy-gradient":
-            raise ValueError("policy-gradient is no meta-learning algorithm: only train runs it, with RLlib's PPO.")
+        algorithm = self.train_config.algorithm
+        if ALGORITHMS[algorithm].trainer != META_TRAINER:
+            raise ValueError(f"{algorithm} is no meta-learning algorithm: only train runs it, with its own trainer.")
         self.distribution: TaskDistribution = distribution or self.train_config.family()
         self.spec = self.train_config.policy_spec(self.distribution)
         if self._trial_info is None:

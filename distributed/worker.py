@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from ssm_metarl.algorithms.collect import collect_tasks
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.tasks.interface import Task, TaskDistribution
+from ssm_metarl.core import Task, TaskDistribution
 
 _DEATHS = (
     exceptions.RayActorError,

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ssm_metarl.algorithms.adapters import Collect, StandardAdapter
+from ssm_metarl.algorithms.adapters import StandardAdapter
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.statistics import confidence_interval, finite
 from ssm_metarl.checks import check_count
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.core import Collect
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.evaluation.tasks import TaskSource, collect_split, open_subject, sample_split
 from ssm_metarl.tasks import TaskDistribution

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ssm_metarl.algorithms.adapters import Collect
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.checks import check_count
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.core import Collect
 from ssm_metarl.distributed.cluster import check_resources, start_ray
 from ssm_metarl.distributed.collection import play
 from ssm_metarl.distributed.pool import Pool

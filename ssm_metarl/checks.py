@@ -6,20 +6,22 @@ import difflib
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import numpy as np
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    """Refuse what is not an integer of at least ``least``.
+def check_count(name: str, value: object, least: int, most: int | None = None) -> int:
+    """An integer of at least ``least``, and at most ``most`` where that is given.
 
     Raises:
-        ValueError: with one sentence that names the option.
+        ValueError: the value is anything else; one sentence that names the option.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be an integer of {least} or more, not {value!r}.")
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if integer and value >= least and (most is None or value <= most):  # type: ignore[operator]
+        return int(value)  # type: ignore[call-overload]
+    bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
+    raise ValueError(f"{name} must be an integer {bounds}, not {value!r}.")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -57,8 +59,8 @@ def check_keys(values: Mapping[str, Any], known: set[str], what: str) -> None:
     """
     for key in values:
         if key not in known:
-            near = get_close_matches(str(key), sorted(known), 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys are {', '.join(sorted(known))}."
+            near = nearest(key, known)
+            hint = f"did you mean {near!r}?" if near else f"valid keys are {', '.join(sorted(known))}."
             raise ValueError(f"Unknown {what} key {key!r}: {hint}")
 
 
@@ -85,17 +87,11 @@ def lookup(entries: Mapping[str, Value], key: str, noun: str) -> Value:
 def no_such(noun: str, key: object, valid: Iterable[str]) -> str:
     """The rest of a sentence that begins with "There is": which name is wrong and which are right."""
     valid = sorted(valid)
-    nearest = difflib.get_close_matches(str(key).lower(), valid, n=1, cutoff=0.5)
-    hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+    near = nearest(key, valid)
+    hint = f", did you mean {near!r}?" if near else ""
     return f"no {noun} {key!r}{hint} (valid: {', '.join(valid)})."
 
 
-def check_option(name: str, value: object, least: int) -> int:
-    """Return an option of a family that must be a whole number of at least `least`.
-
-    Raises:
-        ValueError: it is anything else.
-    """
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, not {value!r}.")
-    return int(value)
+def nearest(key: object, valid: Iterable[str]) -> str | None:
+    """The valid name that a mistyped one most likely stands for; None where none is alike."""
+    return next(iter(difflib.get_close_matches(str(key).lower(), sorted(valid), n=1, cutoff=0.5)), None)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from ssm_metarl import presets
 from ssm_metarl.algorithms.inputs import task_numbers
-from ssm_metarl.algorithms.registry import IN_CONTEXT, POLICY_GRADIENT, MetaConfig
+from ssm_metarl.algorithms.registry import ALGORITHMS, MetaConfig
 from ssm_metarl.algorithms.spec import PolicyConfig, PolicySpec, action_bounds
 from ssm_metarl.checks import check_count, check_keys, check_number
 from ssm_metarl.seeds import Branch, seed_for
@@ -21,18 +22,6 @@ from ssm_metarl.tasks import TaskDistribution, make
 def available_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-RLLIB_ONLY: Mapping[str, object] = {
-    "inner_steps": 0,
-    "baseline": "critic",
-    "kl_penalty": 0.0,
-    "trial_episodes": 1,
-    "learned_step_sizes": False,
-    "replay_episodes": 0,
-    "sample_timeout_s": None,
-}
-"""What these options must be for "policy-gradient", which RLlib's PPO trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +74,10 @@ class TrainConfig(MetaConfig, PolicyConfig):
             check_count(name, getattr(self, name), 0)
         if self.sample_timeout_s is not None:
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
-        if self.algorithm == "policy-gradient":
-            self._check_policy_gradient()
-        self.family()
-
-    def _check_policy_gradient(self) -> None:
-        """Refuse options that RLlib's PPO does not follow."""
-        for name, value in RLLIB_ONLY.items():
+        for name, value in ALGORITHMS[self.algorithm].fixed.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name} must be {value!r} for policy-gradient, not {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be {value!r} for {self.algorithm}, not {getattr(self, name)!r}.")
+        self.family()
 
     def family(self) -> TaskDistribution:
         """A new instance of the task family.
@@ -111,12 +95,11 @@ class TrainConfig(MetaConfig, PolicyConfig):
             ValueError: for an unknown task, an unknown option or an impossible value, in one sentence.
         """
         family = make(task, options.get("task_options", {}), options.get("task_ranges", {}))
-        algorithm = options.get("algorithm", family.recommended.get("algorithm"))
-        if algorithm == "policy-gradient":
-            return cls.from_dict({**POLICY_GRADIENT, "task": task, **options})
-        if algorithm == "rl2":
-            return cls.from_dict({"algorithm": "rl2", **IN_CONTEXT, **family.in_context, "task": task, **options})
-        return cls.from_dict({**family.recommended, "task": task, **options})
+        algorithm = options.get("algorithm", family.recommended.get("algorithm", cls.algorithm))
+        entry = ALGORITHMS.get(algorithm)
+        own = getattr(family, entry.family_preset) if entry and entry.family_preset else {}
+        start = {**presets.of_algorithm(algorithm), **own, "algorithm": algorithm}
+        return cls.from_dict({**start, "task": task, **options})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -5,10 +5,10 @@ Importing this package registers the built-in families. It needs gymnasium and N
 
 from __future__ import annotations
 
+from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks import bandit, cartpole, metaworld, mujoco, navigation, popgym, tabular_mdp
 from ssm_metarl.tasks.batched import BatchedEnv
 from ssm_metarl.tasks.external.names import from_name
-from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.registry import make, names, register, register_prefix
 
 __all__ = [

@@ -6,16 +6,17 @@ own, uniform in [0, 1], and else 0; an episode is a fixed number of pulls. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from ssm_metarl.checks import check_option, lookup
+from ssm_metarl import presets
+from ssm_metarl.checks import check_count, lookup
+from ssm_metarl.core import SPLITS, ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.batched import BatchedEnv, check_actions
-from ssm_metarl.tasks.interface import SPLITS, ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 from ssm_metarl.tasks.registry import register
 
@@ -70,29 +71,21 @@ class Bandit(TaskDistribution):
     name = "bandit"
     observation_space = OBSERVATION_SPACE
     splits = SPLITS
-    recommended: Mapping[str, Any] = {"algorithm": "rl2"}
+    recommended = presets.of_task("bandit")
 
     def __init__(self, *, arms: int = 5, pulls: int = 100) -> None:
-        self.arms = check_option("arms", arms, 2)
-        self.horizon = check_option("pulls", pulls, 1)
+        self.arms = check_count("arms", arms, 2)
+        self.horizon = check_count("pulls", pulls, 1)
         self.action_space: Discrete[np.int64] = Discrete(self.arms)
         self._parameters = {"probabilities": Parameter(0.0, 1.0, size=self.arms)}
         self.reference = _reference(self.arms, self.horizon)
         self.in_context = {
-            "meta_batch": 200,
-            "episodes": 2,
-            "iterations": 400,
-            # What a pull tells pays over many pulls. A critic that does not know the odds errs by so much that only
-            # short stretches (λ = .3) let a policy learn, and what it then learns is to be greedy.
-            "baseline": "informed",
-            "discount": 1.0,
+            **presets.of_task("bandit", "rl2"),
             # While many arms are pulled at random, one is seldom pulled again: over long stretches chance drowns what
             # that pays, and nothing is learned for millions of pulls.
             "gae_lambda": 0.9 if self.arms <= 10 else 0.8,
-            "entropy_bonus": 0.02,
             # What a pull of an arm paid is a product of inputs, of arms + 3 few are not 0: weights of about 2.2.
             "encoder_scale": (5 * (self.arms + 3)) ** 0.5,
-            "scale_rewards": True,
         }
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks.interface import Step
+from ssm_metarl.core import Step
 
 
 def check_actions(actions: NDArray[Any], count: int, family: str) -> NDArray[np.integer[Any]]:

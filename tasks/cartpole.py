@@ -17,9 +17,10 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
+from ssm_metarl import presets
 from ssm_metarl.checks import lookup
+from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.batched import BatchedEnv
-from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 from ssm_metarl.tasks.registry import register
 
@@ -159,20 +160,8 @@ class CartPole(TaskDistribution):
     # Printed by `python tests/tasks/test_reference.py`: 1,000,000 episodes, each on its own training task.
     # random: both actions with equal chance. oracle: a reward of 1 at each of 500 steps, the most there is.
     reference = ReferenceReturns(random=27.12, random_sd=15.90, oracle=float(HORIZON))
-    recommended: Mapping[str, Any] = {
-        "episodes": 10,
-        "inner_lr": 0.1,
-        "outer_lr": 2e-3,
-        "lr_schedule": "linear",
-        "iterations": 40,
-    }
-    in_context: Mapping[str, Any] = {
-        "meta_batch": 40,
-        "episodes": 5,
-        "iterations": 60,
-        "normalize_observations": True,
-        "scale_rewards": True,
-    }
+    recommended = presets.of_task("cartpole")
+    in_context = presets.of_task("cartpole", "rl2")
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw the physics of n carts; see ``TaskDistribution.sample``."""

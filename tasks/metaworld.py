@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from ssm_metarl.checks import lookup
+from ssm_metarl import presets
+from ssm_metarl.checks import check_count, lookup
+from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.batched import BatchedEnv
-from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.registry import load_extra
 
 HORIZON = 500  # Meta-World's; it ends every episode there
@@ -144,21 +145,19 @@ class MetaWorld(TaskDistribution):
         horizon: most steps of an episode, at most Meta-World's 500.
 
     Raises:
-        ValueError: Meta-World is not installed, or the horizon is not a whole number from 1 to 500.
+        ValueError: Meta-World is not installed, or the horizon is not an integer from 1 to 500.
     """
 
     observation_space = OBSERVATION_SPACE
     action_space = ACTION_SPACE
     splits = tuple(SPLITS)
-    # A simulator takes 22 MB: 40 are .9 GB.
-    recommended: Mapping[str, Any] = {"meta_batch": 10, "episodes": 4, "normalize_observations": True}
+    recommended = presets.of_task("metaworld")
+    in_context = presets.of_task("metaworld", "rl2")
 
     def __init__(self, name: str, *, horizon: int = HORIZON) -> None:
         load_extra("metaworld", "Meta-World", name)
-        if not isinstance(horizon, int) or isinstance(horizon, bool) or not 1 <= horizon <= HORIZON:
-            raise ValueError(f"horizon must be a whole number from 1 to {HORIZON}, not {horizon!r}.")
         self.name = name
-        self.horizon = horizon
+        self.horizon = check_count("horizon", horizon, 1, HORIZON)
         self._sent: Placements | None = None
 
     @property
@@ -209,9 +208,7 @@ class MetaWorld(TaskDistribution):
             tasks = lookup(lookup(self.placements.tasks, task["split"], "split"), task["env"], "environment")
         except ValueError as error:
             raise ValueError(f"Task {number}: {error}") from None
-        index = task["index"]
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tasks):
-            raise ValueError(f"Task {number}: 'index' must be a whole number below {len(tasks)}, not {index!r}.")
+        index = check_count(f"Task {number}: 'index'", task["index"], 0, len(tasks) - 1)
         return task["env"], index, task["split"]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import importlib
 import importlib.resources
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,9 +25,10 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from ssm_metarl.checks import lookup
+from ssm_metarl import presets
+from ssm_metarl.checks import check_count, lookup
+from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.batched import BatchedEnv
-from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 from ssm_metarl.tasks.registry import load_extra
 
@@ -246,27 +247,24 @@ class MujocoFamily(TaskDistribution):
         robot: whose spaces these are.
 
     Raises:
-        ValueError: MuJoCo is not installed, or an argument or the variable is not a whole number above 0.
+        ValueError: MuJoCo is not installed, or an argument or the variable is not an integer of 1 or more.
     """
 
-    # 80 simulations an iteration and step: seconds of two cores.
-    recommended: Mapping[str, Any] = {
-        "meta_batch": 10,
-        "episodes": 8,
-        "normalize_observations": True,
-        "lr_schedule": "linear",
-    }
+    recommended = presets.of_task("mujoco")
+    in_context = presets.of_task("mujoco", "rl2")
     robot: ClassVar[Robot]
     environment: ClassVar[type[Any]]
     parameters: ClassVar[dict[str, Parameter]]
 
     def __init__(self, *, horizon: int = HORIZON, threads: int | None = None) -> None:
         load_extra("mujoco", "MuJoCo", self.name)
-        self.horizon = _count("horizon", horizon)
+        self.horizon = check_count("horizon", horizon, 1)
         if threads is None:
-            self.threads = _count(THREADS_VARIABLE, os.environ.get(THREADS_VARIABLE) or 1)
+            text = os.environ.get(THREADS_VARIABLE) or "1"
+            number = int(text) if text.isascii() and text.isdigit() else text
+            self.threads = check_count(THREADS_VARIABLE, number, 1)
         else:
-            self.threads = _count("threads", threads)
+            self.threads = check_count("threads", threads, 1)
         self.observation_space = self.robot.observation_space
         self.action_space = self.robot.action_space
 
@@ -354,11 +352,3 @@ class AntDir(MujocoFamily):
 
 FAMILIES = (HalfCheetahDir, HalfCheetahVel, AntDir)
 """For the registry: ``register(family.name, family)``."""
-
-
-def _count(name: str, value: object) -> int:
-    """A whole number above 0, or text that is one."""
-    text = str(value)
-    if isinstance(value, bool) or not (text.isascii() and text.isdigit()) or int(text) < 1:
-        raise ValueError(f"{name} must be a whole number above 0, not {value!r}.")
-    return int(text)

@@ -8,16 +8,17 @@ steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
+from ssm_metarl import presets
 from ssm_metarl.checks import lookup
+from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.batched import BatchedEnv
-from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 from ssm_metarl.tasks.registry import register
 
@@ -91,25 +92,8 @@ class Navigation2D(TaskDistribution):
     # random: actions of mean 0 and standard deviation 0.5 of the largest, an untrained Gaussian policy's.
     # oracle: knows the goal and moves each axis to it by at most 0.1 a step, which no player can better.
     reference = ReferenceReturns(random=-55.28, random_sd=23.33, oracle=-0.507)
-    # Larger inner steps learn as fast and are too large once the policy is sure of itself: returns then swing.
-    recommended: Mapping[str, Any] = {
-        "meta_batch": 40,
-        "episodes": 10,
-        "inner_lr": 0.01,
-        "outer_lr": 1e-3,
-        "lr_schedule": "linear",
-        "step_weights": [0.2, 0.8],
-    }
-    in_context: Mapping[str, Any] = {
-        "meta_batch": 200,
-        "episodes": 4,
-        "iterations": 98,
-        "discount": 0.95,
-        "gae_lambda": 0.95,
-        "outer_lr": 2e-3,
-        "normalize_observations": True,
-        "scale_rewards": True,
-    }
+    recommended = presets.of_task("navigation-2d")
+    in_context = presets.of_task("navigation-2d", "rl2")
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n goals of a split; see ``TaskDistribution.sample``."""

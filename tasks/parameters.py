@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssm_metarl.checks import no_such
-from ssm_metarl.tasks.interface import Task
+from ssm_metarl.core import Task
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from ssm_metarl.checks import lookup
+from ssm_metarl.core import Task, TaskDistribution
 from ssm_metarl.seeds import child
 from ssm_metarl.tasks.cartpole import CARTPOLE_V1, PARAMETERS, START, TIME_STEP, Physics, derivative
-from ssm_metarl.tasks.interface import Task, TaskDistribution
 from ssm_metarl.tasks.parameters import stack_parameters
 from ssm_metarl.tasks.popgym import NoisyPositionOnlyCartPole
 from ssm_metarl.tasks.tabular_mdp import TabularMDP, backward_induction

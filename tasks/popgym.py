@@ -9,14 +9,16 @@ seeds. POPGym's others play through the package, such as ``gym:popgym:popgym-Cou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
+from ssm_metarl import presets
 from ssm_metarl.checks import lookup
+from ssm_metarl.core import SPLITS, ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.batched import BatchedEnv, check_actions
 from ssm_metarl.tasks.cartpole import (
     ACTION_SPACE,
@@ -27,7 +29,6 @@ from ssm_metarl.tasks.cartpole import (
     CartPoleEnv,
     Physics,
 )
-from ssm_metarl.tasks.interface import SPLITS, ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.parameters import stack_parameters
 from ssm_metarl.tasks.registry import register
 
@@ -47,7 +48,6 @@ class _OneTask(TaskDistribution):
 
     splits = SPLITS
     enumerable = True
-    recommended: Mapping[str, Any] = {"algorithm": "rl2"}
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """The one task, n times; see ``TaskDistribution.sample``."""
@@ -113,19 +113,8 @@ class RepeatPrevious(_OneTask):
     name = "repeat-previous"
     observation_space = Box(0.0, 1.0, (SUITS,), np.float32)
     action_space: Discrete[np.int64] = Discrete(SUITS)
-    in_context: Mapping[str, Any] = {
-        "meta_batch": 200,
-        "episodes": 1,
-        "iterations": 40,
-        # An answer is paid at once and changes nothing that follows.
-        "discount": 0.0,
-        "gae_lambda": 0.0,
-        # Nothing but the cards is worth remembering, each for exactly k steps.
-        "inputs": "observation",
-        "min_period": 2.0,
-        "state_dim": 256,
-        "outer_lr": 3e-3,
-    }
+    recommended = presets.of_task("repeat-previous")
+    in_context = presets.of_task("repeat-previous", "rl2")
 
     def __init__(self, *, difficulty: str = "easy") -> None:
         self._decks, self._k = lookup(DECKS_AND_K, difficulty, "difficulty")
@@ -193,16 +182,8 @@ class NoisyPositionOnlyCartPole(_OneTask):
     # Printed by `python tests/tasks/test_reference.py`: 1,000,000 episodes. Noise that a player does not look at does
     # not matter. oracle: a reward of 1/200 at each of 200 steps, the most there is.
     reference = ReferenceReturns(random=0.1114, random_sd=0.0595, oracle=1.0)
-    in_context: Mapping[str, Any] = {
-        "meta_batch": 200,
-        "episodes": 1,
-        # Small steps, and many: of larger ones the noise keeps the policy from being sure of anything.
-        "iterations": 400,
-        "outer_lr": 5e-4,
-        "gae_lambda": 0.95,
-        "scale_rewards": True,
-        "normalize_observations": True,
-    }
+    recommended = presets.of_task("noisy-position-only-cartpole")
+    in_context = presets.of_task("noisy-position-only-cartpole", "rl2")
 
     def __init__(self, *, difficulty: str = "easy") -> None:
         self.noise = lookup(NOISE, difficulty, "difficulty")

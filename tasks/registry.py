@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ssm_metarl.checks import lookup
-from ssm_metarl.tasks.interface import TaskDistribution
+from ssm_metarl.core import TaskDistribution
 
 _FACTORIES: dict[str, Callable[..., TaskDistribution]] = {}
 _PREFIXES: dict[str, Callable[..., TaskDistribution]] = {}
@@ -34,12 +34,21 @@ def register_prefix(prefix: str, factory: Callable[..., TaskDistribution]) -> No
     _PREFIXES[prefix] = factory
 
 
-def register(name: str, factory: Callable[..., TaskDistribution]) -> None:
+def register(name: str, factory: Callable[..., TaskDistribution], *, replace: bool = False) -> None:
     """Let ``make(name, options)`` call `factory`; a module does this for its own family when it is imported.
 
-    Registering a name again replaces its factory. The registry belongs to the process: workers receive a
-    distribution, not its name.
+    The registry belongs to the process: workers receive a distribution, not its name.
+
+    Args:
+        name: of the family.
+        factory: its arguments are the family's options.
+        replace: take the place of another factory of that name, as in a notebook whose cell runs again.
+
+    Raises:
+        ValueError: the name belongs to another factory, and ``replace`` is false.
     """
+    if not replace and _FACTORIES.get(name, factory) is not factory:
+        raise ValueError(f"The task family {name!r} is registered already; replace=True takes its place.")
     _FACTORIES[name] = factory
 
 

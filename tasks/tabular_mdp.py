@@ -8,16 +8,17 @@ in state 0 and takes 10 steps.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 from numpy.typing import NDArray
 
-from ssm_metarl.checks import check_option, lookup
+from ssm_metarl import presets
+from ssm_metarl.checks import check_count, lookup
+from ssm_metarl.core import SPLITS, ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.batched import BatchedEnv, check_actions
-from ssm_metarl.tasks.interface import SPLITS, ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 from ssm_metarl.tasks.registry import register
 
@@ -162,26 +163,13 @@ class TabularMDP(TaskDistribution):
 
     name = "tabular-mdp"
     splits = SPLITS
-    recommended: Mapping[str, Any] = {"algorithm": "rl2"}
-    in_context: Mapping[str, Any] = {
-        "meta_batch": 200,
-        "episodes": 2,
-        "iterations": 400,
-        "discount": 0.95,
-        "gae_lambda": 0.3,
-        "entropy_bonus": 0.06,
-        "scale_rewards": True,
-        # What a state and an action are worth is a product of one-hot inputs, and there are 50 of them to remember.
-        "encoder_scale": 4.0,
-        "memory_slots": 16,
-        "hidden_dim": 128,
-        "state_dim": 128,
-    }
+    recommended = presets.of_task("tabular-mdp")
+    in_context = presets.of_task("tabular-mdp", "rl2")
 
     def __init__(self, *, states: int = STATES, actions: int = ACTIONS, episode_length: int = EPISODE_LENGTH) -> None:
-        self.states = check_option("states", states, 1)
-        self.actions = check_option("actions", actions, 2)
-        self.horizon = check_option("episode_length", episode_length, 1)
+        self.states = check_count("states", states, 1)
+        self.actions = check_count("actions", actions, 2)
+        self.horizon = check_count("episode_length", episode_length, 1)
         self.observation_space = _observation_space(self.states)
         self.action_space: Discrete[np.int64] = Discrete(self.actions)
 

@@ -17,6 +17,7 @@ from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.stopper import Stopper
 
+from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import check_resources, start_ray
 from ssm_metarl.distributed.learner import check_device
@@ -115,8 +116,8 @@ def evolve(
     family = distribution or config.family()
     store = RunStore(run, mirror)
     check_reference(family)
-    if config.algorithm == "policy-gradient":
-        raise ValueError("A population meta-trains: algorithm cannot be policy-gradient, which only train runs.")
+    if ALGORITHMS[config.algorithm].trainer != META_TRAINER:
+        raise ValueError(f"A population meta-trains: algorithm cannot be {config.algorithm}, which only train runs.")
     config = replace(config, lr_schedule="constant")  # there is no last iteration, at which a schedule could end
     if resume:
         store.pull()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -41,6 +41,14 @@ class PolicyGradientTrainer:
         config: of the run, with the algorithm "policy-gradient".
         distribution: the family itself, instead of the registered one that ``config.task`` names.
     """
+
+    learns_normalizer: ClassVar[bool] = False
+    always_ray: ClassVar[bool] = True
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, distribution: TaskDistribution | None = None) -> PolicyGradientTrainer:
+        """The trainer of a run."""
+        return cls(config, distribution)
 
     def __init__(self, config: TrainConfig, distribution: TaskDistribution | None = None) -> None:
         self.train_config = config

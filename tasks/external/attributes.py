@@ -15,24 +15,31 @@ from ssm_metarl.checks import lookup
 
 
 def with_attributes(creator: Any, attributes: Mapping[str, float]) -> Callable[..., Any]:
-    """A function that makes an instance of a class in which some attributes have other values from the start.
+    """A subclass in which some attributes have other values from the start.
 
-    While the constructor runs, whatever it assigns to these attributes is replaced: what it derives from them is
-    derived from the new values. The instance is then of the class itself.
+    While its constructor runs, whatever is assigned to these attributes is replaced, so that what the constructor
+    derives from them is derived from the new values. Afterwards they can be set as any others.
+
+    Args:
+        creator: class of the environment.
+        attributes: values by name.
     """
 
-    def assign(self: Any, name: str, value: Any) -> None:
-        creator.__setattr__(self, name, attributes.get(name, value))
+    class Preset(creator):
+        def __init__(self, **arguments: Any) -> None:
+            object.__setattr__(self, "_preset", attributes)
+            super().__init__(**arguments)
+            object.__setattr__(self, "_preset", {})
 
-    constants = {key: value for key, value in attributes.items() if is_number(getattr(creator, key, None))}
-    preset = type(creator)(creator.__name__, (creator,), {**constants, "__setattr__": assign})
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, self._preset.get(name, value))
 
-    def create(**arguments: Any) -> Any:
-        env = preset(**arguments)
-        env.__class__ = creator
-        return env
-
-    return create
+    for name, value in attributes.items():
+        if is_number(getattr(creator, name, None)):  # a constant of the class
+            setattr(Preset, name, value)
+    for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(Preset, name, getattr(creator, name))
+    return Preset
 
 
 def check_attribute(env: Any, env_id: str, key: str, arguments: Sequence[str]) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks.external.lending import Column, LentVectorEnv, checked_horizon, close_columns, own_horizon
+from ssm_metarl.checks import check_count
+from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.external.lending import Column, LentVectorEnv, close_columns, own_horizon
 from ssm_metarl.tasks.external.spaces import action_space, vector_space
-from ssm_metarl.tasks.interface import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.parameters import stack_parameters
 
 REFERENCE_EPISODES = 100
@@ -50,7 +51,8 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
         """Take spaces and horizon from one of the environments."""
         self.observation_space = vector_space(self.name, env.observation_space)
         self.action_space = action_space(self.name, env.action_space)
-        self.horizon = checked_horizon(self.name, own_horizon(self.name, env) if horizon is None else horizon)
+        limit = own_horizon(self.name, env) if horizon is None else horizon
+        self.horizon = check_count(f"{self.name}: the horizon", limit, 1)
 
     @abc.abstractmethod
     def _key(self, task: Task) -> Any:

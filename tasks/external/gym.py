@@ -13,7 +13,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
-from ssm_metarl.checks import lookup
+from ssm_metarl.checks import check_count, lookup
+from ssm_metarl.core import Task
 from ssm_metarl.tasks.external.attributes import (
     check_attribute,
     checked_range,
@@ -23,8 +24,7 @@ from ssm_metarl.tasks.external.attributes import (
 )
 from ssm_metarl.tasks.external.family import NO_RANGES, AdaptedFamily
 from ssm_metarl.tasks.external.importing import import_module, one_line
-from ssm_metarl.tasks.external.lending import Column, checked_horizon
-from ssm_metarl.tasks.interface import Task
+from ssm_metarl.tasks.external.lending import Column
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 
 GYM = "gym:"
@@ -67,7 +67,7 @@ class GymFamily(AdaptedFamily):
         self._parameters = dict.fromkeys(self._ranges, _FINITE)
         self.enumerable = all(low == high for low, high in self._ranges.values())
         self._module, _, self._env_id = env_id.rpartition(":")
-        self._limit = None if horizon is None else checked_horizon(self.name, horizon)
+        self._limit = None if horizon is None else check_count(f"{self.name}: the horizon", horizon, 1)
         env = self._attempt("", lambda: self._make({}, {}))
         self._adopt(env, horizon)
         self._limit = self.horizon

@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium
 
 from ssm_metarl.checks import lookup
-from ssm_metarl.tasks.interface import TaskDistribution
+from ssm_metarl.core import TaskDistribution
 
 
 def load_entry(name: str, directory: str) -> Any:

@@ -11,8 +11,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
+from ssm_metarl.checks import check_count
+from ssm_metarl.core import Task
 from ssm_metarl.tasks.external.spaces import action_of, action_space, vector_of, vector_space
-from ssm_metarl.tasks.interface import Task
 
 
 class LentVectorEnv(SyncVectorEnv):
@@ -113,7 +114,7 @@ def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tupl
         ValueError: for a space that is not supported, or a horizon that is missing; one sentence.
     """
     name = type(env.unwrapped).__name__
-    limit = checked_horizon(name, own_horizon(name, env) if horizon is None else horizon)
+    limit = check_count(f"{name}: the horizon", own_horizon(name, env) if horizon is None else horizon, 1)
     spaces = vector_space(name, env.observation_space), action_space(name, env.action_space)
     limited: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(env, limit)
     column = Column(limited, *spaces, lambda env, task: None, again=False)
@@ -129,17 +130,6 @@ def close_columns(columns: Sequence[Column]) -> None:
     """Close the environments."""
     for column in columns:
         column.close()
-
-
-def checked_horizon(name: str, horizon: Any) -> int:
-    """The most steps of an episode.
-
-    Raises:
-        ValueError: it is no whole number of 1 or more.
-    """
-    if not isinstance(horizon, int | np.integer) or isinstance(horizon, bool) or horizon < 1:
-        raise ValueError(f"{name}: the horizon must be a whole number of steps, 1 or more, not {horizon!r}.")
-    return int(horizon)
 
 
 def own_horizon(name: str, env: gymnasium.Env[Any, Any]) -> Any:

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 
 import gymnasium
 
+from ssm_metarl.core import TaskDistribution
 from ssm_metarl.tasks.external.family import NO_RANGES
 from ssm_metarl.tasks.external.gym import GYM, GymFamily
 from ssm_metarl.tasks.external.importing import call, load_entry
 from ssm_metarl.tasks.external.own import TaskFamily
-from ssm_metarl.tasks.interface import TaskDistribution
 
 _MODULE_ATTRIBUTE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 

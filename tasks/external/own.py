@@ -10,10 +10,10 @@ import gymnasium
 import numpy as np
 
 from ssm_metarl.checks import lookup
+from ssm_metarl.core import Task
 from ssm_metarl.tasks.external.family import AdaptedFamily
 from ssm_metarl.tasks.external.importing import argument_names, call, load_entry, one_line
 from ssm_metarl.tasks.external.lending import Column
-from ssm_metarl.tasks.interface import Task
 
 
 class TaskFamily(AdaptedFamily):

@@ -1,17 +1,90 @@
-"""What a family of tasks is: it draws tasks and builds the environments that play them."""
+"""The vocabulary: what a trainer, a family of tasks, a source of rollouts and an adapter are, each with its loop."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
+
+from ssm_metarl import presets
+
+if TYPE_CHECKING:
+    from ssm_metarl.algorithms.adapters import Adaptation
+    from ssm_metarl.algorithms.rollouts import Rollouts
+    from ssm_metarl.config import TrainConfig
+    from ssm_metarl.storage.contents import Checkpoint
+
+Array = np.ndarray[Any, Any]
+
+
+class Trainer(Protocol):
+    """Improves a policy, an iteration at a time; ``train`` drives it::
+
+        trainer = trainer_class(config).of_run(config)
+        trainer.start_from(checkpoint)  # or load_checkpoint, to resume
+        while trainer.meta_iteration < iterations:
+            metrics = trainer.step()
+            trainer.save_checkpoint(folder)
+        trainer.stop()
+
+    Attributes:
+        learns_normalizer: whether it updates the running moments of observations and rewards.
+        always_ray: whether it needs Ray, also without workers.
+        meta_iteration: iterations done.
+        env_steps: environment steps taken.
+    """
+
+    learns_normalizer: ClassVar[bool]
+    always_ray: ClassVar[bool]
+    meta_iteration: int
+    env_steps: int
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, distribution: TaskDistribution | None = None) -> Trainer:
+        """The trainer of a run; ``distribution``: the family itself instead of the one that ``config.task`` names."""
+
+    def step(self) -> dict[str, Any]:
+        """One iteration; returns its metrics, JSON values."""
+
+    def save_checkpoint(self, checkpoint_dir: str) -> str:
+        """Write a checkpoint into a folder, and return the folder."""
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Resume from a checkpoint of the same run."""
+
+    def start_from(self, checkpoint: Checkpoint) -> None:
+        """Take the weights of a checkpoint of any run with a policy of the same sizes."""
+
+    def stop(self) -> None:
+        """End what plays and trains; it cannot step any more."""
+
+
+class Collect(Protocol):
+    """Plays tasks: in process, over Ray, or in an environment of the user's own. An adapter calls it a step::
+
+    rollouts = collect(weights, episodes, step)
+    """
+
+    def __call__(self, weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
+        """Play every task for ``episodes`` with ``weights`` (shared, or [M, ...] a task) after ``step`` steps."""
+
+
+class Adapter(Protocol):
+    """Adapts a policy to new tasks::
+
+    adaptation = adapter.adapt(collect, episodes=5)
+    adapted = adaptation.policy(policy, task=0)
+    """
+
+    def adapt(self, collect: Collect, episodes: int) -> Adaptation:
+        """Adapt to every task that ``collect`` plays, with ``episodes`` a task and step."""
+
 
 Task = dict[str, Any]
 """Parameters of one task: JSON values only."""
@@ -60,8 +133,8 @@ class TaskDistribution(abc.ABC):
     splits: tuple[str, ...]
     enumerable: bool = False
     reference: ReferenceReturns
-    recommended: Mapping[str, Any] = MappingProxyType({"normalize_observations": True, "scale_rewards": True})
-    in_context: Mapping[str, Any] = recommended
+    recommended: Mapping[str, Any] = presets.of_task("untuned")
+    in_context: Mapping[str, Any] = presets.of_task("untuned", "rl2")
 
     @abc.abstractmethod
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
