@@ -17,7 +17,7 @@ from torch.distributions import kl_divergence
 from torch.func import functional_call
 
 from ssm_metarl.algorithms.batch import Batch, task_shards
-from ssm_metarl.algorithms.inner_loop import Weights, adapt_weights, batch_for, play
+from ssm_metarl.algorithms.inner_loop import Weights, adapt_weights, batch_for, policy_outputs
 from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.propensity import TaskModel, effective_sample_size
@@ -345,7 +345,7 @@ def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[st
     def work(own: Mapping[str, Tensor], part: slice) -> Array:
         batch_part = batch.tasks(part)
         other = {name: torch.as_tensor(value[part]) for name, value in after.items()}
-        old, new = (play(policy, dict(weights), batch_part).actions for weights in (own, other))
+        old, new = (policy_outputs(policy, dict(weights), batch_part).actions for weights in (own, other))
         return np.asarray((batch_part.counted(kl_divergence(old, new)) * batch_part.share).sum((1, 2)).numpy())
 
     return _sharded(work, before, tuple(batch.share.shape)).astype(np.float64)

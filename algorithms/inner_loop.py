@@ -31,7 +31,7 @@ def for_tasks(parameters: Mapping[str, Tensor], tasks: int) -> Parameters:
     return {name: value.unsqueeze(0).expand(tasks, *value.shape) for name, value in parameters.items()}
 
 
-def play(policy: SSMPolicy, parameters: Parameters, batch: Batch) -> PolicyOutput:
+def policy_outputs(policy: SSMPolicy, parameters: Parameters, batch: Batch) -> PolicyOutput:
     """What the policy with ``parameters``, shared or [M, ...] each, says of every step of a batch."""
     output: PolicyOutput = functional_call(policy, parameters, (batch.inputs, batch.resets, None, batch.known))
     return output
@@ -65,7 +65,7 @@ def inner_step(
     algorithm = ALGORITHMS[config.algorithm]
     if not differentiable:
         parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    output = play(policy, parameters, batch)
+    output = policy_outputs(policy, parameters, batch)
     losses = inner_loss(output.actions, batch, algorithm)
     second_order = differentiable and algorithm.second_order
     # From the second step on, a task's parameters depend on the step sizes, whose gradient is no part of adaptation.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
 from ssm_metarl.algorithms.batch import Batch
-from ssm_metarl.algorithms.inner_loop import for_tasks, inner_step, play
+from ssm_metarl.algorithms.inner_loop import for_tasks, inner_step, policy_outputs
 from ssm_metarl.algorithms.policy import PolicyOutput, SSMPolicy
 from ssm_metarl.algorithms.registry import ALGORITHMS, MetaConfig
 
@@ -84,7 +84,7 @@ def meta_loss(
         if weight:
             total = total + weight * outer_loss(output, stage, config)
         before = output.actions if before is None else before
-    output = play(policy, current, stages[-1])
+    output = policy_outputs(policy, current, stages[-1])
     adapted = output.actions
     total = total + weights[-1] * outer_loss(output, stages[-1], config)
     first = stages[0]

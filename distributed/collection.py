@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,52 +19,70 @@ class EnvironmentFailure(RuntimeError):
     """Too many episodes were lost to the environment; the message carries its own traceback."""
 
 
-def play(
-    pool: Pool,
-    weights: Mapping[str, Array],
-    tasks: Sequence[Task],
-    seeds: Sequence[np.random.SeedSequence],
-    episodes: int,
-    played: Array,
-    *,
-    label: str,
-    deterministic: bool = False,
-) -> tuple[Rollouts, int]:
-    """Collect one stage of adaptation with what is left of a batch of tasks; the trainer and the evaluator call it.
+class StageCollector:
+    """``Collect`` with a pool: plays the tasks of a meta-batch or of an evaluation, stage by stage of adaptation.
+
+    A task that a stage brought no episode of is not played any more, and has an empty record from then on.
 
     Args:
-        pool, weights, tasks, seeds, episodes, label, deterministic: as for ``Pool.collect``; where a task is not
-            played, weights must be the tasks' own.
-        played: [M] bool, the tasks of which every stage so far brought an episode. The others are not played, and
-            have an empty record. Those that this stage lost are taken out in place.
+        pool: that plays.
+        tasks: M.
+        seeds: of the tasks at a stage.
+        label: of a stage, for errors.
+        deterministic: take the most likely actions.
 
-    Returns:
-        The record of all M tasks, and the number of episodes that the environment spoiled.
-
-    Raises:
-        EnvironmentFailure: the environment spoiled too many episodes.
+    Attributes:
+        bad_episodes: that the environment spoiled so far.
     """
-    index = np.flatnonzero(played).tolist()
-    everything = len(index) == len(tasks)
-    lost = len(pool.dropped) + pool.missing
-    rollouts = pool.collect(
-        weights if everything else {name: value[index] for name, value in weights.items()},
-        [tasks[i] for i in index],
-        [seeds[i] for i in index],
-        episodes,
-        label=label,
-        deterministic=deterministic,
-    )
-    # A task that the pool lost has a sentence in errors, but not the environment's.
-    bad = len(rollouts.errors) - (len(pool.dropped) + pool.missing - lost)
-    if bad > BAD_EPISODES_ALLOWED * len(index) * episodes:
-        first = max(rollouts.errors, key=lambda error: "Traceback" in error)
-        share = f"{bad} of {len(index) * episodes} episodes ({label})"
-        raise EnvironmentFailure(f"{share} were lost; the first error:\n{first}")
-    if not everything:
-        parts = [Rollouts.empty([task], episodes, rollouts) for task in tasks]
-        for row, i in enumerate(index):
-            parts[i] = rollouts.select(slice(row, row + 1))
-        rollouts = replace(Rollouts.concatenate(parts), errors=rollouts.errors)
-    played &= rollouts.kept().any(1)
-    return rollouts, bad
+
+    def __init__(
+        self,
+        pool: Pool,
+        tasks: Sequence[Task],
+        seeds: Callable[[int], Sequence[np.random.SeedSequence]],
+        label: Callable[[int], str],
+        *,
+        deterministic: bool = False,
+    ) -> None:
+        self._pool, self._tasks = pool, tasks
+        self._seeds, self._label, self._deterministic = seeds, label, deterministic
+        self._played = np.ones(len(tasks), bool)
+        self.bad_episodes = 0
+
+    def __call__(self, weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
+        """The record of all M tasks.
+
+        Args:
+            weights: shared, or [M, ...] each; the tasks' own once a task is not played any more.
+            episodes: a task.
+            step: stage of adaptation, from 0.
+
+        Raises:
+            EnvironmentFailure: the environment spoiled too many episodes.
+        """
+        index = np.flatnonzero(self._played).tolist()
+        everything = len(index) == len(self._tasks)
+        pool, seeds = self._pool, self._seeds(step)
+        lost = len(pool.dropped) + pool.missing
+        rollouts = pool.collect(
+            weights if everything else {name: value[index] for name, value in weights.items()},
+            [self._tasks[i] for i in index],
+            [seeds[i] for i in index],
+            episodes,
+            label=self._label(step),
+            deterministic=self._deterministic,
+        )
+        # A task that the pool lost has a sentence in errors, but not the environment's.
+        bad = len(rollouts.errors) - (len(pool.dropped) + pool.missing - lost)
+        if bad > BAD_EPISODES_ALLOWED * len(index) * episodes:
+            first = max(rollouts.errors, key=lambda error: "Traceback" in error)
+            share = f"{bad} of {len(index) * episodes} episodes ({self._label(step)})"
+            raise EnvironmentFailure(f"{share} were lost; the first error:\n{first}")
+        self.bad_episodes += bad
+        if not everything:
+            parts = [Rollouts.empty([task], episodes, rollouts) for task in self._tasks]
+            for row, i in enumerate(index):
+                parts[i] = rollouts.select(slice(row, row + 1))
+            rollouts = replace(Rollouts.concatenate(parts), errors=rollouts.errors)
+        self._played &= rollouts.kept().any(1)
+        return rollouts

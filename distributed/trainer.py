@@ -13,16 +13,19 @@ import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
+from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.replay import ReplayBuffer
+from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
-from ssm_metarl.distributed.collection import play
+from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.learner import Learner
 from ssm_metarl.distributed.pool import Pool
+from ssm_metarl.distributed.stopwatch import Stopwatch
 from ssm_metarl.distributed.telemetry import Telemetry
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -98,43 +101,26 @@ class MetaTrainer(tune.Trainable):
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes were lost to the environment.
         """
-        config, learner = self.train_config, self.learner
-        begin = time.perf_counter()
-        seconds = {"sample": 0.0, "adapt": 0.0, "update": 0.0, "ray": 0.0}
-        overhead, dropped, missing = self.pool.ray_seconds, len(self.pool.dropped), self.pool.missing
-        rng = np.random.default_rng(seed_for(config.seed, Branch.TASKS, self.meta_iteration))
-        tasks = self.distribution.sample(config.meta_batch, rng, "train")
+        config, learner, watch = self.train_config, self.learner, Stopwatch(self.pool)
+        collector = self._collector()
         weights = learner.weights()
-        played, bad = np.ones(len(tasks), bool), 0
-        stages, collected = [], []
+        stages, collected = list[Batch](), list[Rollouts]()
         for stage in range(config.inner_steps + 1):
-            start = time.perf_counter()
-            seeds = [
-                seed_for(config.seed, Branch.ROLLOUTS, self.meta_iteration, stage, task) for task in range(len(tasks))
-            ]
-            label = "support" if stage < config.inner_steps else "query"
-            rollouts, spoiled = play(self.pool, weights, tasks, seeds, config.episodes, played, label=label)
-            bad += spoiled
-            collected.append(rollouts)
-            seconds["sample"] += time.perf_counter() - start
-            start = time.perf_counter()
-            stages.append(learner.batch(weights, rollouts))
-            if stage < config.inner_steps:
-                weights = learner.adapt(weights, stages[-1])
-            seconds["adapt"] += time.perf_counter() - start
-        start = time.perf_counter()
-        statistics = learner.update(
-            stages,
-            done=min(self.meta_iteration / config.iterations, 1.0),
-            seed=seed_for(config.seed, Branch.MINIBATCHES, self.meta_iteration),
-        )
-        learner.observe(collected)
-        if self.replay is not None:
-            self.replay.add(collected[-1])
-        seconds["update"] = time.perf_counter() - start
-        seconds["ray"] = self.pool.ray_seconds - overhead
-        seconds["sample"] -= seconds["ray"]
-        seconds["total"] = time.perf_counter() - begin
+            with watch("sample"):
+                collected.append(collector(weights, config.episodes, stage))
+            with watch("adapt"):
+                stages.append(learner.batch(weights, collected[-1]))
+                if stage < config.inner_steps:
+                    weights = learner.adapt(weights, stages[-1])
+        with watch("update"):
+            statistics = learner.update(
+                stages,
+                done=min(self.meta_iteration / config.iterations, 1.0),
+                seed=seed_for(config.seed, Branch.MINIBATCHES, self.meta_iteration),
+            )
+            learner.observe(collected)
+            if self.replay is not None:
+                self.replay.add(collected[-1])
         self.meta_iteration += 1
         env_steps = sum(rollouts.num_steps for rollouts in collected)
         self.env_steps += env_steps
@@ -145,16 +131,26 @@ class MetaTrainer(tune.Trainable):
             "episode_length_by_step": [
                 float(rollouts.num_steps / max(rollouts.kept().sum(), 1)) for rollouts in collected
             ],
-            "seconds": seconds,
-            "restarts": self.pool.restarts,
-            "dropped_tasks": self.pool.dropped[dropped:],
-            "missing_tasks": self.pool.missing - missing,
-            "bad_episodes": bad,
+            "seconds": watch.seconds(),
+            **watch.losses(),
+            "bad_episodes": collector.bad_episodes,
             **statistics,
             **({"replay_bytes": self.replay.nbytes} if self.replay is not None else {}),
         }
         self.telemetry.iteration(metrics, env_steps)
         return metrics
+
+    def _collector(self) -> StageCollector:
+        """What plays the tasks of this iteration, stage by stage."""
+        seed, iteration = self.train_config.seed, self.meta_iteration
+        rng = np.random.default_rng(seed_for(seed, Branch.TASKS, iteration))
+        tasks = self.distribution.sample(self.train_config.meta_batch, rng, "train")
+
+        def seeds(stage: int) -> list[np.random.SeedSequence]:
+            return [seed_for(seed, Branch.ROLLOUTS, iteration, stage, task) for task in range(len(tasks))]
+
+        last = self.train_config.inner_steps
+        return StageCollector(self.pool, tasks, seeds, lambda stage: "support" if stage < last else "query")
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:
         """Write a checkpoint folder (see ``checkpoint.py``); Tune calls it, and so does ``train``."""

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.checks import check_count
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Collect
 from ssm_metarl.distributed.cluster import check_resources, start_ray
-from ssm_metarl.distributed.collection import play
+from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.storage.checkpoint import load_policy
@@ -120,12 +119,12 @@ def collect_split(
     branch: Branch = Branch.EVALUATION,
     deterministic: bool = False,
 ) -> Collect:
-    """Plays the tasks, each step's episodes with random numbers of their own."""
-    played = np.ones(len(tasks), bool)
+    """What plays the tasks, each step's episodes with random numbers of their own."""
 
-    def collect(weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
-        seeds = [seed_for(seed, branch, _branch(split), step, task) for task in range(len(tasks))]
-        label = f"evaluation, step {step}" if branch == Branch.EVALUATION else "evaluation"
-        return play(pool, weights, tasks, seeds, episodes, played, label=label, deterministic=deterministic)[0]
+    def seeds(step: int) -> list[np.random.SeedSequence]:
+        return [seed_for(seed, branch, _branch(split), step, task) for task in range(len(tasks))]
 
-    return collect
+    def label(step: int) -> str:
+        return f"evaluation, step {step}" if branch == Branch.EVALUATION else "evaluation"
+
+    return StageCollector(pool, tasks, seeds, label, deterministic=deterministic)
