@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
-from ssm_metarl.algorithms.batch import Batch, task_shards
+from ssm_metarl.algorithms.batch import Batch, replayed_batch, task_shards
 from ssm_metarl.algorithms.inner_loop import Weights, adapt_weights, batch_for, policy_outputs
 from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.policy import SSMPolicy
@@ -205,9 +205,15 @@ class HybridAdapter(StandardAdapter):
         w_policy = min(1, exp(mean_t log π(a_t) - log μ(a_t))),
 
     with μ the policy that took them. It is the geometric mean over steps: the product over hundreds of steps would be
-    0 or enormous. Of ``replay_episodes`` stored episodes, those of highest w_task, the gradient of the inner objective
-    is taken together with the current ones, with one baseline and one normalisation, so that a stored episode has a
-    positive advantage where it did better than the task's own.
+    0 or enormous. Of ``replay_episodes`` stored episodes, those of highest w_task are used.
+
+    The own episodes' gradient is that of meta-training, to the bit: the policy was trained to answer it. Added is ρ
+    times the gradient of the stored episodes, ρ = n / (n + K) with their effective number n
+    (``effective_sample_size``) and K own episodes. All steps of a stored episode have one advantage: by how much its
+    return exceeds the mean of the own ones, in units of the root mean square of these differences at the first step or
+    now, whichever is larger. As the policy comes to do as well, nothing is left to learn from the stored episodes. One
+    baseline and one normalisation over both kinds would leave nothing of either where stored episodes are long and own
+    ones short.
 
     A proximal pull draws the parameters to the meta-parameters θ, whose distance it weighs with ½ pull |θ' - θ|²:
     after a step of size α they are (θ' + α pull θ) / (1 + α pull). (Fakoor et al. 2020, arXiv 1910.00125, eq. 13-18,
@@ -254,6 +260,7 @@ class HybridAdapter(StandardAdapter):
         self._count, self._weighted, self._pull, self._seed = replay_episodes, weighted, pull, seed
         self._tolerance = tolerance
         self._model: TaskModel | None = None
+        self._scale = np.zeros(0)
 
     def _batch(self, weights: Weights, rollouts: Rollouts, step: int) -> tuple[Batch, Array]:
         tasks, stored = rollouts.num_tasks, self._replay.num_tasks
@@ -278,11 +285,16 @@ class HybridAdapter(StandardAdapter):
             steps = np.maximum(columns.lengths(), 1)
             agreement = np.where(columns.valid, own - columns.log_probs, 0.0).sum(1) / steps
             propensity = propensity * np.exp(np.minimum(agreement, 0.0))
+        effective, played = effective_sample_size(propensity), rollouts.kept().sum(1)
+        # A task without an episode of its own does not move.
+        ratio = np.where(played > 0, effective / np.maximum(effective + played, 1), 0.0) * propensity.max(1)
+        gain = np.where(columns.kept(), columns.returns() - _task_means(rollouts.returns())[:, None], 0.0)
+        scale = np.sqrt((propensity * gain**2).sum(1) / np.maximum(propensity.sum(1), np.finfo(np.float64).tiny))
+        self._scale = scale if step == 0 else np.maximum(self._scale, scale)
+        advantages = np.nan_to_num(gain) / np.where(self._scale > 0, self._scale, 1.0)[:, None]
         # Only steps of the current policy have a likelihood ratio: that of a stored episode is in its propensity.
-        joined = rollouts.beside(replace(columns, log_probs=own))
-        weight = np.concatenate([np.ones((tasks, rollouts.valid.shape[2])), propensity], 1)
-        weight[~rollouts.kept().any(1)] = 0.0  # a task without an episode of its own does not move
-        return batch_for(self.policy, weights, joined, self.config, weight=weight), effective_sample_size(propensity)
+        stored_batch = replayed_batch(self.policy.spec, replace(columns, log_probs=own), advantages, propensity, ratio)
+        return super()._batch(weights, rollouts, step)[0].beside(stored_batch), effective
 
     def _pulled(self, proposal: Weights, meta: Mapping[str, Array], step_size: float) -> Weights:
         if not self._pull:

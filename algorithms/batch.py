@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_metarl.algorithms.inputs import policy_inputs, task_numbers
@@ -51,6 +52,29 @@ class Batch(NamedTuple):
         """The batch of some of its tasks: a slice, or indices [n]."""
         return Batch(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
+    def beside(self, other: Batch) -> Batch:
+        """The same tasks with the columns of ``other`` after their own, padded in time with steps without a share.
+
+        Args:
+            other: a batch of as many tasks.
+        """
+        longest = max(self.share.shape[1], other.share.shape[1])
+
+        def joined(own: Tensor, others: Tensor) -> Tensor:
+            parts = (F.pad(x, (*[0, 0] * (x.dim() - 2), 0, longest - x.shape[1])) for x in (own, others))
+            return torch.cat(list(parts), 2)
+
+        named = {
+            name: joined(getattr(self, name), getattr(other, name))
+            for name in ("inputs", "actions", "log_probs", "advantages", "share", "outer_advantages")
+        }
+        resets = [
+            torch.zeros_like(batch.share, dtype=torch.bool) if batch.resets is None else batch.resets
+            for batch in (self, other)
+        ]
+        together = None if self.resets is None and other.resets is None else joined(*resets)
+        return self._replace(**named, resets=together, targets=None)
+
     def counted(self, numbers: Tensor) -> Tensor:
         """``numbers`` [M, T, K], and 0 where a step has no share.
 
@@ -71,17 +95,14 @@ def make_batch(
     device: torch.device | str = "cpu",
     values: Array | None = None,
     reward_scale: float = 1.0,
-    weight: Array | None = None,
 ) -> Batch:
     """Rollouts with inputs rebuilt and advantages estimated.
 
     Args:
         values: with a critic as baseline, what it says of :func:`critic_inputs`, [M, T + 1, K].
         reward_scale: what rewards are divided by for the critic.
-        weight: [M, K], of each column in the objectives, at least 0; None: 1.
     """
     rollouts = rollouts.masked()
-    counted = rollouts.valid if weight is None else rollouts.valid * weight[:, None]
     discount, gae_lambda, baseline = config.discount, config.gae_lambda, config.baseline
     level = np.zeros((1, 1, 1))
     if values is not None and baseline == "informed":
@@ -90,15 +111,15 @@ def make_batch(
         returns = discounted_returns(rollouts.rewards / np.float32(reward_scale), rollouts.valid, discount)
         level = step_means(returns, rollouts.valid)
         values = values + np.pad(level, ((0, 0), (0, 1), (0, 0)))
-    raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale, weight)
-    some = tells_apart(rollouts, discount, weight)
+    raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale)
+    some = tells_apart(rollouts, discount)
     own_raw = raw
     if baseline in ("time", "informed"):  # how a task adapts must depend neither on the others nor on what it is
-        own_raw = estimate(rollouts, discount, gae_lambda, weight=weight)[0]
-    own = normalized(own_raw, counted) * some.astype(np.float32)[:, None, None]
-    outer = own if baseline == "linear" else normalized(raw, counted, (0, 1, 2))
-    total = counted.sum((1, 2), keepdims=True)
-    share = (counted / np.where(total > 0, total, 1)).astype(np.float32)
+        own_raw = estimate(rollouts, discount, gae_lambda)[0]
+    own = normalized(own_raw, rollouts.valid) * some.astype(np.float32)[:, None, None]
+    outer = own if baseline == "linear" else normalized(raw, rollouts.valid, (0, 1, 2))
+    total = rollouts.valid.sum((1, 2), keepdims=True)
+    share = (rollouts.valid / np.where(total > 0, total, 1)).astype(np.float32)
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
@@ -113,6 +134,31 @@ def make_batch(
         outer_advantages=tensor(outer),
         targets=tensor((raw + expected - level).astype(np.float32)) if values is not None else None,
         known=tensor(task_numbers(rollouts.tasks)) if baseline == "informed" else None,
+    )
+
+
+def replayed_batch(spec: PolicySpec, rollouts: Rollouts, advantages: Array, weight: Array, ratio: Array) -> Batch:
+    """Stored episodes of M tasks, each with one advantage for all its steps.
+
+    Args:
+        rollouts: with the current policy's log-probabilities.
+        advantages: [M, K], of the episodes.
+        weight: [M, K], of each episode, at least 0.
+        ratio: [M], the sum of a task's shares: how much these episodes count beside its own, whose shares sum to 1.
+    """
+    rollouts = rollouts.masked()
+    counted = rollouts.valid * weight[:, None]
+    total = counted.sum((1, 2), keepdims=True)
+    share = counted / np.where(total > 0, total, 1) * ratio[:, None, None]
+    same = torch.from_numpy((advantages[:, None] * rollouts.valid).astype(np.float32))
+    return Batch(
+        inputs=torch.from_numpy(policy_inputs(spec, rollouts)),
+        resets=torch.from_numpy(rollouts.resets) if rollouts.resets[:, 1:].any() else None,
+        actions=torch.from_numpy(rollouts.actions),
+        log_probs=torch.from_numpy(rollouts.log_probs),
+        advantages=same,
+        share=torch.from_numpy(share.astype(np.float32)),
+        outer_advantages=same,
     )
 
 

@@ -98,18 +98,16 @@ def batch_for(
     rollouts: Rollouts,
     config: MetaConfig,
     run: Run | None = None,
-    weight: Array | None = None,
 ) -> Batch:
     """Rollouts as the objectives read them, with a critic's values where one is the baseline.
 
     Args:
         weights: that acted, shared or [M, ...].
         run: see ``Run``; None: one shard after the other with ``policy``.
-        weight: [M, K], of each column in the objectives; None: 1.
     """
     device = next(policy.parameters()).device
     if config.baseline not in CRITICS:
-        return make_batch(policy.spec, rollouts, config, device, weight=weight)
+        return make_batch(policy.spec, rollouts, config, device)
     inputs, resets = critic_inputs(policy.spec, rollouts)
     own = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
     shared = own["encoder.weight"].dim() == 2
@@ -124,7 +122,7 @@ def batch_for(
 
     shards = task_shards(resets.shape)
     values = run(value, shards) if run else [value(policy, part) for part in shards]
-    return make_batch(policy.spec, rollouts, config, device, np.concatenate(values), policy.reward_scaling, weight)
+    return make_batch(policy.spec, rollouts, config, device, np.concatenate(values), policy.reward_scaling)
 
 
 def adapt_weights(

@@ -56,9 +56,7 @@ SHRINKAGE = 1.0
 """Of the linear baseline, in episodes: how much data the prior that returns do not depend on the features is worth."""
 
 
-def linear_baseline(
-    rollouts: Rollouts, targets: Array, shrinkage: float = SHRINKAGE, weight: Array | None = None
-) -> Array:
+def linear_baseline(rollouts: Rollouts, targets: Array, shrinkage: float = SHRINKAGE) -> Array:
     """Fit a linear baseline to each task's returns and evaluate it on the same steps (Duan et al. 2016, appendix 2).
 
     Features: observation (clipped to ±10), its square, t, t², t³ (t in hundreds of steps), less their means and in
@@ -73,7 +71,6 @@ def linear_baseline(
         rollouts: one or more columns a task.
         targets: [M, T, K], what to predict, such as discounted returns.
         shrinkage: above 0, in episodes.
-        weight: [M, K], of each column in the fit; None: 1.
 
     Returns:
         [M, T, K] float64, 0 where not valid.
@@ -89,9 +86,6 @@ def linear_baseline(
     features *= rollouts.valid[..., None]
     flat = features.reshape(tasks, steps * columns, -1)
     transposed = flat.swapaxes(1, 2)
-    episodes = rollouts.kept() if weight is None else rollouts.kept() * weight
-    if weight is not None:
-        transposed = transposed * np.broadcast_to(weight[:, None], targets.shape).reshape(tasks, 1, -1)
     gram = transposed @ flat
     moment = (transposed @ np.where(rollouts.valid, targets, 0.0).reshape(tasks, -1, 1))[..., 0]
     # The last feature is 1: its products are sums, from which those of what deviates from the mean follow.
@@ -101,7 +95,7 @@ def linear_baseline(
     covariance = gram[:, :-1, :-1] - total[:, None, None] * mean[:, :, None] * mean[:, None]
     varies = np.maximum(np.einsum("mii->mi", covariance), 0.0)
     varies = np.where(varies > 1e-10 * squares, varies, np.maximum(squares, 1.0))  # of a constant: nothing to fit
-    length = total / np.maximum(episodes.sum(1), 1e-12)
+    length = total / np.maximum(rollouts.kept().sum(1), 1)
     penalty = np.einsum("mi,ij->mij", varies * (shrinkage * length / total)[:, None], np.eye(varies.shape[1]))
     slopes = np.linalg.solve(covariance + penalty, (moment[:, :-1] - mean * moment[:, -1:])[..., None])
     constant = level - (mean * slopes[..., 0]).sum(1)
@@ -109,7 +103,7 @@ def linear_baseline(
     return (flat @ solution).reshape(tasks, steps, columns)
 
 
-def tells_apart(rollouts: Rollouts, discount: float, weight: Array | None = None) -> Array:
+def tells_apart(rollouts: Rollouts, discount: float) -> Array:
     """Whether the episodes of each task show that anything can be done better or worse, [M] bool.
 
     They do not where their discounted returns are equal (to rounding). What is left of such returns is the misfit of
@@ -119,9 +113,8 @@ def tells_apart(rollouts: Rollouts, discount: float, weight: Array | None = None
     Args:
         rollouts: M tasks.
         discount: in [0, 1].
-        weight: [M, K], of each column; those of weight 0 do not count. None: 1.
     """
-    counted = rollouts.kept() if weight is None else rollouts.kept() & (weight > 0)
+    counted = rollouts.kept()
     returns = discounted_returns(rollouts.rewards, rollouts.valid, discount)[:, 0]
     steps = rollouts.valid & counted[:, None]
     differ = _spread(returns, counted) > 1e-6 * np.abs(np.where(counted, returns, 0.0)).max(1)
@@ -145,7 +138,6 @@ def advantages(
     baseline: str = "linear",
     values: Array | None = None,
     reward_scale: float = 1.0,
-    weight: Array | None = None,
 ) -> tuple[Array, Array]:
     """Generalized advantage estimates against a baseline, not normalised.
 
@@ -157,7 +149,6 @@ def advantages(
             columns to end at a known horizon. Any other: ``values``, which bootstrap where a column was cut.
         values: [M, T + 1, K], a critic's, for each column up to the one after its last valid step.
         reward_scale: rewards are divided by it.
-        weight: [M, K], of each column where a linear baseline is fitted; None: 1.
 
     Returns:
         Advantages and the baseline, [M, T, K] float64 each, 0 where not valid.
@@ -172,7 +163,7 @@ def advantages(
     else:
         returns = discounted_returns(rewards, valid, discount)
         linear = baseline == "linear"
-        expected = linear_baseline(rollouts, returns, weight=weight) if linear else time_baseline(returns, valid)
+        expected = linear_baseline(rollouts, returns) if linear else time_baseline(returns, valid)
     return generalized_advantages(rewards, expected, following, valid, discount, gae_lambda), expected
 
 

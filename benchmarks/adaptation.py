@@ -27,7 +27,7 @@ from ssm_metarl.storage.run_folder import checkpoints
 TASKS = 200
 """Held-out tasks of a comparison."""
 
-EPISODES = (1, 2, 5)
+EPISODES = (1, 2, 5, 10)
 """Episodes a task and adaptation step in the comparison of modes."""
 
 HALFCHEETAH: dict[str, Any] = {"iterations": 150, "replay_episodes": 200, "task_options": {"horizon": 100}}
@@ -41,7 +41,7 @@ class Options:
     """Measure adaptation on held-out tasks.
 
     Attributes:
-        show: pretrained: the shipped models by the published protocols; modes: the four modes with 1, 2 and 5 episodes;
+        show: pretrained: the shipped models by the published protocols; modes: the four modes with 1, 2, 5 and 10 episodes;
             memoryless: cartpole without memory, with and without gradient steps.
         tasks: families whose modes are compared.
         seeds: of training (memoryless).
