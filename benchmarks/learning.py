@@ -376,6 +376,7 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
         if bound is not None
     }
     return {
+        "claim": target.claim,
         "goal": target.goal,
         "value": value["mean"],
         "per_seed": per_seed[:, target.after].tolist(),
@@ -385,6 +386,7 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": seconds,
         "goal_met": all(verdicts.values()),
         "checks": verdicts,
+        "limits": {name: bound for name, (_, _, bound) in checks.items() if bound is not None},
         "untrained": untrained,
         "deviation": steadiness,
         "return_by_step": [mean_interval(column) for column in per_seed.T],
