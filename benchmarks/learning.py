@@ -114,11 +114,11 @@ TARGETS = {
         options={
             "num_layers": 0,
             "inputs": "observation",
-            "iterations": 31,
+            "iterations": 120,
             "meta_batch": 20,
             "episodes": 20,
             "inner_steps": 3,
-            "inner_lr": 0.3,
+            "inner_lr": 0.2,
             "outer_lr": 3e-3,
             "step_weights": [0.1, 0.2, 0.2, 0.5],
         },
