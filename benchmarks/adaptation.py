@@ -41,7 +41,7 @@ class Options:
     """Measure adaptation on held-out tasks.
 
     Attributes:
-        show: pretrained: the shipped models by the published protocols; modes: the four modes with 1, 2, 5 and 10 episodes;
+        show: pretrained: the shipped models by the published protocols; modes: the four modes with 1 to 10 episodes;
             memoryless: cartpole without memory, with and without gradient steps.
         tasks: families whose modes are compared.
         seeds: of training (memoryless).

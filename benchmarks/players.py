@@ -25,7 +25,7 @@ from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import resolve_checkpoint
 from ssm_metarl.tasks import make
-from ssm_metarl.tasks.players import PLAYERS, play
+from ssm_metarl.tasks.baselines.play import BASELINE_POLICIES, play_baseline
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Options:
         difficulty: of noisy-position-only-cartpole, easy, medium or hard.
         trial_episodes: episodes of a trial (tabular-mdp).
         num_tasks: trials, each of its own task.
-        policies: checkpoints or runs that play the same trials, without inner steps.
+        policies: checkpoints or runs that play_baseline the same trials, without inner steps.
         seed: of tasks and trials.
     """
 
-    task: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(PLAYERS)))]
+    task: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(BASELINE_POLICIES)))]
     arms: int = 5
     difficulty: str = "easy"
     trial_episodes: int = 1
@@ -59,7 +59,7 @@ def play_held_out(
     branch = SPLIT_BRANCHES["test"]
     tasks = family.sample(num_tasks, np.random.default_rng(seed_for(seed, Branch.EVALUATION, branch)), "test")
     seeds = [seed_for(seed, Branch.EVALUATION, branch, 0, number) for number in range(num_tasks)]
-    return play(player, family, tasks, seeds, columns=1, episodes=trial_episodes)[:, 0]
+    return play_baseline(player, family, tasks, seeds, columns=1, episodes=trial_episodes)[:, 0]
 
 
 def main(options: Options) -> None:
@@ -69,7 +69,7 @@ def main(options: Options) -> None:
     }
     family_options = own.get(options.task, {})
     rows: dict[str, Any] = {}
-    for name in ("uniform", *PLAYERS[options.task]):
+    for name in ("uniform", *BASELINE_POLICIES[options.task]):
         start = time.perf_counter()
         trials = (family_options, options.num_tasks, options.trial_episodes, options.seed)
         rows[name] = _row(play_held_out(name, options.task, *trials))

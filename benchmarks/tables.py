@@ -45,7 +45,7 @@ from learning import Target
 from ssm_metarl import presets
 from ssm_metarl.config import available_cores
 from ssm_metarl.tasks import make
-from ssm_metarl.tasks.players import PLAYERS
+from ssm_metarl.tasks.baselines.play import BASELINE_POLICIES
 
 # --- What is trained ----------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ TABLES: Mapping[str, Table] = {
             Row("the best of 13 memories (Morad et al. 2023)", published(*(TARGETS[name].goal for name in POPGYM))),
             Row(
                 "player `lqg`, who knows the physics",
-                tuple(played("lqg", name) if TARGETS[name].task in PLAYERS else None for name in POPGYM),
+                tuple(played("lqg", name) if TARGETS[name].task in BASELINE_POLICIES else None for name in POPGYM),
             ),
             Row(
                 "ours, `rl2`",

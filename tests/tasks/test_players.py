@@ -15,7 +15,9 @@ from ssm_metarl.algorithms.collect import collect_tasks
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import TaskDistribution, make
 from ssm_metarl.tasks.bandit import Bandit
-from ssm_metarl.tasks.players import MAX_INDEX_PULLS, PLAYERS, Player, Trials, index_table, play
+from ssm_metarl.tasks.baselines.bandit import MAX_INDEX_PULLS, index_table
+from ssm_metarl.tasks.baselines.play import BASELINE_POLICIES, play_baseline
+from ssm_metarl.tasks.baselines.policy import BaselinePolicy, Trials
 from ssm_metarl.tasks.popgym import NoisyPositionOnlyCartPole
 from ssm_metarl.tasks.tabular_mdp import TabularMDP
 
@@ -27,7 +29,7 @@ FAMILIES: dict[str, Callable[[], TaskDistribution]] = {
     "tabular-mdp": lambda: TabularMDP(states=4, actions=3, episode_length=5),
     "noisy-position-only-cartpole": lambda: NoisyPositionOnlyCartPole(difficulty="medium"),
 }
-EVERY = [(family, player) for family in FAMILIES for player in ("uniform", *PLAYERS[family])]
+EVERY = [(family, player) for family in FAMILIES for player in ("uniform", *BASELINE_POLICIES[family])]
 
 
 def earned(
@@ -36,13 +38,13 @@ def earned(
     """Returns [M, K] on tasks of the test split."""
     tasks = distribution.sample(num_tasks, np.random.default_rng(seed), "test")
     seeds = [seed_for(seed, m) for m in range(num_tasks)]
-    return play(player, distribution, tasks, seeds, columns, episodes)
+    return play_baseline(player, distribution, tasks, seeds, columns, episodes)
 
 
 # --- The same trials as a policy's ------------------------------------------------------------------------
 
 
-class Replay(Player):
+class Replay(BaselinePolicy):
     """Takes the actions [M, T, K, ...] that a policy took, and then the first one over again."""
 
     def __init__(self, trials: Trials, actions: NDArray[Any]) -> None:
@@ -70,7 +72,7 @@ def test_the_trials_are_those_of_a_policy(name: str) -> None:
     seeds = [seed_for(7, 1, m) for m in range(3)]
     weights = make_policy(spec).numpy_weights()
     record = collect_tasks(distribution.make_vector_env, spec, weights, seeds, tasks, 4, distribution.horizon)
-    returns = play(functools.partial(Replay, actions=record.actions), distribution, tasks, seeds, 4)
+    returns = play_baseline(functools.partial(Replay, actions=record.actions), distribution, tasks, seeds, 4)
     np.testing.assert_array_equal(returns, record.rewards.sum(axis=1, dtype=np.float64))
 
 
@@ -80,7 +82,7 @@ def test_a_trial_goes_on_for_its_episodes() -> None:
     tasks = distribution.sample(2, np.random.default_rng(0))
     seeds = [seed_for(7, m) for m in range(2)]
     actions = np.random.default_rng(1).integers(0, 3, (2, 5 * episodes, 4))
-    returns = play(functools.partial(Replay, actions=actions), distribution, tasks, seeds, 4, episodes)
+    returns = play_baseline(functools.partial(Replay, actions=actions), distribution, tasks, seeds, 4, episodes)
     envs: Any = distribution.make_vector_env(tasks, 4)
     env_seeds = [
         np.random.SeedSequence(node.entropy, spawn_key=(*node.spawn_key, 0)).generate_state(4) for node in seeds
@@ -95,7 +97,7 @@ def test_episodes_of_different_lengths() -> None:
     distribution = make("navigation-2d")
     goals = [[0.05, 0.0], [0.5, 0.5], [0.0, -0.3]]
     seeds = [seed_for(0, m) for m in range(3)]
-    returns = play("clairvoyant", distribution, [{"goal": goal} for goal in goals], seeds, 2, episodes=4)
+    returns = play_baseline("clairvoyant", distribution, [{"goal": goal} for goal in goals], seeds, 2, episodes=4)
     ways = [
         4 * -sum(float(np.hypot(*(np.sign(goal) * np.maximum(np.abs(goal) - 0.1 * step, 0)))) for step in range(1, 6))
         for goal in np.array(goals)
@@ -108,11 +110,13 @@ def test_a_task_is_played_the_same_whatever_is_played_beside_it(family: str, pla
     distribution = FAMILIES[family]()
     tasks = distribution.sample(4, np.random.default_rng(0))
     seeds = [seed_for(3, m) for m in range(4)]
-    together = play(player, distribution, tasks, seeds, 3, episodes=2)
+    together = play_baseline(player, distribution, tasks, seeds, 3, episodes=2)
     assert together.shape == (4, 3)
     assert np.isfinite(together).all()
     for chosen in ([2], [3, 0]):
-        some = play(player, distribution, [tasks[m] for m in chosen], [seeds[m] for m in chosen], 3, episodes=2)
+        some = play_baseline(
+            player, distribution, [tasks[m] for m in chosen], [seeds[m] for m in chosen], 3, episodes=2
+        )
         np.testing.assert_array_equal(some, together[chosen])
 
 
@@ -121,9 +125,9 @@ def test_seeds_are_not_used_up() -> None:
     distribution = FAMILIES["bandit"]()
     tasks, seeds = distribution.sample(2, np.random.default_rng(0)), [seed_for(0, m) for m in range(2)]
     seeds[0].spawn(2)
-    first = play("thompson", distribution, tasks, seeds, 5)
-    np.testing.assert_array_equal(first, play("thompson", distribution, tasks, seeds, 5))
-    assert (first != play("thompson", distribution, tasks, [seed_for(1, m) for m in range(2)], 5)).any()
+    first = play_baseline("thompson", distribution, tasks, seeds, 5)
+    np.testing.assert_array_equal(first, play_baseline("thompson", distribution, tasks, seeds, 5))
+    assert (first != play_baseline("thompson", distribution, tasks, [seed_for(1, m) for m in range(2)], 5)).any()
 
 
 # --- What they earn ---------------------------------------------------------------------------------------
@@ -138,7 +142,7 @@ def test_every_player_beats_chance_and_none_the_clairvoyant(family: str, player:
 
     gain = returns(player) - returns("uniform")
     assert gain.mean() > 4 * gain.std() / 150**0.5
-    if "clairvoyant" in PLAYERS[family]:
+    if "clairvoyant" in BASELINE_POLICIES[family]:
         missed = returns("clairvoyant") - returns(player)
         assert missed.mean() >= 0
 
@@ -216,7 +220,7 @@ def test_the_regulator_without_noise_lets_no_pole_fall() -> None:
 def test_stay_put_earns_the_distance() -> None:
     distribution = make("navigation-2d")
     tasks = distribution.sample(5, np.random.default_rng(0))
-    returns = play("stay-put", distribution, tasks, [seed_for(0, m) for m in range(5)], 2)
+    returns = play_baseline("stay-put", distribution, tasks, [seed_for(0, m) for m in range(5)], 2)
     distances = [np.hypot(*task["goal"]) for task in tasks]
     np.testing.assert_allclose(returns, -100 * np.repeat(distances, 2).reshape(5, 2), rtol=1e-5)
 
@@ -224,7 +228,7 @@ def test_stay_put_earns_the_distance() -> None:
 def test_ucb1_tries_every_arm_first() -> None:
     """With as many pulls as arms, each is pulled once, whatever it pays."""
     odds = [1.0, 0.0, 1.0, 1.0, 0.0]
-    returns = play("ucb1", Bandit(pulls=5), [{"probabilities": odds}], [seed_for(0)], 3)
+    returns = play_baseline("ucb1", Bandit(pulls=5), [{"probabilities": odds}], [seed_for(0)], 3)
     np.testing.assert_array_equal(returns, [[3, 3, 3]])
 
 
@@ -282,7 +286,7 @@ def after_pull(state: Pair, arm: int, value: Callable[[Pair], float]) -> float:
 
 
 def two_arms(pulls: int) -> tuple[float, float]:
-    """Exact expected returns of the best play of two unknown arms, and of the index player."""
+    """Exact expected returns of the best play_baseline of two unknown arms, and of the index player."""
     indices = index_table(pulls)
 
     @functools.cache
@@ -326,8 +330,8 @@ def test_unknown_players_are_named() -> None:
 def test_wrong_calls() -> None:
     tasks = Bandit().sample(2, np.random.default_rng(0))
     with pytest.raises(ValueError, match="2 tasks need as many seeds, not 1"):
-        play("uniform", Bandit(), tasks, [seed_for(0)], 1)
+        play_baseline("uniform", Bandit(), tasks, [seed_for(0)], 1)
     with pytest.raises(ValueError, match="one episode or more"):
-        play("uniform", Bandit(), tasks, [seed_for(0), seed_for(1)], 1, episodes=0)
+        play_baseline("uniform", Bandit(), tasks, [seed_for(0), seed_for(1)], 1, episodes=0)
     with pytest.raises(ValueError, match=f"up to {MAX_INDEX_PULLS} pulls a trial, not {MAX_INDEX_PULLS + 1}"):
         earned("index", Bandit(pulls=MAX_INDEX_PULLS + 1), 1)
