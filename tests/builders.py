@@ -1,9 +1,12 @@
-"""Small random policies, a toy environment and its rollouts, for the tests of the algorithms and of the learner."""
+"""Small random policies, rollouts of a toy environment, checkpoints and runs, as several test files need them."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,17 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from hypothesis import strategies as st
 
-from ssm_metarl.algorithms.batch import Batch
+from ssm_metarl.algorithms.batch import Batch, make_batch
 from ssm_metarl.algorithms.collect import collect
+from ssm_metarl.algorithms.inner_loop import adapt_weights
+from ssm_metarl.algorithms.parameters import expected_shapes
 from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.seeds import seed_for
+from ssm_metarl.storage.contents import Checkpoint
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -224,3 +232,150 @@ def assert_same(one: Rollouts, other: Rollouts) -> None:
 def double(batch: Batch) -> Batch:
     """A batch in float64."""
     return Batch(*(x.double() if x is not None and x.is_floating_point() else x for x in batch))
+
+
+# --- Stages and gradients -----------------------------------------------------------------------------------
+
+TASKS, COLUMNS, HORIZON = 3, 4, 5
+"""Sizes of ``experience``."""
+
+
+def experience(config: MetaConfig, spec: PolicySpec, seed: int = 0) -> tuple[SSMPolicy, list[Batch]]:
+    """A policy, and the batches of every stage, collected with what it had adapted to by then."""
+    policy = make_policy(spec, seed, noise=0.2)
+    weights: dict[str, Any] = policy.numpy_weights()
+    stages = []
+    for stage in range(config.inner_steps + 1):
+        tasks = uneven(TASKS, COLUMNS, HORIZON, seed)
+        record = toy_rollouts(spec, weights, tasks, COLUMNS, HORIZON, seed + 100 * stage)
+        stages.append(make_batch(spec, record, config))
+        weights = adapt_weights(policy, weights, stages[-1], config)
+    return policy, stages
+
+
+def exact(config: MetaConfig, spec: PolicySpec, seed: int = 0) -> tuple[SSMPolicy, dict[str, Any], list[Batch]]:
+    """The same in float64, with the parameters as leaves."""
+    policy, stages = experience(config, spec, seed)
+    return policy.double(), tensors(policy.numpy_weights(), torch.float64), [double(stage) for stage in stages]
+
+
+def recorded(seed: int, **options: Any) -> tuple[SSMPolicy, dict[str, Any], Rollouts]:
+    """A policy, different weights for each of three tasks, and what these played: two columns of up to nine steps."""
+    spec = make_spec(**options)
+    weights = task_weights(spec, 3, seed)
+    return make_policy(spec, seed), weights, toy_rollouts(spec, weights, uneven(3, 2, 9, seed), 2, 9, seed)
+
+
+def gradient(loss: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Derivatives of a loss, 0 where it does not depend on a parameter; the graph is kept."""
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(value) if grad is None else grad
+        for (name, value), grad in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+def norm(gradients: Mapping[str, Any]) -> float:
+    """Of all of them together."""
+    return math.sqrt(sum(float(grad.square().sum()) for grad in gradients.values()))
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Name by name."""
+    return {name: one[name] - other[name] for name in one}
+
+
+def assert_close(one: Mapping[str, Any], other: Mapping[str, Any], **tolerance: float) -> None:
+    """Tensors, name by name."""
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def assert_equal_arrays(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """The same names, and their arrays equal to the last bit."""
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------
+
+CONTENT = ("policy.safetensors", "optimizer.safetensors", "config.json", "progress.json")
+FILES = (*CONTENT, "manifest.json")
+"""Of a checkpoint without a replay."""
+
+plain_specs = st.builds(
+    PolicySpec,
+    observation_size=st.integers(1, 5),
+    action_size=st.integers(1, 4),
+    discrete=st.booleans(),
+    hidden_dim=st.integers(1, 9),
+    state_dim=st.integers(1, 5).map(lambda pairs: 2 * pairs),
+    num_layers=st.integers(0, 3),
+    gated=st.booleans(),
+    inputs=st.sampled_from(["full", "observation"]),
+    initial_std=st.floats(1e-3, 10.0),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def make_checkpoint(seed: int = 0, spec: PolicySpec | None = None, **changes: Any) -> Checkpoint:
+    """A checkpoint of random numbers, all of which depend on the seed."""
+    spec = spec or PolicySpec(3, 2, discrete=False, hidden_dim=4, state_dim=4)
+    rng = np.random.default_rng(seed)
+    policy = {name: rng.normal(size=shape).astype(np.float32) for name, shape in expected_shapes(spec).items()}
+    optimizer = {f"exp_avg.{name}": rng.normal(size=a.shape).astype(np.float32) for name, a in policy.items()}
+    optimizer["step"] = np.asarray(seed, np.int64)
+    config = {"seed": seed, "task": "navigation-2d", "step_weights": [0.0, 1.0]}
+    checkpoint = Checkpoint(spec, config, {"iteration": seed, "env_steps": 40_000 * seed}, policy, optimizer)
+    return replace(checkpoint, **changes)
+
+
+def assert_same_checkpoint(one: Checkpoint, other: Checkpoint) -> None:
+    """Equal to the bit, types included."""
+    assert one.spec == other.spec
+    assert json.dumps([one.config, one.progress]) == json.dumps([other.config, other.progress])
+    for ours, theirs in ((one.policy, other.policy), (one.optimizer, other.optimizer)):
+        assert set(ours) == set(theirs)
+        for name, array in ours.items():
+            assert array.dtype == theirs[name].dtype
+            assert array.shape == theirs[name].shape
+            assert array.tobytes() == theirs[name].tobytes()
+
+
+# --- Runs -------------------------------------------------------------------------------------------------
+
+SMALL = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "learner_threads": 1, "epochs": 1}
+"""Options of a run whose iterations take milliseconds."""
+
+PNG = b"\x89PNG\r\n"
+"""How a picture's file begins."""
+
+
+def small_config(task: str = "navigation-2d", **changes: Any) -> TrainConfig:
+    """A small run's options, with a constant learning rate: a schedule would tell runs of other lengths apart."""
+    return TrainConfig.for_task(task, **{**SMALL, "lr_schedule": "constant", **changes})
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's iterations."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def steady(run: Path) -> list[dict[str, Any]]:
+    """What was logged and does not depend on time and on deaths."""
+    volatile = ("seconds", "restarts")
+    return [{name: value for name, value in line.items() if name not in volatile} for line in logged(run)]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
+    """Ask again and again; fail after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)

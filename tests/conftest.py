@@ -46,6 +46,28 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and evaluation fail where they would start Ray."""
+
+    def refuse(num_workers: int, *, always: bool = False) -> None:
+        assert num_workers == 0, "Ray would have been started"
+        assert not always, "Ray would have been started"
+
+    for module in ("distributed.train", "evaluation.tasks"):
+        monkeypatch.setattr(f"ssm_metarl.{module}.start_ray", refuse)
+
+
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No cluster, no head, an empty working folder."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """In CI a test that was to run and was skipped fails the run, and is named."""

@@ -106,6 +106,18 @@ class FaultyNavigation(Navigation2D):
         return FaultyEnv(tasks, columns)
 
 
+class FaultyAfter(FaultyNavigation):
+    """Every environment raises, after some calls of ``sample``."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
+        """Draw n tasks; see ``TaskDistribution.sample``."""
+        self.left -= 1
+        return [task | ({"fault": "raise"} if self.left < 0 else {}) for task in super().sample(n, rng, split)]
+
+
 class Unstartable(FaultyNavigation):
     """A family that cannot be unpickled: no worker that gets it can start."""
 

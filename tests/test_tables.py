@@ -106,7 +106,7 @@ def test_a_claim_about_an_interval_is_not_met_by_one_task(tables: ModuleType) ->
     """Its gain is large, but has no interval."""
     learning = importlib.import_module("learning")
     target = tables.Target(claim="Tiny.", task="bandit", goal=5.0, min_gain=1.0, after=1, steps=1)
-    result = {"returns": [[0.0, 9.0]], "env_steps": 1, "seconds": 1.0, "untrained": 0.0, "seed": 0}
+    result = {"returns": [[0.0, 9.0]], "env_steps": 1, "seconds": 1.0, "untrained": 0.0, "deviation": 0.5, "seed": 0}
     found = json.loads(json.dumps(learning.summarise(target, [result]), allow_nan=False))
     assert found["gain"] == {"mean": 9.0, "ci_low": None, "ci_high": None}
     assert (found["value"], found["ci_low"], found["ci_high"]) == (9.0, None, None)
@@ -130,7 +130,8 @@ def test_every_row_has_a_figure_a_column(tables: ModuleType) -> None:
     for table in tables.TABLES.values():
         for row in table.rows:
             assert len(row.figures) == len(table.columns)
-            assert len(row.goals) in (0, len(table.columns))
+            if row.goals:
+                assert len(row.goals) == len(table.columns)
 
 
 @pytest.mark.slow

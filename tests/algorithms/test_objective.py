@@ -10,12 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributions import kl_divergence
 
-from builders import make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
+from builders import (
+    make_policy,
+    make_spec,
+    seeds,
+    spoil,
+    toy_rollouts,
+    uneven,
+)
 from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for
 from ssm_metarl.algorithms.inputs import task_numbers
-from ssm_metarl.algorithms.objective import MetaLoss, meta_loss
+from ssm_metarl.algorithms.objective import MetaLoss, detached, meta_loss
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import ALGORITHMS, BASELINES, MetaConfig
 from ssm_metarl.algorithms.spec import PolicySpec
@@ -133,3 +141,12 @@ def test_a_density_that_overflows_where_no_step_was_taken_harms_no_other(algorit
         assert number.isfinite().all()
     for value in adapt_weights(policy, policy.numpy_weights(), first, config).values():
         assert np.isfinite(value).all()
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_a_detached_distribution_is_the_same_without_a_graph(discrete: bool) -> None:
+    policy = make_policy(make_spec(discrete=discrete))
+    actions = policy(torch.randn(2, 3, 7)).actions
+    copy = detached(actions)
+    assert kl_divergence(actions, copy).abs().max() < 1e-6
+    assert not copy.entropy().requires_grad

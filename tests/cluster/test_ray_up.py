@@ -1,7 +1,7 @@
 """From laptop to cluster and back: Ray's launcher and `cluster.yaml`, over ssh to two loopback addresses.
 
-Laptop, head and worker are three home folders. `cluster.yaml` is edited as docs/cluster.md says for machines of one's
-own; its mounts, its setup commands and, but for ports and sizes, its start commands run as they are.
+Laptop, head and worker are three home folders. `cluster.yaml` is edited as docs/guides/cluster.md says for machines of
+one's own; its mounts, its setup commands and, but for ports and sizes, its start commands run as they are.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from builders import drop, make_spec, toy_rollouts, uneven
+from builders import assert_equal_arrays, drop, make_spec, toy_rollouts, uneven
 from ssm_metarl.algorithms import inner_loop
 from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.registry import ALGORITHMS
@@ -49,13 +49,6 @@ def snapshot(learner: Learner) -> dict[str, Any]:
     return {**learner.weights(), **learner.optimizer_arrays()}
 
 
-def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Bit by bit."""
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
 def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     for name in one:
@@ -82,7 +75,7 @@ def test_threads_change_nothing(algorithm: str, discrete: bool) -> None:
         results.append((statistics, snapshot(learner)))
     for statistics, parameters in results[1:]:
         assert statistics == results[0][0]
-        assert_equal(parameters, results[0][1])
+        assert_equal_arrays(parameters, results[0][1])
 
 
 def test_threads_change_nothing_in_any_environment() -> None:
@@ -186,10 +179,10 @@ def test_a_loaded_learner_continues_to_the_last_bit(updates: int) -> None:
     second = make_learner(seed=2)
     second.update(experience(second, 9))
     second.load(first.weights(), first.optimizer_arrays())
-    assert_equal(snapshot(second), snapshot(first))
+    assert_equal_arrays(snapshot(second), snapshot(first))
     for seed in range(5, 7):
         assert first.update(experience(first, seed)) == second.update(experience(second, seed))
-    assert_equal(snapshot(second), snapshot(first))
+    assert_equal_arrays(snapshot(second), snapshot(first))
 
 
 def test_what_is_loaded_and_saved_are_copies() -> None:
@@ -199,8 +192,8 @@ def test_what_is_loaded_and_saved_are_copies() -> None:
     weights, moments = first.weights(), first.optimizer_arrays()
     second.load(weights, moments)
     second.update(experience(second, 1))
-    assert_equal({**weights, **moments}, saved)
-    assert_equal(snapshot(first), saved)
+    assert_equal_arrays({**weights, **moments}, saved)
+    assert_equal_arrays(snapshot(first), saved)
 
 
 def test_the_configs_learning_rate_wins() -> None:
@@ -259,7 +252,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_changed(change: Any, named:
     before = snapshot(learner)
     with pytest.raises(ValueError, match=rf"^[^\n]*{named}[^\n]*$"):
         learner.load(weights, moments)
-    assert_equal(snapshot(learner), before)
+    assert_equal_arrays(snapshot(learner), before)
 
 
 # --- What must do no harm -------------------------------------------------------------------------------------
@@ -276,7 +269,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters(stage: int) -
     before = snapshot(learner)
     with pytest.raises(FloatingPointError, match="not finite"):
         learner.update(stages)
-    assert_equal(snapshot(learner), before)
+    assert_equal_arrays(snapshot(learner), before)
     learner.update(experience(learner, 2))
 
 

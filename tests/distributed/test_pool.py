@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from builders import wait_until
 from faulty_tasks import Buggy, FaultyNavigation, Unstartable
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
@@ -169,7 +170,7 @@ def test_workers_are_named_and_gone_after_close(ray_session: None) -> None:
             ray.get_actor("run/trial/closing/rollout-worker-0")
         with pytest.raises(ValueError, match="rollout-worker-0"):
             ray.get_actor("run/trial/closing/rollout-worker-0")
-        _wait_until(lambda process=process: not Path(f"/proc/{process}").exists())
+        wait_until(lambda process=process: not Path(f"/proc/{process}").exists())
         pool.close()
         with pytest.raises(RuntimeError, match="closed"):
             collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 1))
@@ -275,7 +276,7 @@ def test_a_worker_killed_between_calls_is_no_trouble(pool: Pool, for_good: bool)
         ray.kill(ray.get_actor("run/trial/0/rollout-worker-1"))
     else:
         os.kill(processes[1], signal.SIGKILL)
-    _wait_until(lambda: not Path(f"/proc/{processes[1]}").exists())
+    wait_until(lambda: not Path(f"/proc/{processes[1]}").exists())
     assert_equal(collect(pool, weights, tasks), in_process(FAULTY, NAVIGATION, weights, tasks))
     assert pool.restarts == before + 1
     after = pool.processes()
@@ -359,13 +360,6 @@ def test_a_worker_that_cannot_start_says_why(ray_session: None) -> None:
 
 def _kill_announced(path: Path) -> None:
     """SIGKILL the process whose id appears in the file."""
-    _wait_until(path.exists)
+    wait_until(path.exists)
     time.sleep(0.2)  # a few steps further
     os.kill(int(path.read_text()), signal.SIGKILL)
-
-
-def _wait_until(condition: Any, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +17,7 @@ import pytest
 import ray
 import torch
 
-from builders import assert_same
+from builders import SMALL, assert_equal_arrays, assert_same, wait_until
 from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.config import TrainConfig
@@ -33,8 +32,6 @@ from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.tasks import Task
 
 Metrics = dict[str, Any]
-
-SMALL = {"meta_batch": 4, "episodes": 3, "hidden_dim": 16, "state_dim": 8, "learner_threads": 1, "epochs": 1}
 
 
 def options(task: str = "navigation-2d", **changes: Any) -> dict[str, Any]:
@@ -265,7 +262,7 @@ def test_too_many_bad_episodes_stop_the_run_with_the_environments_own_words(faul
             words += ["Traceback", "faulty_tasks.py", "OSError: the simulator of goal"]
         assert [word for word in words if word not in str(failure.value)] == []
         assert trainer.meta_iteration == 1
-        assert_equal(trainer.learner.weights(), before)
+        assert_equal_arrays(trainer.learner.weights(), before)
 
 
 def test_episodes_lost_to_the_environment_show_its_traceback_before_a_number_that_is_not_finite() -> None:
@@ -290,7 +287,7 @@ def test_restored_iterations_equal_those_without_a_stop(tmp_path: Path) -> None:
     with running(config) as trainer:
         trainer.load_checkpoint(str(tmp_path / "checkpoint"))
         assert steps(trainer, 3) == expected
-        assert_equal({**trainer.learner.weights(), **trainer.learner.optimizer_arrays()}, parameters)
+        assert_equal_arrays({**trainer.learner.weights(), **trainer.learner.optimizer_arrays()}, parameters)
 
 
 def test_learning_rates_of_the_config_win_over_those_of_the_checkpoint(tmp_path: Path) -> None:
@@ -319,7 +316,7 @@ def test_a_checkpoint_of_other_sizes_is_refused_in_one_sentence(tmp_path: Path) 
             trainer.load_checkpoint(path)
         sentence = str(refusal.value)
         assert sentence == f"{path}: its policy has hidden_dim 16 instead of 24, num_layers 1 instead of 2."
-        assert_equal(trainer.learner.weights(), before)
+        assert_equal_arrays(trainer.learner.weights(), before)
         assert (trainer.meta_iteration, trainer.env_steps) == (0, 0)
 
 
@@ -393,25 +390,11 @@ def test_in_tune_it_trains_and_writes_checkpoints_that_can_be_continued(ray_sess
         assert steps(trainer, 1) == expected[2:]
 
 
-def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Bit by bit."""
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
 def assert_numbers(metrics: Metrics) -> None:
     """Whatever is a number is finite."""
     for name, value in metrics.items():
         if isinstance(value, int | float) or name.endswith("_by_step"):
             assert np.isfinite(value).all(), name
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # --- What a trial asks the cluster for --------------------------------------------------------------------

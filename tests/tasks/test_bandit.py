@@ -122,7 +122,7 @@ def test_options_belong_to_the_instance() -> None:
 @pytest.mark.parametrize("wrong", [0, -3, 1.5, 5.0, "5", None, True, np.nan])
 @pytest.mark.parametrize(("option", "least"), [("arms", 2), ("pulls", 1)])
 def test_impossible_options_are_refused(option: str, least: int, wrong: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{option} must be a whole number of {least} or more, not ") as error:
+    with pytest.raises(ValueError, match=f"^{option} must be an integer of {least} or more, not ") as error:
         Bandit(**{option: wrong})
     assert "\n" not in str(error.value)
 

@@ -136,8 +136,8 @@ class TestML1:
     @pytest.mark.parametrize(
         ("task", "words"),
         [
-            ({"env": "reach-v3", "index": 50, "split": "train"}, "'index' must be a whole number below 50, not 50"),
-            ({"env": "reach-v3", "index": True, "split": "train"}, "'index' must be a whole number below 50, not True"),
+            ({"env": "reach-v3", "index": 50, "split": "train"}, "'index' must be an integer from 0 to 49, not 50"),
+            ({"env": "reach-v3", "index": True, "split": "train"}, "'index' must be an integer from 0 to 49, not True"),
             ({"env": "reach-v3", "index": 0, "split": "tst"}, "no split 'tst', did you mean 'test'"),
             ({"env": "reach-v2", "index": 0, "split": "test"}, "no environment 'reach-v2', did you mean 'reach-v3'"),
             ({"env": "reach-v3", "index": 0}, "must have the keys env, index, split, not env, index"),
@@ -153,7 +153,7 @@ class TestML1:
         with pytest.raises(ValueError, match="no Meta-World environment 'reach-v2', did you mean 'reach-v3'"):
             ML1("reach-v2")
         for horizon in (0, 501, 2.5, True):
-            with pytest.raises(ValueError, match="horizon must be a whole number from 1 to 500"):
+            with pytest.raises(ValueError, match="horizon must be an integer from 1 to 500"):
                 ML1("reach-v3", horizon=horizon)  # type: ignore[arg-type]
 
 

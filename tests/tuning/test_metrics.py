@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
+from builders import seeds
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.tasks import ReferenceReturns
 from ssm_metarl.tuning.metrics import (
@@ -30,7 +31,6 @@ WITH_ORACLE = ReferenceReturns(random=-20.0, random_sd=4.0, oracle=5.0)
 WITHOUT_ORACLE = ReferenceReturns(random=-20.0, random_sd=4.0, oracle=None)
 SPARSE = ReferenceReturns(random=0.0, random_sd=0.0, oracle=None)
 
-seeds = st.integers(0, 2**32 - 1)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 references = st.sampled_from([WITH_ORACLE, WITHOUT_ORACLE, SPARSE])
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from builders import PNG
 from ssm_metarl.cli.main import main
 from ssm_metarl.cli.plots import plot_evolution
 from ssm_metarl.cli.population import PopulationView, population_table
@@ -23,7 +24,6 @@ from ssm_metarl.tuning.store import RunStore, read_state
 
 SMALL = ["--hidden-dim", "8", "--state-dim", "4", "--meta-batch", "4", "--episodes", "2", "--epochs", "1"]
 SMALL += ["--generation-steps", "2000", "--validation-tasks", "4", "--validation-episodes", "2"]
-PNG = b"\x89PNG\r\n"
 
 
 def outcome(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:

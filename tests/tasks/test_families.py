@@ -1,10 +1,8 @@
-"""The registry, the interface every family keeps, and the batched environment's episodes, seeds and flags."""
+"""What every native family keeps to: splits, tasks, seeds, columns, and wrong calls."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import cloudpickle
@@ -13,12 +11,9 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ssm_metarl.tasks import BatchedEnv, TaskDistribution, make, names, register
-from ssm_metarl.tasks import registry as base
+from ssm_metarl.tasks import TaskDistribution, make
 
 FAMILIES = ("cartpole", "navigation-2d")
 WRONG_NUMBERS: list[Any] = [np.nan, np.inf, -np.inf, -1e9, 1e9, "1", None, True, [0.1], [[1], [1, 2]]]
@@ -35,60 +30,6 @@ def actions_for(family: TaskDistribution, num_envs: int, rng: np.random.Generato
         return rng.integers(0, int(family.action_space.n), num_envs)
     assert isinstance(family.action_space, Box)
     return rng.normal(0.0, 0.1, (num_envs, *family.action_space.shape)).astype(np.float32)
-
-
-class TestRegistry:
-    def test_the_built_in_families(self) -> None:
-        assert set(FAMILIES) <= set(names())
-        assert all(make(name).name == name for name in FAMILIES)
-        assert make("cartpole") is not make("cartpole")
-
-    @pytest.mark.parametrize(
-        ("wrong", "right"),
-        [("navigation2d", "navigation-2d"), ("CartPole-v1", "cartpole"), ("navigaton-2d", "navigation-2d")],
-    )
-    def test_unknown_name_gives_the_nearest_and_all(self, wrong: str, right: str) -> None:
-        with pytest.raises(ValueError, match=f"task family '{wrong}', did you mean '{right}'") as error:
-            make(wrong)
-        assert ", ".join(names()) in str(error.value)
-
-    @pytest.mark.parametrize("wrong", ["", "zzz", None, ["cartpole"]])
-    def test_a_name_like_no_other(self, wrong: Any) -> None:
-        with pytest.raises(ValueError, match="no task family") as error:
-            make(wrong)
-        assert ", ".join(names()) in str(error.value)
-
-    def test_any_factory_can_be_registered_and_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(base, "_FACTORIES", dict(base._FACTORIES))
-
-        def broken() -> TaskDistribution:
-            raise RuntimeError("no such simulator")
-
-        register("faulty", broken)
-        with pytest.raises(RuntimeError, match="no such simulator"):
-            make("faulty")
-        register("faulty", type(make("cartpole")))
-        assert make("faulty").name == "cartpole"
-        assert "faulty" in names()
-
-    def test_a_faulty_family_reaches_the_worker_that_it_is_to_fail(self) -> None:
-        """Workers get the instance, not the name: a class that their process cannot import travels too."""
-
-        class Faulty(type(make("cartpole"))):  # type: ignore[misc]
-            def make_vector_env(self, tasks: Any, columns: int) -> Any:
-                raise RuntimeError("the simulator crashed")
-
-        faulty = cloudpickle.loads(cloudpickle.dumps(Faulty()))
-        assert faulty.sample(1, np.random.default_rng(0))
-        with pytest.raises(RuntimeError, match="the simulator crashed"):
-            faulty.make_vector_env([], 1)
-
-
-def test_importing_tasks_loads_no_learning_library() -> None:
-    heavy = {"torch", "ray", "pandas", "matplotlib", "jax", "pygame"}
-    code = f"import sys, ssm_metarl.tasks; print(sorted({heavy!r} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
 
 
 class TestFamilies:
@@ -242,83 +183,3 @@ class TestFamilies:
             envs.step(actions[:3])
         with pytest.raises(ValueError, match="must have the shape"):
             envs.step(actions[:, None])
-
-
-class Counting(BatchedEnv):
-    """Observes (steps of the episode, a random number drawn at its start); action 1 terminates."""
-
-    def __init__(self, num_envs: int, horizon: int) -> None:
-        super().__init__(Box(0, np.inf, (2,), np.float32), Discrete(2), num_envs, horizon)
-        self.state = np.zeros((num_envs, 2), np.float32)
-        self.starts = np.zeros(num_envs, int)
-
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        self.starts[columns] += 1
-        self.state[columns] = [(0, self._generator(column).random()) for column in columns.tolist()]
-
-    def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        self.state[:, 0] += 1
-        return self.state[:, 0].copy(), actions == 1
-
-    def _observe(self) -> NDArray[np.float32]:
-        return self.state.copy()
-
-
-class TestEpisodes:
-    @settings(max_examples=60, deadline=None)
-    @given(horizon=st.integers(1, 6), num_envs=st.integers(1, 5), steps=st.integers(1, 20), data=st.data())
-    def test_against_a_plain_loop(self, horizon: int, num_envs: int, steps: int, data: st.DataObject) -> None:
-        envs = Counting(num_envs, horizon)
-        envs.reset(seed=0)
-        elapsed, starts = [0] * num_envs, [1] * num_envs
-        for _ in range(steps):
-            actions = data.draw(st.lists(st.integers(0, 1), min_size=num_envs, max_size=num_envs))
-            observations, rewards, terminated, truncated, infos = envs.step(np.array(actions))
-            for column, action in enumerate(actions):
-                elapsed[column] += 1
-                assert rewards[column] == elapsed[column]
-                assert terminated[column] == (action == 1)
-                assert truncated[column] == (elapsed[column] == horizon)  # at the horizon both can be true
-                ended = terminated[column] or truncated[column]
-                if ended:
-                    assert infos["final_obs"][column][0] == elapsed[column]
-                    elapsed[column] = 0
-                    starts[column] += 1
-                assert observations[column, 0] == elapsed[column]
-                assert ended == bool(infos and infos["_final_obs"][column])
-                assert ended or not infos or infos["final_obs"][column] is None
-            assert envs.starts.tolist() == starts  # only columns that ended started anew
-
-    def test_the_final_observation_is_of_the_episode_that_ended(self) -> None:
-        envs = Counting(3, horizon=10)
-        first, _ = envs.reset(seed=0)
-        second, _, _, _, infos = envs.step(np.array([0, 1, 0]))
-        assert infos["final_obs"].dtype == object
-        np.testing.assert_array_equal(infos["final_obs"][1], [1, first[1, 1]])
-        np.testing.assert_array_equal(infos["_final_obs"], [False, True, False])
-        assert second[1, 1] != first[1, 1]
-        np.testing.assert_array_equal(second[[0, 2], 1], first[[0, 2], 1])
-
-    def test_reset_without_a_seed_goes_on_with_the_generators(self) -> None:
-        envs = Counting(2, horizon=10)
-        first, _ = envs.reset(seed=[3, 4])
-        second, _ = envs.reset()
-        third, _ = envs.reset(seed=[None, 4])
-        assert (second != first)[:, 1].all()
-        assert third[0, 1] not in (first[0, 1], second[0, 1])
-        assert third[1, 1] == first[1, 1]
-        expected = np.random.Generator(np.random.PCG64(3)).random(3).astype(np.float32)
-        np.testing.assert_array_equal([first[0, 1], second[0, 1], third[0, 1]], expected)
-
-    def test_unseeded_columns_differ(self) -> None:
-        observations, _ = Counting(50, horizon=10).reset()
-        assert len(np.unique(observations[:, 1])) == 50
-
-    def test_reset_in_the_middle_starts_the_horizon_anew(self) -> None:
-        envs = Counting(1, horizon=3)
-        envs.reset(seed=0)
-        go_on = np.array([0])
-        envs.step(go_on)
-        envs.step(go_on)
-        envs.reset()
-        assert [bool(envs.step(go_on)[3][0]) for _ in range(6)] == [False, False, True] * 2

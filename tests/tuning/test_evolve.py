@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import ray
 
+from builders import wait_until
 from scripted_trainers import STEPS, MortalTrainer, ScriptedTrainer, write_faults
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
@@ -381,7 +381,7 @@ def test_the_driver_killed_at_any_point_resumes(undisturbed: Path, tmp_path: Pat
             stderr=subprocess.DEVNULL,
         )
         if attempt < len(pauses):
-            wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= pauses[attempt])  # noqa: B023
+            wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= pauses[attempt], 60.0)  # noqa: B023
             driver.send_signal(signal.SIGKILL)
         driver.wait(120)
         lines = log.read_text().splitlines()
@@ -396,7 +396,7 @@ def test_an_interrupted_run_says_so_and_goes_on(undisturbed: Path, tmp_path: Pat
     log = tmp_path / "run" / "rsi" / "events.jsonl"
 
     def interrupt() -> None:
-        wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 4)
+        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 4, 60.0)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
@@ -407,13 +407,6 @@ def test_an_interrupted_run_says_so_and_goes_on(undisturbed: Path, tmp_path: Pat
     assert result.state["finished"] is None
     scripted(tmp_path / "run", resume=True)
     assert decisions(tmp_path / "run") == decisions(undisturbed)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_the_state_is_strict_json(undisturbed: Path) -> None:

@@ -1,4 +1,4 @@
-"""Adaptation and the meta-objective: against loops, finite differences, and what they are for."""
+"""The meta-objective and its gradient: against loops, finite differences and what is written out."""
 
 from __future__ import annotations
 
@@ -15,71 +15,35 @@ from torch.distributions import kl_divergence
 from torch.func import functional_call
 
 from builders import (
-    double,
+    TASKS,
+    assert_close,
+    difference,
     drop,
+    exact,
+    experience,
+    gradient,
     make_policy,
     make_spec,
+    norm,
+    recorded,
     seeds,
     specs,
     spoil,
-    task_weights,
     tensors,
     toy_rollouts,
     uneven,
 )
-from ssm_metarl.algorithms.batch import Batch, make_batch, task_shards
-from ssm_metarl.algorithms.inner_loop import adapt_weights, for_tasks, inner_loss, inner_step, play
-from ssm_metarl.algorithms.objective import detached, meta_loss, outer_loss
+from ssm_metarl.algorithms.batch import Batch, make_batch
+from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for, for_tasks, inner_loss, policy_outputs
+from ssm_metarl.algorithms.objective import meta_loss, outer_loss
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.algorithms.registry import ALGORITHMS, SCHEDULES, MetaConfig
-
-TASKS, COLUMNS, HORIZON = 3, 4, 5
-
-
-def experience(config: MetaConfig, spec: Any, seed: int = 0) -> tuple[SSMPolicy, list[Batch]]:
-    """A policy, and the batches of every stage, collected with what it had adapted to by then."""
-    policy = make_policy(spec, seed, noise=0.2)
-    weights, stages = policy.numpy_weights(), []
-    for stage in range(config.inner_steps + 1):
-        tasks = uneven(TASKS, COLUMNS, HORIZON, seed)
-        record = toy_rollouts(spec, weights, tasks, COLUMNS, HORIZON, seed + 100 * stage)
-        stages.append(make_batch(spec, record, config))
-        weights = adapt_weights(policy, weights, stages[-1], config)
-    return policy, stages
-
-
-def exact(config: MetaConfig, spec: Any, seed: int = 0) -> tuple[SSMPolicy, dict[str, Any], list[Batch]]:
-    """The same in float64, with the parameters as leaves."""
-    policy, stages = experience(config, spec, seed)
-    return policy.double(), tensors(policy.numpy_weights(), torch.float64), [double(stage) for stage in stages]
-
-
-def gradient(loss: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
-    return {
-        name: torch.zeros_like(value) if grad is None else grad
-        for (name, value), grad in zip(parameters.items(), gradients, strict=True)
-    }
+from ssm_metarl.algorithms.registry import ALGORITHMS, MetaConfig
 
 
 def meta_gradient(
     policy: Any, parameters: Any, stages: Any, config: MetaConfig, reference: Any = None
 ) -> dict[str, Any]:
     return gradient(meta_loss(policy, parameters, stages, config, reference).losses.sum(), parameters)
-
-
-def norm(gradients: Mapping[str, Any]) -> float:
-    return math.sqrt(sum(float(grad.square().sum()) for grad in gradients.values()))
-
-
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: one[name] - other[name] for name in one}
-
-
-def assert_close(one: Mapping[str, Any], other: Mapping[str, Any], **tolerance: float) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def moved(parameters: Mapping[str, Any], by: float = 0.05) -> dict[str, Any]:
@@ -92,24 +56,6 @@ def moved(parameters: Mapping[str, Any], by: float = 0.05) -> dict[str, Any]:
 
 
 # --- Tasks in one call against one at a time ------------------------------------------------------------------
-
-
-@settings(max_examples=15)
-@given(spec=specs(), seed=seeds, algorithm=st.sampled_from(list(ALGORITHMS)), shared=st.booleans())
-def test_adaptation_in_one_call_equals_a_loop_over_tasks(spec: Any, seed: int, algorithm: str, shared: bool) -> None:
-    config = MetaConfig(algorithm=algorithm, inner_lr=0.5)
-    policy, (batch, _) = experience(config, spec, seed)
-    own = tensors(policy.numpy_weights() if shared else task_weights(spec, TASKS, seed))
-    parameters = for_tasks(own, TASKS) if shared else own
-    together, _ = inner_step(policy, parameters, batch, config, differentiable=True)
-    for task in range(TASKS):
-        part = slice(task, task + 1)
-        own_part = {name: value[part] for name, value in parameters.items()}
-        alone, _ = inner_step(policy, own_part, batch.tasks(part), config, differentiable=True)
-        assert_close({name: value[part] for name, value in together.items()}, alone, rtol=1e-4, atol=1e-5)
-    detached_step, _ = inner_step(policy, parameters, batch, config, differentiable=False)
-    assert_close(detached_step, {name: value.detach() for name, value in together.items()})
-    assert not any(value.requires_grad for value in detached_step.values())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -128,13 +74,6 @@ def test_the_meta_objective_equals_a_loop_over_tasks(algorithm: str, discrete: b
 
 
 # --- Derivatives ----------------------------------------------------------------------------------------------
-
-
-def test_two_step_weights_are_before_and_after_however_many_steps() -> None:
-    assert MetaConfig(step_weights=(1, 3)).weights == (0.25, 0.75)
-    assert MetaConfig(inner_steps=3, step_weights=(1, 3)).weights == (0.25, 0, 0, 0.75)
-    assert MetaConfig(inner_steps=3, step_weights=(1, 3, 2, 2)).weights == (0.125, 0.375, 0.25, 0.25)
-    assert MetaConfig(inner_steps=2).weights == (0, 0, 1)
 
 
 @pytest.mark.parametrize("algorithm", ["promp", "maml"])
@@ -174,10 +113,10 @@ def test_first_order_holds_the_inner_gradients_fixed(steps: int) -> None:
     current = for_tasks(parameters, TASKS)
     for stage in stages[:-1]:
         fixed = {name: value.detach().requires_grad_() for name, value in current.items()}
-        losses = inner_loss(play(policy, fixed, stage).actions, stage, ALGORITHMS["fomaml"])
+        losses = inner_loss(policy_outputs(policy, fixed, stage).actions, stage, ALGORITHMS["fomaml"])
         inner = gradient(losses.sum(), fixed)
         current = {name: value - config.inner_lr * inner[name] for name, value in current.items()}
-    losses = outer_loss(play(policy, current, stages[-1]), stages[-1], config)
+    losses = outer_loss(policy_outputs(policy, current, stages[-1]), stages[-1], config)
     ours = meta_gradient(policy, parameters, stages, config)
     assert_close(ours, gradient(losses.sum(), parameters))
     second = replace(config, algorithm="maml")
@@ -194,21 +133,6 @@ def test_orders_agree_when_nothing_adapts() -> None:
     first = meta_gradient(policy, parameters, stages, config)
     second = meta_gradient(policy, parameters, stages, replace(config, algorithm="maml"))
     assert_close(first, second, atol=1e-7, rtol=1e-6)
-
-
-def test_the_inner_ratio_changes_the_curvature_only() -> None:
-    """ProMP's inner gradient is MAML's where the data was collected; the derivative of that gradient is not."""
-    config = MetaConfig(algorithm="maml", inner_lr=0.7)
-    policy, parameters, stages = exact(config, make_spec())
-    current = for_tasks(parameters, TASKS)
-    # float32 log-probabilities of the policy that acted are the ratio's rounding.
-    adapted = [
-        inner_step(policy, current, stages[0], replace(config, algorithm=name), differentiable=True)[0]
-        for name in ("maml", "promp")
-    ]
-    assert_close(*adapted, rtol=1e-4, atol=1e-5)
-    curvature = [gradient(sum(value.sum() for value in each.values()), parameters) for each in adapted]
-    assert norm(difference(*curvature)) > 1e-2
 
 
 # --- The first epoch ------------------------------------------------------------------------------------------
@@ -255,7 +179,7 @@ def test_beyond_the_clip_there_is_no_gradient(ratio: float, advantage: float) ->
         log_probs=(actions.log_prob(batch.actions) - math.log(ratio)).detach(),
         outer_advantages=torch.full_like(batch.advantages, advantage),
     )
-    losses = outer_loss(play(policy, for_tasks(parameters, TASKS), batch), batch, config)
+    losses = outer_loss(policy_outputs(policy, for_tasks(parameters, TASKS), batch), batch, config)
     too_far = (ratio > 1) == (advantage > 0)
     bound = 1.3 if ratio > 1 else 0.7
     torch.testing.assert_close(losses, torch.full_like(losses, -advantage * (bound if too_far else ratio)))
@@ -276,7 +200,7 @@ def test_a_step_makes_an_action_likelier_where_its_advantage_is_positive(algorit
         actions = functional_call(policy, for_tasks(at, TASKS), (batch.inputs,)).actions
         return actions.log_prob(batch.actions)[:, 0, 0].sum()
 
-    output = play(policy, for_tasks(parameters, TASKS), batch)
+    output = policy_outputs(policy, for_tasks(parameters, TASKS), batch)
     for loss in (
         inner_loss(output.actions, batch, ALGORITHMS[algorithm]),
         outer_loss(output, batch, config),
@@ -326,41 +250,6 @@ def test_the_entropy_bonus_is_what_it_says() -> None:
     without, with_bonus = (meta_loss(policy, parameters, stages, config) for config in (plain, bonus))
     torch.testing.assert_close((without.losses - with_bonus.losses).mean(), 0.5 * without.entropy)
     assert 0 < float(without.entropy) < math.log(2)
-
-
-# --- What adaptation is for -----------------------------------------------------------------------------------
-
-
-@settings(max_examples=15)
-@given(spec=specs(action_size=3), seed=seeds, algorithm=st.sampled_from(list(ALGORITHMS)))
-def test_a_small_inner_step_raises_the_surrogate_by_its_gradients_square(spec: Any, seed: int, algorithm: str) -> None:
-    config = MetaConfig(algorithm=algorithm, inner_lr=1e-6)
-    policy, parameters, (batch, _) = exact(config, spec, seed)
-    before = inner_loss(play(policy, for_tasks(parameters, TASKS), batch).actions, batch, ALGORITHMS[algorithm])
-    adapted, _ = inner_step(policy, for_tasks(parameters, TASKS), batch, config, differentiable=False)
-    after = inner_loss(play(policy, adapted, batch).actions, batch, ALGORITHMS[algorithm])
-    for task in range(TASKS):
-        square = norm(gradient(before[task], parameters)) ** 2
-        assert (before[task] - after[task]).item() == pytest.approx(1e-6 * square, rel=1e-2, abs=1e-13)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("form", [{"discrete": True}, {"discrete": False, "action_size": 1}], ids=["bandit", "sign"])
-def test_adaptation_moves_each_task_to_what_is_rewarded(algorithm: str, form: Any) -> None:
-    """Two tasks that reward opposite actions part from one policy, a step at a time."""
-    config = MetaConfig(algorithm=algorithm, inner_lr=1.0, discount=0.0)
-    spec = make_spec(**form, inputs="observation", initial_std=1.0)
-    policy = SSMPolicy(spec, 0)
-    weights, tasks = policy.numpy_weights(), [{"best": 0}, {"best": 1}]
-    rewards = []
-    for step in range(4):
-        record = toy_rollouts(spec, weights, tasks, 30, 6, step)
-        rewards.append(record.rewards.mean((1, 2)))
-        weights = adapt_weights(policy, weights, make_batch(spec, record, config), config)
-    for task in range(2):
-        assert rewards[0][task] == pytest.approx(0.5, abs=0.2)
-        assert rewards[1][task] > rewards[0][task] + 0.05
-        assert rewards[3][task] > 0.8
 
 
 # --- What must not matter -------------------------------------------------------------------------------------
@@ -419,77 +308,24 @@ def test_a_task_without_a_valid_step_stays_where_it_is(algorithm: str) -> None:
     assert_close(gradients, expected_gradients, rtol=1e-3, atol=1e-6)
 
 
-@given(st.integers(1, 30), st.integers(1, 100), st.integers(1, 20), st.integers(1, 10_000))
-def test_shards_hold_every_task_once(tasks: int, steps: int, columns: int, budget: int) -> None:
-    shards = task_shards((tasks, steps, columns), budget)
-    assert [task for shard in shards for task in range(shard.start, shard.stop)] == list(range(tasks))
-
-
-@pytest.mark.parametrize("discrete", [False, True])
-def test_a_detached_distribution_is_the_same_without_a_graph(discrete: bool) -> None:
-    policy = make_policy(make_spec(discrete=discrete))
-    actions = policy(torch.randn(2, 3, 7)).actions
-    copy = detached(actions)
-    assert kl_divergence(actions, copy).abs().max() < 1e-6
-    assert not copy.entropy().requires_grad
-
-
-# --- Options --------------------------------------------------------------------------------------------------
-
-not_a_number = st.one_of(
-    st.sampled_from([float("nan"), float("inf"), float("-inf"), -(10**400), 10**400]),
-    st.text(max_size=3),
-    st.none(),
-    st.booleans(),
-)
-not_positive = st.one_of(not_a_number, st.floats(max_value=0), st.integers(max_value=0))
-negative = st.one_of(not_a_number, st.floats(max_value=0, exclude_max=True), st.integers(max_value=-1))
-no_fraction = st.one_of(negative, st.floats(min_value=1, exclude_min=True), st.integers(min_value=2))
-not_a_count = st.one_of(st.integers(max_value=0), st.floats(), st.text(max_size=3), st.none(), st.booleans())
-not_a_name = st.one_of(
-    st.text(max_size=6), st.none(), st.integers(), st.lists(st.text(max_size=2), max_size=1), st.just("PROMP")
-)
-BAD = {
-    "algorithm": not_a_name,
-    "lr_schedule": not_a_name,
-    **dict.fromkeys(("inner_lr", "outer_lr", "clip", "max_grad_norm"), not_positive),
-    **dict.fromkeys(("kl_penalty", "entropy_bonus"), negative),
-    **dict.fromkeys(("discount", "gae_lambda"), no_fraction),
-    **dict.fromkeys(("inner_steps", "epochs"), not_a_count),
-    "step_weights": st.one_of(
-        st.sampled_from([(0.0, 0.0), (1e308, 1e308), 3, "weights"]),
-        st.lists(st.floats(0.1, 1), min_size=1, max_size=5).filter(lambda weights: len(weights) != 2).map(tuple),
-        st.tuples(st.just(1.0), negative),
-    ),
-}
-
-
-@pytest.mark.parametrize("option", BAD)
-@settings(max_examples=15)
-@given(data=st.data())
-def test_an_impossible_option_is_refused_by_name(option: str, data: Any) -> None:
-    """In one sentence."""
-    value = data.draw(BAD[option])
-    with pytest.raises(ValueError, match=rf"^{option} (must|needs) [^\n]*\.$"):
-        MetaConfig(**{option: value})
-
-
-@given(weights=st.lists(st.floats(0, 100), min_size=2, max_size=4).filter(lambda weights: sum(weights) > 1e-3))
-def test_step_weights_are_normalised(weights: list[float]) -> None:
-    config = MetaConfig(inner_steps=len(weights) - 1, step_weights=tuple(weights))
-    assert sum(config.weights) == pytest.approx(1.0)
-    assert [w * sum(weights) for w in config.weights] == pytest.approx(weights)
-    assert MetaConfig(inner_steps=3).weights == (0.0, 0.0, 0.0, 1.0)
-
-
-def test_only_the_clipped_objective_is_good_for_several_epochs() -> None:
-    passes = {name: MetaConfig(algorithm=name, epochs=7).passes for name in ALGORITHMS}
-    assert passes == {"promp": 7, "rl2": 7, "policy-gradient": 7, "maml": 1, "fomaml": 1}
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_start_at_1_and_never_rise(name: str) -> None:
-    factors = [SCHEDULES[name](done / 20) for done in range(21)]
-    assert factors[0] == 1.0
-    assert factors == sorted(factors, reverse=True)
-    assert factors[-1] == pytest.approx(1.0 if name == "constant" else 0.0, abs=1e-12)
+def test_without_inner_steps_the_meta_gradient_is_that_of_ppo() -> None:
+    """The clipped surrogate over all tasks, written out."""
+    policy, _, _ = recorded(2)
+    weights = policy.numpy_weights()
+    record = toy_rollouts(policy.spec, weights, uneven(3, 2, 9), 2, 9)
+    config = MetaConfig(algorithm="rl2", inner_steps=0, baseline="time", kl_penalty=0.0)
+    batch = batch_for(policy, weights, record, config)
+    moved = {name: value + 0.01 for name, value in weights.items()}
+    parameters = tensors(moved)
+    loss = meta_loss(policy, parameters, [batch], config)
+    found = torch.autograd.grad(loss.losses.sum(), list(parameters.values()), allow_unused=True)
+    others = tensors(moved)
+    actions = functional_call(policy, others, (batch.inputs, batch.resets)).actions
+    ratio = torch.exp(actions.log_prob(batch.actions) - batch.log_probs)
+    gain = torch.minimum(
+        ratio * batch.outer_advantages, ratio.clamp(1 - config.clip, 1 + config.clip) * batch.outer_advantages
+    )
+    written = torch.autograd.grad(-(gain * batch.share).sum(), list(others.values()), allow_unused=True)
+    for name, one, other in zip(weights, found, written, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, msg=name, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,96 @@
+"""The command job without a cluster: what is sent, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ssm_metarl.cli import job as job_cli
+from ssm_metarl.cli.main import main
+from ssm_metarl.distributed import jobs
+
+pytestmark = pytest.mark.usefixtures("no_cluster")
+
+
+def test_paths_of_a_command_are_made_absolute(tmp_path: Path) -> None:
+    here = tmp_path / "work"
+    (here / "old").mkdir()
+    command, run_dir = job_cli.prepared(["evolve", "--from", "old", "--storage=shared", "--seed", "1"], "runs")
+    assert command[:5] == ["evolve", "--from", str(here / "old"), f"--storage={here / 'shared'}", "--seed"]
+    assert run_dir is not None
+    assert run_dir.startswith(str(here / "shared" / "navigation-2d-evolve-"))
+    assert command[-2:] == ["--run-dir", run_dir]
+    assert job_cli.prepared(["train", "--run_dir", "x", "--task", "old"], "runs") == (
+        ["train", "--run-dir", str(here / "x"), "--task", "old"],
+        str(here / "x"),
+    )
+    assert job_cli.prepared(["evaluate", "old"], "runs") == (["evaluate", str(here / "old")], None)
+    command, run_dir = job_cli.prepared(["train"], "s3://bucket/runs")
+    assert run_dir is not None
+    assert run_dir.startswith("s3://bucket/runs/navigation-2d-train-")
+
+
+def test_without_a_command_the_best_there_is_goes_on(tmp_path: Path) -> None:
+    """The newest self-improving run, or the newest trained one, or initial weights."""
+    runs = tmp_path / "work" / "runs"
+    assert job_cli.prepared([], "runs")[0][:3] == ["evolve", "--generations", "0"]
+    for age, name, file in ((3, "evolved", "rsi/state.json"), (2, "trained", "best.json"), (1, "other", "notes")):
+        path = runs / name / file
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"checkpoint": "checkpoint_000001"}))
+        os.utime(runs / name, (10**9 - age, 10**9 - age))
+    (runs / "trained" / "checkpoint_000001").mkdir()
+    (runs / "trained" / "checkpoint_000001" / "manifest.json").write_text("{}")
+    os.utime(runs / "trained", (10**9, 10**9))
+    best = str(runs / "trained" / "checkpoint_000001")
+    assert job_cli.prepared([], "runs")[0][:5] == ["evolve", "--from", best, "--generations", "0"]
+    os.utime(runs / "evolved", (10**9 + 1, 10**9 + 1))
+    command, run_dir = job_cli.prepared([], "runs")
+    assert command == ["evolve", "--resume", "--run-dir", str(runs / "evolved"), "--generations", "0"]
+    assert run_dir == str(runs / "evolved")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence", "code"),
+    [
+        (["start", "--", "train", "--task", "navigatoin-2d"], "did you mean 'navigation-2d'?", 2),
+        (["start", "--", "train", "--hidden-dim", "0"], "hidden_dim must be", 2),
+        (["start", "--", "evolve", "--population", "1"], "population must be", 2),
+        (["start", "--", "plot", "runs"], "A job can train, evolve or evaluate, not 'plot'.", 2),
+        (["status"], "No cluster is known", 1),
+        (["logs", "--follow"], "No cluster is known", 1),
+        (["stop"], "No cluster is known", 1),
+        (["list", "--json"], "No cluster is known", 1),
+        (["shutdown"], "No head of this machine is running.", 1),
+        (["list", "--address", "http://127.0.0.1:9"], "No Ray job server answers at http://127.0.0.1:9", 1),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+    code: int,
+) -> None:
+    monkeypatch.setattr(jobs, "start_head", lambda: pytest.fail("a head would have been started"))
+    assert main(["job", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert sentence in err.replace("\n", " ")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_the_status_of_a_run_is_read_where_the_run_is(tmp_path: Path, prefix: str) -> None:
+    place = f"{prefix}{tmp_path}/run"
+    assert job_cli._progress(place) == (None, None)
+    (tmp_path / "run" / "rsi").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n')
+    assert job_cli._progress(place) == (None, {"iteration": 2})
+    state = {"format": 1, "generation": 3}
+    (tmp_path / "run" / "rsi" / "state.json").write_text(json.dumps(state))
+    assert job_cli._progress(place) == (state, None)
+    assert job_cli._progress("nowhere://bucket/run") == (None, None)

@@ -1,0 +1,158 @@
+"""Options of the command line: what is refused and in which words, the help, and defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from command_line import Command, join_ray
+from ssm_metarl.cli.options import parse
+
+
+def written(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--iterations 0", "iterations must be an integer of 1 or more, not 0."),
+        ("--state-dim 7", "state_dim must be even (complex modes are pairs), not 7."),
+        ("--inner-lr nan", "inner_lr must be a number above 0, not nan."),
+        ("--outer-lr -1", "outer_lr must be a number above 0, not -1.0."),
+        ("--num-workers -1", "num_workers must be an integer of 0 or more, not -1."),
+        ("--eval-tasks 0", "eval_tasks must be 1 or more, not 0."),
+        (
+            "--task cartpol",
+            "There is no task family 'cartpol', did you mean 'cartpole'? (valid: ant-dir, ",
+        ),
+        ("train --help --task cartpol", "There is no task family 'cartpol', did you mean 'cartpole'?"),
+        ("--algorithm mamlet", "algorithm must be one of promp, rl2, maml, fomaml, policy-gradient, not 'mamlet'."),
+        ("--algorithm policy-gradient --inner-steps 1", "inner_steps must be 0 for policy-gradient, not 1."),
+        ("--algorithm policy-gradient --scale-rewards", "policy-gradient keeps the normaliser of the checkpoint"),
+        ("evolve --algorithm policy-gradient", "algorithm cannot be policy-gradient, which only train runs."),
+        ("--from absent", "absent is neither a checkpoint nor a run"),
+        ("--from {run} --hidden-dim 24", "its policy has hidden_dim 16 instead of 24."),
+        ("--step-weights 1 2 3", "step_weights needs one weight for each of 0..1 inner steps"),
+        ("--device abacus", "device 'abacus' cannot be used here"),
+        ("--resume", "--resume needs --run-dir"),
+        ("--resume --run-dir absent", "There is no checkpoint in absent to resume from."),
+        ("--resume --run-dir {run} --hidden-dim 24", "its policy has hidden_dim 16 instead of 24."),
+        ("--resume --run-dir {run} --task cartpole", "its policy has observation_size 2 instead of 4"),
+        ("--run-dir {run}", "is not empty; resume the run in it, or choose another folder."),
+        ("--run-dir {run}/metrics.jsonl", "metrics.jsonl cannot be made: File exists."),
+        ("--run-dir {run}/metrics.jsonl/a", "metrics.jsonl/a cannot be made: Not a directory."),
+        ("evaluate absent", "absent is neither a checkpoint nor a run"),
+        ("evaluate {run}/metrics.jsonl", "metrics.jsonl is neither a checkpoint nor a run"),
+        (
+            "evaluate {run} --task cartpole",
+            "cannot play 'cartpole': its observations are of the size 2, not of the shape (4,).",
+        ),
+        ("evaluate {run} --task cartpol", "did you mean 'cartpole'?"),
+        ("evaluate {run} --split tset", "did you mean 'test'?"),
+        ("evaluate {run} --num-tasks 0", "num_tasks must be an integer of 1 or more, not 0."),
+        ("evaluate {run} --steps -1", "steps must be an integer of 0 or more, not -1."),
+        ("evaluate {run} --num-workers -1", "num_workers must be an integer of 0 or more, not -1."),
+        ("evaluate {run} --inner-lr 0", "inner_lr must be a number above 0, not 0.0."),
+        ("plot absent", "absent is not the folder of a run: it has no metrics.jsonl."),
+    ],
+)
+def test_bad_values_are_refused_in_one_sentence(
+    command: Command, trained: Path, tmp_path: Path, arguments: str, sentence: str
+) -> None:
+    before = written(trained)
+    outcome = command(*(word.format(run=trained) for word in arguments.split()))
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    assert sentence in line
+    assert written(trained) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--iner-lr 0.1", "--inner-lr"),
+        ("--iterations many", "--iterations"),
+        ("--iterations", "--iterations"),
+        ("--task", "--task"),
+        ("--run-dir", "--run-dir"),
+        ("--inputs nothing", "observation"),
+        ("trian", "train"),
+        ("train now", "now"),
+        ("evaluate", "checkpoint"),
+        ("evaluate {run} --nun-tasks 3", "--num-tasks"),
+    ],
+)
+def test_bad_usage_is_refused_with_what_would_be_right(
+    command: Command, trained: Path, tmp_path: Path, arguments: str, named: str
+) -> None:
+    outcome = command(*(word.format(run=trained) for word in arguments.split()))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert named in outcome.err
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", ["evaluate {run}", "evaluate {checkpoint}", "--resume --run-dir {run}", "plot {run}"]
+)
+@pytest.mark.parametrize("file", ["config.json", "manifest.json"])
+def test_a_checkpoint_with_corrupt_json_is_refused_in_one_sentence(
+    command: Command, trained: Path, tmp_path: Path, arguments: str, file: str
+) -> None:
+    checkpoint = trained / "checkpoint_000002"
+    intact = (checkpoint / file).read_text()
+    (checkpoint / file).write_text(intact[: len(intact) // 2])
+    try:
+        outcome = command(*(word.format(run=trained, checkpoint=checkpoint) for word in arguments.split()))
+    finally:
+        (checkpoint / file).write_text(intact)
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert line.startswith(f"error: {checkpoint / file} is ")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ("--help", ["train", "evaluate", "plot"]),
+        (
+            "train --help",
+            ["--task STR", "--iterations INT", "--num-workers INT", "--seed INT", "--run-dir", "--resume"],
+        ),
+        ("train --help --task cartpole", ["(default: cartpole)", "(default: 0.3)"]),
+        ("evaluate --help", ["--split STR", "--num-tasks INT", "--steps", "--json"]),
+        ("plot --help", ["PATH"]),
+    ],
+)
+def test_help_shows_the_options(command: Command, tmp_path: Path, arguments: str, shown: list[str]) -> None:
+    outcome = command(*arguments.split())
+    assert outcome.code == 0
+    assert [words for words in shown if words not in outcome.out] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(
+    command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_ray(monkeypatch)
+    outcome = command("--num-workers", "7", "--run-dir", tmp_path / "run")
+    assert (outcome.code, outcome.out) == (2, "")
+    sentence = "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer."
+    assert outcome.err.splitlines() == [f"error: {sentence}"]
+
+
+def test_train_takes_a_gpu_where_there_is_one_and_trials_do_not_queue_for_it() -> None:
+    assert [parse([command]).config.device for command in ("train", "evolve")] == ["auto", "cpu"]  # type: ignore[union-attr]
+
+
+def test_the_algorithm_decides_on_the_other_options_defaults() -> None:
+    def steps(*words: str) -> int:
+        return parse(["train", *words]).config.inner_steps  # type: ignore[union-attr]
+
+    assert (steps("--task", "bandit"), steps("--task", "bandit", "--algorithm", "promp")) == (0, 1)
+    assert (steps("--task", "cartpole"), steps("--task", "cartpole", "--algorithm", "rl2")) == (1, 0)

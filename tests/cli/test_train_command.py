@@ -1,0 +1,209 @@
+"""The command train: what it prints where, how it fails, and how it is interrupted and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builders import PNG, steady
+from command_line import EVALUATION, IN_PROCESS, OPTIONS, SMALL, Command, join_ray, only_object
+from faulty_tasks import FaultyNavigation
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.train import train
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
+from ssm_metarl.tasks import Task
+from ssm_metarl.tasks import registry as base
+
+RUN_LOCAL = Path(__file__).resolve().parents[2] / "run_local.py"
+
+
+# --- train ------------------------------------------------------------------------------------------------
+
+
+def test_train_is_the_default_command_and_prints_one_json_object(command: Command, tmp_path: Path) -> None:
+    folder = tmp_path / "a run [bold] with a long name, that holds spaces and brackets, and is longer than a line"
+    outcome = command("--iterations", "3", *IN_PROCESS, "--run-dir", folder, "--json")
+    assert outcome.code == 0, outcome.err
+    summary = only_object(outcome.out)
+    assert summary.keys() == {
+        "run_dir",
+        "checkpoint",
+        "seconds",
+        "interrupted",
+        "metrics",
+        "evaluation",
+        "pictures",
+    }
+    assert summary["run_dir"] == str(folder)
+    assert summary["checkpoint"] == str(folder / "checkpoint_000003")
+    assert summary["interrupted"] is False
+    assert summary["metrics"] == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert summary["evaluation"].keys() == EVALUATION
+    assert (summary["evaluation"]["num_tasks"], len(summary["evaluation"]["return"])) == (3, 2)
+    assert [Path(picture).read_bytes()[: len(PNG)] for picture in summary["pictures"]] == [PNG, PNG]
+    lines = outcome.err.splitlines()
+    assert f"Run folder: {folder}" in lines, "as it is: neither wrapped nor read as markup"
+    assert f"Checkpoint: {folder / 'checkpoint_000003'}" in lines
+    for number in (1, 2, 3):
+        assert any(line.startswith(f"iteration {number}/3: return -") for line in lines)
+
+
+def test_without_json_nothing_is_printed_to_stdout(command: Command, tmp_path: Path) -> None:
+    outcome = command("train", "--task", "cartpole", "--iterations", "1", *IN_PROCESS)
+    assert (outcome.code, outcome.out) == (0, "")
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("cartpole-promp-2")
+    assert load_checkpoint(run / "checkpoint_000001").config["inner_lr"] == 0.1, "cartpole's own default"
+    assert "of split test" in outcome.err
+
+
+def test_resume_takes_the_options_of_the_run_and_those_given_win(command: Command, tmp_path: Path) -> None:
+    first = ["--iterations", "2", *IN_PROCESS, "--inner-lr", "0.2", "--outer-lr", "0.001", "--seed", "5"]
+    first += ["--run-dir", tmp_path / "run"]
+    assert command("train", *first).code == 0
+    resume = ("train", "--resume", "--run-dir", tmp_path / "run", "--eval-tasks", "2")
+    assert command(*resume, "--iterations", "4").code == 0
+    assert command(*resume, "--iterations", "6", "--outer-lr", "0.01").code == 0
+    configs = [load_checkpoint(path).config for path in checkpoints(tmp_path / "run")[-2:]]
+    common = {**SMALL, "inner_lr": 0.2, "seed": 5, "num_workers": 0}
+    for found, own in zip(
+        configs, ({"iterations": 4, "outer_lr": 1e-3}, {"iterations": 6, "outer_lr": 0.01}), strict=True
+    ):
+        assert {**found, **common, **own} == found
+    lines = steady(tmp_path / "run")
+    assert [line["learning_rate"] for line in lines] == [1e-3] * 4 + [0.01] * 2
+    unbroken = TrainConfig.for_task("navigation-2d", iterations=4, inner_lr=0.2, outer_lr=1e-3, seed=5, **SMALL)
+    assert lines[:4] == steady(train(unbroken, tmp_path / "unbroken").run_dir)
+
+
+def test_a_failing_environment_is_exit_code_1_with_its_traceback(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Falling(FaultyNavigation):
+        def sample(self, *args: Any, **kwargs: Any) -> list[Task]:
+            return [task | {"fault": "raise"} for task in super().sample(*args, **kwargs)]
+
+    monkeypatch.setitem(base._FACTORIES, "falling", Falling)
+    outcome = command("train", "--task", "falling", *IN_PROCESS, "--run-dir", tmp_path / "run", "--json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "episodes (support) were lost" in outcome.err
+    assert "OSError: the simulator of goal [" in outcome.err
+    assert "faulty_tasks.py" in outcome.err
+    assert "cli.py" not in outcome.err, "none of ours"
+
+
+def test_an_update_that_is_not_finite_is_exit_code_1_and_one_sentence(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*args: Any, **kwargs: Any) -> None:
+        raise FloatingPointError("The meta-gradient is not finite.")
+
+    monkeypatch.setattr(Learner, "update", diverge)
+    outcome = command(*IN_PROCESS, "--run-dir", tmp_path / "run", "--json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.splitlines() == ["error: The meta-gradient is not finite."]
+
+
+def test_workers_change_nothing(
+    command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_ray(monkeypatch)
+    results = []
+    for workers in "02":
+        folder = tmp_path / workers
+        outcome = command("--iterations", "2", *IN_PROCESS, "--num-workers", workers, "--run-dir", folder, "--json")
+        assert outcome.code == 0, outcome.err
+        results.append((steady(folder), {**only_object(outcome.out)["evaluation"], "seconds": 0}))
+    assert results[0] == results[1]
+
+
+# --- As processes -----------------------------------------------------------------------------------------
+
+
+ENDLESS = [*OPTIONS, "--iterations", "100000", "--checkpoint-every", "50"]
+
+
+def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """`python run_local.py` in a process group of its own, as a shell starts it."""
+    return subprocess.Popen(
+        [sys.executable, str(RUN_LOCAL), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize(("name", "num_workers"), [pytest.param("SIGINT", 1, marks=pytest.mark.slow), ("SIGTERM", 0)])
+def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on(
+    command: Command, tmp_path: Path, name: str, num_workers: int
+) -> None:
+    number, run = signal.Signals[name], tmp_path / "a run"
+    process = start("train", *ENDLESS, "--num-workers", num_workers, "--run-dir", run, "--json")
+    try:
+        assert process.stderr is not None
+        lines = until(process.stderr, "iteration 3/")
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does: to Ray's processes too
+        else:
+            process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, err
+    lines += err.splitlines()
+    assert not any("Traceback" in line for line in lines), lines
+    deadline = time.monotonic() + 30
+    while left := processes_of_session(process.pid):
+        assert time.monotonic() < deadline, f"Ray left {left} behind"
+        time.sleep(0.1)
+    (iteration,) = (path.name for path in checkpoints(run) if path.name != "checkpoint_000000")
+    count = len(steady(run))
+    assert 3 <= count < 50
+    assert iteration == f"checkpoint_{count:06d}"
+    assert any(line.startswith("Ray dashboard: http://127.0.0.1:") for line in lines) == bool(num_workers)
+    summary = only_object(out)
+    assert summary["interrupted"] is True
+    assert summary["checkpoint"] == str(run / iteration)
+    # The last line says how to go on.
+    said = lines[-1].partition("go on with: ")[2]
+    assert shlex.split(said) == ["train", "--resume", "--run-dir", str(run)]
+    outcome = command(*shlex.split(said), "--iterations", str(count + 3), "--num-workers", "0", "--eval-tasks", "2")
+    assert outcome.code == 0, outcome.err
+    unbroken = TrainConfig.for_task("navigation-2d", iterations=count + 3, **SMALL)
+    assert steady(run) == steady(train(unbroken, tmp_path / "unbroken").run_dir)
+
+
+def processes_of_session(session: int) -> list[str]:
+    """Names of its living processes."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            name, _, fields = stat.read_text().partition("(")[2].rpartition(")")
+            state, _parent, _group, own_session = fields.split()[:4]
+            if int(own_session) == session and state not in "ZX":
+                found.append(name)
+    return found
+
+
+def until(stream: Any, beginning: str) -> list[str]:
+    """Lines up to the one that begins so."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if line.startswith(beginning):
+            return lines
+    raise AssertionError(f"ended before {beginning!r}: {lines}")
