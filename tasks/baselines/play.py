@@ -1,12 +1,12 @@
-"""Classical players: what a meta-learned policy is measured against, on the same trials.
+"""Baseline policies in the trials of a meta-learned one.
 
-A policy's trials are those of a list of seeds; ``play_baseline`` lets a player have them instead, with the same tasks and the
-same chance in every environment::
+A policy's trials are those of a list of seeds; ``play_baseline`` gives them to a baseline policy instead, with the same
+tasks and the same chance in every environment::
 
     returns = play_baseline("thompson", make("bandit"), tasks, seeds, columns=20)  # [M, 20]
     returns = play_baseline("psrl", make("tabular-mdp"), tasks, seeds, columns=20, episodes=10)
 
-Players learn from what a policy sees, observations, actions, rewards and the starts of episodes, except for the
+Baseline policies learn from observations, actions, rewards and the starts of episodes, as a policy does, except for the
 ``clairvoyant`` ones, which know the task.
 """
 
