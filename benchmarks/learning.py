@@ -356,7 +356,7 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
     seconds = max(result["seconds"] for result in results)
     untrained = float(np.mean([result["untrained"] for result in results]))
     steadiness = max(result["deviation"] for result in results)
-    reached = per_seed[:, target.after].min() if target.each_seed else value["mean"]
+    reached = float(per_seed[:, target.after].min()) if target.each_seed else value["mean"]
     # The later step that looks worst: the upper bound of what it adds to ``after``.
     later = (np.nanmean(returns[..., target.after + 1 :] - returns[..., [target.after]], 0)).T
     harm = min((mean_interval(tasks)["ci_high"] for tasks in later), default=0.0) if target.no_harm else None
