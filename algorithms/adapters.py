@@ -22,7 +22,7 @@ from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.propensity import TaskModel, effective_sample_size
 from ssm_metarl.algorithms.registry import MetaConfig
-from ssm_metarl.algorithms.replay import ReplayBuffer, as_columns
+from ssm_metarl.algorithms.replay import ReplayBuffer, as_slots
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.checks import check_count, check_number
 from ssm_metarl.core import Collect
@@ -279,21 +279,21 @@ class HybridAdapter(StandardAdapter):
             rng = np.random.default_rng(seed_for(self._seed, Branch.REPLAY, step))
             index = rng.random((tasks, stored)).argsort(1)[:, :count]
             propensity = np.ones((tasks, count))
-        columns = as_columns(self._replay, index)
-        own = log_probs(self.policy, weights, columns)
+        replayed = as_slots(self._replay, index)
+        own = log_probs(self.policy, weights, replayed)
         if self._weighted:
-            steps = np.maximum(columns.lengths(), 1)
-            agreement = np.where(columns.valid, own - columns.log_probs, 0.0).sum(1) / steps
+            steps = np.maximum(replayed.lengths(), 1)
+            agreement = np.where(replayed.valid, own - replayed.log_probs, 0.0).sum(1) / steps
             propensity = propensity * np.exp(np.minimum(agreement, 0.0))
         effective, played = effective_sample_size(propensity), rollouts.kept().sum(1)
         # A task without an episode of its own does not move.
         ratio = np.where(played > 0, effective / np.maximum(effective + played, 1), 0.0) * propensity.max(1)
-        gain = np.where(columns.kept(), columns.returns() - _task_means(rollouts.returns())[:, None], 0.0)
+        gain = np.where(replayed.kept(), replayed.returns() - _task_means(rollouts.returns())[:, None], 0.0)
         scale = np.sqrt((propensity * gain**2).sum(1) / np.maximum(propensity.sum(1), np.finfo(np.float64).tiny))
         self._scale = scale if step == 0 else np.maximum(self._scale, scale)
         advantages = np.nan_to_num(gain) / np.where(self._scale > 0, self._scale, 1.0)[:, None]
         # Only steps of the current policy have a likelihood ratio: that of a stored episode is in its propensity.
-        stored_batch = replayed_batch(self.policy.spec, replace(columns, log_probs=own), advantages, propensity, ratio)
+        stored_batch = replayed_batch(self.policy.spec, replace(replayed, log_probs=own), advantages, propensity, ratio)
         return super()._batch(weights, rollouts, step)[0].beside(stored_batch), effective
 
     def _pulled(self, proposal: Weights, meta: Mapping[str, Array], step_size: float) -> Weights:
@@ -387,6 +387,6 @@ def _where(condition: Array, value: Array, other: Array) -> Array:
 
 
 def _task_means(values: Array) -> Array:
-    """Mean over columns, NaN without any: [M, K] → [M]."""
+    """Mean over episode slots, NaN without any: [M, K] → [M]."""
     count = np.isfinite(values).sum(1)
     return np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)

@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         return Batch(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
     def beside(self, other: Batch) -> Batch:
-        """The same tasks with the columns of ``other`` after their own, padded in time with steps without a share.
+        """The same tasks with the episodes of ``other`` after their own, padded in time with steps without a share.
 
         Args:
             other: a batch of as many tasks.

@@ -28,23 +28,23 @@ def collect(
     trial_episodes: int = 1,
     deterministic: bool = False,
 ) -> Rollouts:
-    """Let the policy act for one episode, or one trial of several, in every column of ``env``.
+    """Let the policy act for one episode, or one trial of several, in every slot of ``env``.
 
     Args:
-        env: M·K sub-environments, column k of task m at index m·K + k, autoreset in the same step.
+        env: M·K sub-environments, slot k of task m at index m·K + k, autoreset in the same step.
         spec: the policy's sizes.
         weights: float32 arrays, shared by all tasks or with a leading task axis [M, ...] (see ``NumpyPolicy``).
         seeds: one node of the seed tree for each of the M tasks; environment seeds and action noise come from it
             alone.
         tasks: the M tasks' parameters, kept in the record.
         horizon: most steps of an episode; a trial of ``trial_episodes`` times as many is cut.
-        trial_episodes: episodes that follow each other in a column, with the recurrent state, the previous action and
-            the previous reward carried over (Duan et al. 2016, arXiv 1611.02779); ``env`` must end them itself.
+        trial_episodes: episodes that follow each other in a slot, with the recurrent state, the previous action and the
+            previous reward carried over (Duan et al. 2016, arXiv 1611.02779); ``env`` must end them itself.
         deterministic: take the most likely action instead of sampling.
 
     Returns:
         One record of the M tasks. An episode in which an observation, a reward, an action or its log-probability was
-        not finite is dropped: its column has no valid step, and ``errors`` says where it happened.
+        not finite is dropped: its slot has no valid step, and ``errors`` says where it happened.
     """
     shape = (len(seeds), env.num_envs // len(seeds))
     horizon *= trial_episodes
@@ -59,7 +59,7 @@ def collect(
         inputs[..., -1] = 1.0  # start flag
         one_hot = np.eye(spec.action_size, dtype=np.float32)
 
-    # a seed a column, as SyncVectorEnv takes them; the base class declares one integer
+    # a seed an episode slot, as SyncVectorEnv takes them; the base class declares one integer
     observation = env.reset(seed=env_seeds)[0].reshape(*shape, size)  # type: ignore[arg-type]
     observation, reward = record.screen(observation, np.zeros(shape, np.float32), 0)
     steps = 0
@@ -95,7 +95,7 @@ def collect_tasks(
     weights: Mapping[str, Array],
     seeds: Sequence[np.random.SeedSequence],
     tasks: Sequence[Any],
-    columns: int,
+    num_episodes: int,
     horizon: int,
     *,
     trial_episodes: int = 1,
@@ -109,7 +109,7 @@ def collect_tasks(
 
     Args:
         make_env: ``TaskDistribution.make_vector_env``.
-        columns: episodes, or trials, K a task.
+        num_episodes: episodes, or trials, K a task.
 
     Returns:
         One record of the M tasks; ``errors`` holds the traceback of each environment that raised, once an episode
@@ -117,7 +117,7 @@ def collect_tasks(
     """
 
     def attempt(part: slice) -> Rollouts:
-        env = make_env(tasks[part], columns)
+        env = make_env(tasks[part], num_episodes)
         try:
             shared = weights["encoder.weight"].ndim == 2
             own = weights if shared else {name: value[part] for name, value in weights.items()}
@@ -136,30 +136,30 @@ def collect_tasks(
             try:
                 parts.append(attempt(slice(i, i + 1)))
             except Exception:
-                blank = _blank(spec, tasks[i], columns)
-                parts.append(Rollouts.empty([tasks[i]], columns, blank, [traceback.format_exc()] * columns))
+                blank = _blank(spec, tasks[i], num_episodes)
+                parts.append(Rollouts.empty([tasks[i]], num_episodes, blank, [traceback.format_exc()] * num_episodes))
         return Rollouts.concatenate(parts)
 
 
 def _draw(
-    seeds: Sequence[np.random.SeedSequence], spec: PolicySpec, horizon: int, columns: int
+    seeds: Sequence[np.random.SeedSequence], spec: PolicySpec, horizon: int, num_episodes: int
 ) -> tuple[list[int], Array]:
     """Every draw of a rollout, task by task: a seed for each environment, and the action noise [T, M, K(, A)]."""
     env_seeds: list[int] = []
     noise = []
     for seed in seeds:
         env_node, noise_node = child(seed, 0), child(seed, 1)
-        env_seeds += env_node.generate_state(columns).tolist()
+        env_seeds += env_node.generate_state(num_episodes).tolist()
         generator = np.random.default_rng(noise_node)
         if spec.discrete:
-            noise.append(generator.random((horizon, columns), dtype=np.float32))
+            noise.append(generator.random((horizon, num_episodes), dtype=np.float32))
         else:
-            noise.append(generator.standard_normal((horizon, columns, spec.action_size), dtype=np.float32))
+            noise.append(generator.standard_normal((horizon, num_episodes, spec.action_size), dtype=np.float32))
     return env_seeds, np.stack(noise, 1)
 
 
 class _Record:
-    """What ``collect`` has seen so far: arrays [T, M, K, ...] that it fills, and the columns still ``alive``."""
+    """What ``collect`` has seen so far: arrays [T, M, K, ...] that it fills, and the episode slots still ``alive``."""
 
     def __init__(
         self, spec: PolicySpec, tasks: Sequence[Any], shape: tuple[int, int], horizon: int, episodes: int
@@ -176,7 +176,7 @@ class _Record:
         self.alive = np.ones(shape, bool)
 
     def screen(self, observation: Array, reward: Array, step: int) -> tuple[Array, Array]:
-        """Take columns with a number that is not finite out of the rollout; return the arrays with 0 there."""
+        """Take episode slots with a number that is not finite out of the rollout; return the arrays with 0 there."""
         if np.isfinite(observation.sum()) and np.isfinite(reward.sum()):
             return observation, reward
         bad = ~(np.isfinite(observation).all(-1) & np.isfinite(reward))
@@ -194,8 +194,8 @@ class _Record:
         return np.where(zeros, np.zeros((), action.dtype), action), np.where(bad, np.float32(0), log_prob)
 
     def _take_out(self, bad: Array, what: str, step: int) -> None:
-        for task, column in zip(*np.nonzero(bad & self.alive), strict=True):
-            self._broken[int(task), int(column)] = f"task {self._tasks[task]!r}: {what} not finite at step {step}."
+        for task, slot in zip(*np.nonzero(bad & self.alive), strict=True):
+            self._broken[int(task), int(slot)] = f"task {self._tasks[task]!r}: {what} not finite at step {step}."
         self.alive = self.alive & ~bad
 
     def before(self, t: int, observation: Array, action: Array, log_prob: Array) -> None:
@@ -219,10 +219,10 @@ class _Record:
             self._starts[t + 1] = done & self.alive
 
     def rollouts(self) -> Rollouts:
-        """The record by task, without the steps that no column took."""
+        """The record by task, without the steps that no slot took."""
         valid = self._valid
-        for task, column in self._broken:
-            valid[:, task, column] = False
+        for task, slot in self._broken:
+            valid[:, task, slot] = False
         longest = max(1, int(valid.any((1, 2)).sum()))
         mask = np.ascontiguousarray(valid[:longest].swapaxes(0, 1))
 
@@ -253,8 +253,8 @@ def _action_type(spec: PolicySpec) -> type:
     return np.int64 if spec.discrete else np.float32
 
 
-def _action_shape(spec: PolicySpec, columns: tuple[int, ...]) -> tuple[int, ...]:
-    return columns if spec.discrete else (*columns, spec.action_size)
+def _action_shape(spec: PolicySpec, num_episodes: tuple[int, ...]) -> tuple[int, ...]:
+    return num_episodes if spec.discrete else (*num_episodes, spec.action_size)
 
 
 def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
@@ -266,10 +266,10 @@ def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
     return final
 
 
-def _blank(spec: PolicySpec, task: Any, columns: int) -> Rollouts:
+def _blank(spec: PolicySpec, task: Any, num_episodes: int) -> Rollouts:
     """A record of one task and no step, for tasks of which nothing is known but the policy's sizes."""
-    mask = np.zeros((1, 1, columns), bool)
-    number = np.zeros((1, 1, columns), np.float32)
-    vectors = np.zeros((1, 1, columns, spec.observation_size), np.float32)
-    actions: Array = np.zeros((1, *_action_shape(spec, (1, columns))), _action_type(spec))
+    mask = np.zeros((1, 1, num_episodes), bool)
+    number = np.zeros((1, 1, num_episodes), np.float32)
+    vectors = np.zeros((1, 1, num_episodes, spec.observation_size), np.float32)
+    actions: Array = np.zeros((1, *_action_shape(spec, (1, num_episodes))), _action_type(spec))
     return Rollouts(vectors, actions, number, number, mask, mask, mask, mask, vectors[:, 0], (task,))

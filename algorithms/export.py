@@ -38,12 +38,12 @@ class PolicyStep(nn.Module):
     def _of(self, name: str, count: int) -> list[Tensor]:
         return [self.get_buffer(f"{name}_{i}") for i in range(count)]
 
-    def initial_state(self, columns: int) -> list[Tensor]:
+    def initial_state(self, num_episodes: int) -> list[Tensor]:
         """Zero state of N environments: [N, 2, S/2] a block, real parts and imaginary parts, and with a memory after
         that [N, slots, H+2]."""
         spec = self.spec
         sizes = [(2, spec.state_dim // 2), *([(spec.memory_slots, spec.hidden_dim + 2)] if spec.memory_slots else [])]
-        return [torch.zeros(columns, *size) for _ in range(spec.num_layers) for size in sizes]
+        return [torch.zeros(num_episodes, *size) for _ in range(spec.num_layers) for size in sizes]
 
     def forward(self, inputs: Tensor, state: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Run one step.
@@ -141,5 +141,9 @@ def _captured(policy: SSMPolicy) -> tuple[PolicyStep, tuple[Tensor, list[Tensor]
     """The module, example arguments, and which of their axes can have any length."""
     module = PolicyStep(policy).eval()
     state = module.initial_state(2)
-    columns = torch.export.Dim("columns")
-    return module, (torch.zeros(2, policy.spec.input_size), state), ({0: columns}, [{0: columns} for _ in state])
+    num_episodes = torch.export.Dim("num_episodes")
+    return (
+        module,
+        (torch.zeros(2, policy.spec.input_size), state),
+        ({0: num_episodes}, [{0: num_episodes} for _ in state]),
+    )

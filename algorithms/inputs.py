@@ -73,15 +73,15 @@ def critic_inputs(spec: PolicySpec, rollouts: Rollouts) -> tuple[Array, Array]:
     """What the critic reads of a record, and one step more: what the policy would have read after the last valid step.
 
     Returns:
-        Inputs [M, T + 1, K, I] float32 and resets [M, T + 1, K] bool. The extra input of a column stands after its last
-        valid step; what follows it means nothing.
+        Inputs [M, T + 1, K, I] float32 and resets [M, T + 1, K] bool. The extra input of a slot stands after its
+        last valid step; the inputs after it mean nothing.
     """
     rollouts = rollouts.masked()
     padded: dict[str, Any] = {
         name: np.concatenate([array := getattr(rollouts, name), np.zeros_like(array[:, :1])], 1)
         for name in ("observations", "actions", "rewards", "log_probs", "starts", "resets", "terminated", "valid")
     }
-    task, column = np.indices(rollouts.lengths().shape)
-    padded["observations"][task, rollouts.lengths(), column] = rollouts.last_observations
+    task, slot = np.indices(rollouts.lengths().shape)
+    padded["observations"][task, rollouts.lengths(), slot] = rollouts.last_observations
     longer = replace(rollouts, **padded)
     return policy_inputs(spec, longer), longer.resets

@@ -1,6 +1,6 @@
 """The policy as workers run it: one time step, in NumPy alone.
 
-A worker never imports torch. Matrix products are of fixed shape, one a task or a column, and everything else is
+A worker never imports torch. Matrix products are of fixed shape, one a task or an episode slot, and everything else is
 elementwise or a reduction over a short axis, so a task's numbers do not depend on which other tasks share the call:
 collecting with 0, 1 or 8 workers gives bit-equal experience.
 """
@@ -18,12 +18,12 @@ from ssm_metarl.algorithms.spec import PolicySpec
 
 
 class NumpyPolicy:
-    """One time step of the policy for M tasks and K columns at a time, each task with its own or the shared weights.
+    """One time step of the policy for M tasks and K episodes at a time, each task with its own or the shared weights.
 
     ``collect`` calls it once per environment step::
 
         policy = NumpyPolicy(spec, weights)
-        state = policy.initial_state(tasks, columns)
+        state = policy.initial_state(tasks, num_episodes)
         actions, log_probs, state = policy.act(inputs, state, noise)
 
     Args:
@@ -80,13 +80,13 @@ class NumpyPolicy:
             self._std = np.exp(log_std)
             self._log_norm = log_std.sum(-1) + np.float32(0.5 * spec.action_size * math.log(2 * math.pi))
 
-    def initial_state(self, tasks: int, columns: int) -> list[Array]:
+    def initial_state(self, tasks: int, num_episodes: int) -> list[Array]:
         """Zero state: for each block [M, K, 2, N/2] float32, real parts and imaginary parts, and with a memory after
         that [M, K, S, H+2], sums, weights and the last address."""
         sizes = [(2, self.spec.state_dim // 2)]
         if self.spec.memory_slots:
             sizes.append((self.spec.memory_slots, self.spec.hidden_dim + 2))
-        return [np.zeros((tasks, columns, *size), np.float32) for _ in self.blocks for size in sizes]
+        return [np.zeros((tasks, num_episodes, *size), np.float32) for _ in self.blocks for size in sizes]
 
     def head(self, inputs: Array, state: list[Array]) -> tuple[Array, list[Array]]:
         """Action mean or logits for one step.

@@ -92,8 +92,8 @@ class TaskModel:
         A step that a new episode of the same trial follows is left out: what was observed next is not known.
         """
         following = np.concatenate([record.observations[:, 1:], record.observations[:, :1]], 1)
-        task, column = np.indices(record.lengths().shape)
-        following[task, np.maximum(record.lengths() - 1, 0), column] = record.last_observations
+        task, slot = np.indices(record.lengths().shape)
+        following[task, np.maximum(record.lengths() - 1, 0), slot] = record.last_observations
         ends = np.zeros_like(record.valid)
         ends[:, :-1] = record.starts[:, 1:]
         chosen = chosen & ~ends

@@ -86,7 +86,7 @@ class MetaConfig:
         minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
         baseline: of the advantages: "linear" (fitted to each task's returns), "critic" (the policy's value head),
             "time" (the step's mean return over all tasks) or "informed" ("time", and a value head that in training is
-            told the task, which must be numbers, for the rest). Critics also bootstrap where a column was cut.
+            told the task, which must be numbers, for the rest). Critics also bootstrap where an episode slot was cut.
         value_weight: weight of the critic's squared error.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.

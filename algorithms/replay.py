@@ -58,13 +58,13 @@ class ReplayBuffer:
         """Take the first episode of each task of a record that was not dropped."""
         kept = rollouts.kept()
         for task in np.flatnonzero(kept.any(1)).tolist():
-            column = int(kept[task].argmax())
-            length = int(rollouts.valid[task, :, column].sum())
+            slot = int(kept[task].argmax())
+            length = int(rollouts.valid[task, :, slot].sum())
             arrays = {
-                f.name: getattr(rollouts, f.name)[task : task + 1, :length, column : column + 1].copy()
+                f.name: getattr(rollouts, f.name)[task : task + 1, :length, slot : slot + 1].copy()
                 for f in fields(Rollouts)[:8]
             }
-            last = rollouts.last_observations[task : task + 1, column : column + 1].copy()
+            last = rollouts.last_observations[task : task + 1, slot : slot + 1].copy()
             self._episodes.append(Rollouts(**arrays, last_observations=last, tasks=(rollouts.tasks[task],)))
 
     def extend(self, other: ReplayBuffer) -> None:
@@ -161,15 +161,15 @@ class ReplayBuffer:
         return buffer
 
 
-def as_columns(episodes: Rollouts, index: Array) -> Rollouts:
-    """Stored episodes as the columns of tasks.
+def as_slots(episodes: Rollouts, index: Array) -> Rollouts:
+    """Stored episodes as the episode slots of tasks.
 
     Args:
         episodes: N of them, [N, T, 1, ...].
         index: [M, R] of episodes.
 
     Returns:
-        A record [M, T, R, ...]; what stands for its tasks is empty, since each column is of another one.
+        A record [M, T, R, ...]; what stands for its tasks is empty, since each slot is of another one.
     """
     arrays: dict[str, Any] = {
         f.name: np.moveaxis(getattr(episodes, f.name)[:, :, 0][index], 1, 2) for f in fields(Rollouts)[:8]

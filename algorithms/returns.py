@@ -31,7 +31,7 @@ def generalized_advantages(
         values: [M, T, K], baseline at each step, any number where not valid.
         last_values: [M, K], value after the last valid step: 0 where the episode truly ended, and where returns stop
             at a known horizon (the linear baseline's case).
-        valid: [M, T, K] bool, a prefix of each column.
+        valid: [M, T, K] bool, a prefix of each slot.
         discount: in [0, 1].
         gae_lambda: in [0, 1]; 1 gives return minus baseline.
 
@@ -68,23 +68,23 @@ def linear_baseline(rollouts: Rollouts, targets: Array, shrinkage: float = SHRIN
     episodes is shrunk by the factor K / (K + shrinkage) where features are not correlated. Mean returns are not shrunk.
 
     Args:
-        rollouts: one or more columns a task.
+        rollouts: one or more episode slots a task.
         targets: [M, T, K], what to predict, such as discounted returns.
         shrinkage: above 0, in episodes.
 
     Returns:
         [M, T, K] float64, 0 where not valid.
     """
-    tasks, steps, columns = rollouts.valid.shape
+    tasks, steps, num_episodes = rollouts.valid.shape
     observations = np.where(rollouts.valid[..., None], rollouts.observations, 0.0).astype(np.float64).clip(-10, 10)
     size = observations.shape[-1]
     time = (np.arange(steps) / 100.0)[None, :, None, None]
-    features = np.empty((tasks, steps, columns, 2 * size + 4))
+    features = np.empty((tasks, steps, num_episodes, 2 * size + 4))
     features[..., :size] = observations
     features[..., size : 2 * size] = observations**2
     features[..., 2 * size :] = np.concatenate([time, time**2, time**3, np.ones_like(time)], -1)
     features *= rollouts.valid[..., None]
-    flat = features.reshape(tasks, steps * columns, -1)
+    flat = features.reshape(tasks, steps * num_episodes, -1)
     transposed = flat.swapaxes(1, 2)
     gram = transposed @ flat
     moment = (transposed @ np.where(rollouts.valid, targets, 0.0).reshape(tasks, -1, 1))[..., 0]
@@ -100,7 +100,7 @@ def linear_baseline(rollouts: Rollouts, targets: Array, shrinkage: float = SHRIN
     slopes = np.linalg.solve(covariance + penalty, (moment[:, :-1] - mean * moment[:, -1:])[..., None])
     constant = level - (mean * slopes[..., 0]).sum(1)
     solution = np.concatenate([slopes, constant[:, None, None]], 1)
-    return (flat @ solution).reshape(tasks, steps, columns)
+    return (flat @ solution).reshape(tasks, steps, num_episodes)
 
 
 def tells_apart(rollouts: Rollouts, discount: float) -> Array:
@@ -146,8 +146,8 @@ def advantages(
         discount: in [0, 1].
         gae_lambda: in [0, 1].
         baseline: "linear", fitted to each task's returns; "time", the time step's mean return over all tasks; both take
-            columns to end at a known horizon. Any other: ``values``, which bootstrap where a column was cut.
-        values: [M, T + 1, K], a critic's, for each column up to the one after its last valid step.
+            episodes to end at a known horizon. Any other: ``values``, which bootstrap where an episode was cut.
+        values: [M, T + 1, K], a critic's, for each slot up to the one after its last valid step.
         reward_scale: rewards are divided by it.
 
     Returns:
@@ -168,7 +168,7 @@ def advantages(
 
 
 def time_baseline(targets: Array, valid: Array) -> Array:
-    """Mean target of each time step over all tasks and columns.
+    """Mean target of each time step over all tasks and episode slots.
 
     Args:
         targets: [M, T, K], any number where not ``valid``.

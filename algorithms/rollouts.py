@@ -13,11 +13,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Experience of M tasks, T time steps and K columns (episodes, or RL² trials) a task.
+    """Experience of M tasks, T time steps and K episode slots (one episode or RL² trial each) a task.
 
     ``collect`` makes it, ``Pool`` joins the parts of several workers with :meth:`concatenate`, the learner reads it::
 
-        rollouts = pool.collect(weights, tasks, columns=20, key=(iteration, stage))
+        rollouts = pool.collect(weights, tasks, num_episodes=20, key=(iteration, stage))
         batch = make_batch(policy.spec, rollouts, config)
 
     Attributes:
@@ -33,7 +33,7 @@ class Rollouts:
         last_observations: [M, K, O] float32, after the last valid step and before any autoreset.
         tasks: M JSON values, the tasks' parameters.
         errors: tracebacks or descriptions of what went wrong in episodes that were dropped. A dropped episode is a
-            column without a single valid step.
+            slot without a single valid step.
     """
 
     observations: Array
@@ -55,7 +55,7 @@ class Rollouts:
 
     @property
     def num_steps(self) -> int:
-        """Number of valid environment steps over all tasks and columns."""
+        """Number of valid environment steps over all tasks and episode slots."""
         return int(self.valid.sum())
 
     def kept(self) -> Array:
@@ -63,12 +63,12 @@ class Rollouts:
         return np.logical_or.reduce(self.valid, axis=1)
 
     def returns(self) -> Array:
-        """Undiscounted return of each column, [M, K] float64; NaN where the column was dropped."""
+        """Undiscounted return of each slot, [M, K] float64; NaN where the slot was dropped."""
         total = np.where(self.valid, self.rewards, 0.0).sum(axis=1, dtype=np.float64)
         return np.where(self.kept(), total, np.nan)
 
     def lengths(self) -> Array:
-        """Number of valid steps of each column, [M, K] int64; 0 where the column was dropped."""
+        """Number of valid steps of each slot, [M, K] int64; 0 where the slot was dropped."""
         return self.valid.sum(axis=1)
 
     def masked(self) -> Rollouts:
@@ -118,7 +118,7 @@ class Rollouts:
         )
 
     def beside(self, other: Rollouts) -> Rollouts:
-        """The same tasks with the columns of ``other`` after their own, padded in time with steps that are not valid.
+        """The same tasks with the episodes of ``other`` after their own, padded in time with steps that are not valid.
 
         Args:
             other: a record of as many tasks; its parameters and errors are left out.
@@ -133,14 +133,14 @@ class Rollouts:
         return replace(self, **joined, last_observations=last)
 
     @staticmethod
-    def empty(tasks: Sequence[Any], columns: int, like: Rollouts, errors: Sequence[str] = ()) -> Rollouts:
+    def empty(tasks: Sequence[Any], num_episodes: int, like: Rollouts, errors: Sequence[str] = ()) -> Rollouts:
         """Record of ``tasks`` without a single valid step, shaped ``like`` another: what stands for dropped tasks."""
         count = len(tasks)
         arrays = {}
         for name in _TIMED:
             array = getattr(like, name)
-            arrays[name] = np.zeros((count, 1, columns, *array.shape[3:]), array.dtype)
-        last = np.zeros((count, columns, like.last_observations.shape[-1]), np.float32)
+            arrays[name] = np.zeros((count, 1, num_episodes, *array.shape[3:]), array.dtype)
+        last = np.zeros((count, num_episodes, like.last_observations.shape[-1]), np.float32)
         return Rollouts(**arrays, last_observations=last, tasks=tuple(tasks), errors=tuple(errors))
 
 

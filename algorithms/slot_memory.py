@@ -44,7 +44,7 @@ class SlotMemory(nn.Module):
         """Write and recall over a whole sequence.
 
         Args:
-            x: [M, T, K, H] (or [T, K, H]), finite: a step that is not spoils its column's past, too.
+            x: [M, T, K, H] (or [T, K, H]), finite: a step that is not spoils its slot's past, too.
             resets: [M, T, K] bool, where the memory is emptied before the step; None: nowhere.
             state: before the first step, [M, K, S, H+2]: sums, weights and the last address; None: zero.
 

@@ -59,7 +59,7 @@ def play_held_out(
     branch = SPLIT_BRANCHES["test"]
     tasks = family.sample(num_tasks, np.random.default_rng(seed_for(seed, Branch.EVALUATION, branch)), "test")
     seeds = [seed_for(seed, Branch.EVALUATION, branch, 0, number) for number in range(num_tasks)]
-    return play_baseline(player, family, tasks, seeds, columns=1, episodes=trial_episodes)[:, 0]
+    return play_baseline(player, family, tasks, seeds, num_episodes=1, episodes=trial_episodes)[:, 0]
 
 
 def main(options: Options) -> None:

@@ -539,7 +539,7 @@ def resizes(options: Options) -> dict[str, Any]:
                 rows.setdefault(label, {}).setdefault(way, []).append(returns(path))
                 log(f"seed {seed}, {label}, {way}: {rows[label][way][-1]}")
     return {
-        label: {way: [interval(column) for column in np.array(values).T] for way, values in ways.items()}
+        label: {way: [interval(slot) for slot in np.array(values).T] for way, values in ways.items()}
         for label, ways in rows.items()
     }
 

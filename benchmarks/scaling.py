@@ -104,8 +104,8 @@ class SleepingLineEnv(BatchedEnv):
         self._never = np.zeros(len(goals), bool)
         self._seconds = seconds
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        self._positions[columns] = 0.0
+    def _start(self, slots: NDArray[np.intp]) -> None:
+        self._positions[slots] = 0.0
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         time.sleep(self._seconds)
@@ -132,8 +132,8 @@ class SleepingLine(TaskDistribution):
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         return [{"goal": goal, "step_ms": self.step_ms} for goal in rng.uniform(-1.0, 1.0, n).tolist()]
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> SleepingLineEnv:
-        laid_out = stack_parameters(tasks, self.parameters, columns)
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> SleepingLineEnv:
+        laid_out = stack_parameters(tasks, self.parameters, num_episodes)
         return SleepingLineEnv(laid_out["goal"], float(laid_out["step_ms"].max()) / 1000)
 
 

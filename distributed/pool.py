@@ -35,8 +35,8 @@ class Pool:
     every task's adapted ones::
 
         with Pool(distribution, spec, num_workers=4, name="run/trial/0") as pool:
-            support = pool.collect(weights, tasks, seeds, columns=20, label="support 7")
-            query = pool.collect(adapted, tasks, query_seeds, columns=20, label="query 7")
+            support = pool.collect(weights, tasks, seeds, num_episodes=20, label="support 7")
+            query = pool.collect(adapted, tasks, query_seeds, num_episodes=20, label="query 7")
 
     Tasks are split evenly and in order. What a task experiences depends on its seed and weights alone, so the
     result depends neither on the number of workers nor on a worker's death: what the worker held is collected
@@ -46,7 +46,7 @@ class Pool:
         distribution: the family of the tasks.
         spec: the policy's sizes.
         num_workers: n, Ray actors of one CPU each; 0 collects in this process and needs no Ray.
-        trial_episodes: episodes that follow each other in a column, see ``collect``.
+        trial_episodes: episodes that follow each other in an episode slot, see ``collect``.
         name: the actors are named ``{name}/rollout-worker-{i}``, unique among the open pools of a driver.
         sample_timeout_s: seconds after which a worker is replaced and the tasks that it holds are given up;
             None: never. When it fires, the run is no longer reproducible. Has no effect in process.
@@ -100,19 +100,19 @@ class Pool:
         weights: Mapping[str, Array],
         tasks: Sequence[Task],
         seeds: Sequence[np.random.SeedSequence],
-        columns: int,
+        num_episodes: int,
         *,
         label: str = "",
         deterministic: bool = False,
     ) -> Rollouts:
-        """Play ``columns`` episodes, or trials, of every task.
+        """Play ``num_episodes`` episodes, or trials, of every task.
 
         Args:
             weights: float32 arrays by parameter name, shared by all tasks or with a leading task axis [M, …].
                 Shared ones may be sent once while the same object comes: pass a new one when they changed.
             tasks: M tasks, one or more.
             seeds: a node of the seed tree for each task.
-            columns: episodes K a task.
+            num_episodes: episodes K a task.
             label: what this is for, such as "support 7", for Ray's dashboard.
             deterministic: take the most likely action instead of sampling.
 
@@ -129,11 +129,11 @@ class Pool:
         if not tasks or len(tasks) != len(seeds):
             raise ValueError(f"Tasks and as many seeds are needed, not {len(tasks)} and {len(seeds)}.")
         if not self._workers:
-            return self._collect_in_process(weights, tasks, seeds, columns, deterministic)
+            return self._collect_in_process(weights, tasks, seeds, num_episodes, deterministic)
         start = time.perf_counter()
         per_task = weights["encoder.weight"].ndim == 3
         sent = weights if per_task else self._sent_once(weights)
-        batch = _Batch(sent, per_task, tasks, seeds, columns, label, deterministic)
+        batch = _Batch(sent, per_task, tasks, seeds, num_episodes, label, deterministic)
         batch.split(len(self._workers))
         self._play(batch)
         rollouts = batch.joined()
@@ -165,7 +165,7 @@ class Pool:
         weights: Mapping[str, Array],
         tasks: Sequence[Task],
         seeds: Sequence[np.random.SeedSequence],
-        columns: int,
+        num_episodes: int,
         deterministic: bool,
     ) -> Rollouts:
         family = self._distribution
@@ -176,7 +176,7 @@ class Pool:
                 weights,
                 seeds,
                 tasks,
-                columns,
+                num_episodes,
                 family.horizon,
                 trial_episodes=self._trial_episodes,
                 deterministic=deterministic,
@@ -265,7 +265,7 @@ class _Batch:
     per_task: bool
     tasks: Sequence[Task]
     seeds: Sequence[np.random.SeedSequence]
-    columns: int
+    num_episodes: int
     label: str
     deterministic: bool
     waiting: deque[_Part] = field(default_factory=deque)
@@ -288,7 +288,7 @@ class _Batch:
             weights = {name: value[own] for name, value in weights.items()}
         title = f"collect {self.label}, {len(part.tasks)} tasks"
         part.since = time.perf_counter()
-        worker.submit(title, weights, self.tasks[own], self.seeds[own], self.columns, self.deterministic)
+        worker.submit(title, weights, self.tasks[own], self.seeds[own], self.num_episodes, self.deterministic)
 
     def finish(self, part: _Part, worker: WorkerHandle, rollouts: Rollouts, seconds: float) -> None:
         """Keep what a worker returned."""
@@ -322,7 +322,7 @@ class _Batch:
         like = next(iter(self.played.values()))
         parts = dict(self.played)
         for i, reason in self.lost.items():
-            parts[i] = Rollouts.empty([self.tasks[i]], self.columns, like, [reason])
+            parts[i] = Rollouts.empty([self.tasks[i]], self.num_episodes, like, [reason])
         return _owned(Rollouts.concatenate([parts[start] for start in sorted(parts)]))
 
 

@@ -36,12 +36,12 @@ class RolloutWorker:
 
         actor = ray.remote(RolloutWorker).remote(distribution, spec)
         ray.get(actor.process.remote())  # it runs
-        rollouts, seconds = ray.get(actor.collect.remote(weights, tasks, seeds, columns, deterministic))
+        rollouts, seconds = ray.get(actor.collect.remote(weights, tasks, seeds, episode slots, deterministic))
 
     Args:
         distribution: the family whose environments it makes.
         spec: the policy's sizes.
-        trial_episodes: episodes that follow each other in a column.
+        trial_episodes: episodes that follow each other in an episode slot.
     """
 
     def __init__(self, distribution: TaskDistribution, spec: PolicySpec, trial_episodes: int = 1) -> None:
@@ -62,10 +62,10 @@ class RolloutWorker:
         weights: Mapping[str, Array],
         tasks: Sequence[Task],
         seeds: Sequence[np.random.SeedSequence],
-        columns: int,
+        num_episodes: int,
         deterministic: bool,
     ) -> tuple[Rollouts, float]:
-        """Play ``columns`` episodes of each task; see ``collect_tasks``.
+        """Play ``num_episodes`` episodes of each task; see ``collect_tasks``.
 
         Returns:
             The record, and the seconds that sampling took in this process.
@@ -78,7 +78,7 @@ class RolloutWorker:
             weights,
             seeds,
             tasks,
-            columns,
+            num_episodes,
             family.horizon,
             trial_episodes=self._trial_episodes,
             deterministic=deterministic,
@@ -97,7 +97,7 @@ class WorkerHandle:
 
         worker = WorkerHandle("run/rollout-worker-0", distribution, spec)
         worker.result()  # wait until it runs
-        worker.submit("collect support 7, 10 tasks", weights, tasks, seeds, columns, deterministic)
+        worker.submit("collect support 7, 10 tasks", weights, tasks, seeds, episode slots, deterministic)
         rollouts, seconds = worker.result()
 
     Args:

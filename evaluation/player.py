@@ -71,15 +71,15 @@ class Player:
         self._weights, self._meta = dict(weights), dict(meta or {})
         self._policy = NumpyPolicy(spec, self._weights)
         self._noise = noise or np.random.default_rng()
-        self._columns: int | None = None
+        self._num_episodes: int | None = None
         self._single = False
         self._state: list[Array] = []
         self._ended = np.zeros(0, np.int64)
         self._inputs = np.zeros((1, 0, spec.input_size), np.float32)
 
     def reset(self) -> None:
-        """Forget everything: the next :meth:`act` begins an episode in every column. Their number may change."""
-        self._columns = None
+        """Forget everything: the next :meth:`act` begins an episode in every slot. Their number may change."""
+        self._num_episodes = None
 
     def act(
         self,
@@ -108,27 +108,28 @@ class Player:
         """
         spec, size = self.spec, self.spec.observation_size
         observations = self._observations(observation)
-        columns = observations.shape[0]
-        first = self._columns is None
-        if not first and (columns, np.ndim(observation) == 1) != (self._columns, self._single):
+        num_episodes = observations.shape[0]
+        first = self._num_episodes is None
+        if not first and (num_episodes, np.ndim(observation) == 1) != (self._num_episodes, self._single):
             raise ValueError(
-                f"The player is in the middle of {self._columns} episode(s) and got {columns} observation(s): "
+                f"The player is in the middle of {self._num_episodes} episode(s) and got {num_episodes} "
+                "observation(s): "
                 "call reset() before other environments."
             )
         full = spec.inputs == "full"
         if first:
             if reward is not None:
                 raise ValueError("The first observation after reset() has no reward: leave it out.")
-            inputs = np.zeros((1, columns, spec.input_size), np.float32)
-            state = self._policy.initial_state(1, columns)
-            ended = np.zeros(columns, np.int64)
+            inputs = np.zeros((1, num_episodes, spec.input_size), np.float32)
+            state = self._policy.initial_state(1, num_episodes)
+            ended = np.zeros(num_episodes, np.int64)
             if full:
                 inputs[..., -1] = 1.0
         else:
             if reward is None and full:
                 raise ValueError("This policy reads the reward of the last step: act(observation, reward=...).")
-            rewards = _numbers("reward", 0.0 if reward is None else reward, columns)
-            done = _flags("terminated", terminated, columns) | _flags("truncated", truncated, columns)
+            rewards = _numbers("reward", 0.0 if reward is None else reward, num_episodes)
+            done = _flags("terminated", terminated, num_episodes) | _flags("truncated", truncated, num_episodes)
             inputs, state = self._inputs.copy(), [each.copy() for each in self._state]
             ended = self._ended + done
             if full:
@@ -140,10 +141,10 @@ class Player:
             if full:
                 inputs[0, new, size:-1] = 0.0
         inputs[0, :, :size] = observations
-        actions, log_probs, state = self._policy.act(inputs, state, self._draw(columns))
+        actions, log_probs, state = self._policy.act(inputs, state, self._draw(num_episodes))
         if not (np.isfinite(actions).all() and np.isfinite(log_probs).all()):
             raise FloatingPointError("The policy's action is not finite: its weights or its memory have diverged.")
-        self._columns, self._single = columns, np.ndim(observation) == 1
+        self._num_episodes, self._single = num_episodes, np.ndim(observation) == 1
         self._state, self._ended, self._inputs = state, ended, inputs
         if full:
             one_hot = np.eye(spec.action_size, dtype=np.float32)
@@ -228,12 +229,12 @@ class Player:
             raise ValueError("An observation holds NaN or infinite numbers.")
         return array.reshape(-1, size)
 
-    def _draw(self, columns: int) -> Array | None:
+    def _draw(self, num_episodes: int) -> Array | None:
         if self.deterministic:
             return None
         if self.spec.discrete:
-            return self._noise.random((1, columns), dtype=np.float32)
-        return self._noise.standard_normal((1, columns, self.spec.action_size), dtype=np.float32)
+            return self._noise.random((1, num_episodes), dtype=np.float32)
+        return self._noise.standard_normal((1, num_episodes, self.spec.action_size), dtype=np.float32)
 
 
 def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0) -> Player:
@@ -292,18 +293,18 @@ def _vector_env(
     return vector, longest
 
 
-def _numbers(name: str, value: Any, columns: int) -> Array:
+def _numbers(name: str, value: Any, num_episodes: int) -> Array:
     try:
         array = np.asarray(value, np.float32)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number for each of {columns} environment(s), not {value!r}.") from None
-    if array.shape not in ((), (columns,)) or not np.isfinite(array).all():
-        raise ValueError(f"{name} must be a finite number for each of {columns} environment(s), not {value!r}.")
-    return np.broadcast_to(array, (columns,))
+        raise ValueError(f"{name} must be a number for each of {num_episodes} environment(s), not {value!r}.") from None
+    if array.shape not in ((), (num_episodes,)) or not np.isfinite(array).all():
+        raise ValueError(f"{name} must be a finite number for each of {num_episodes} environment(s), not {value!r}.")
+    return np.broadcast_to(array, (num_episodes,))
 
 
-def _flags(name: str, value: Any, columns: int) -> Array:
+def _flags(name: str, value: Any, num_episodes: int) -> Array:
     array = np.asarray(value)
-    if array.shape not in ((), (columns,)) or array.dtype != bool:
-        raise ValueError(f"{name} must be true or false for each of {columns} environment(s), not {value!r}.")
-    return np.broadcast_to(array, (columns,))
+    if array.shape not in ((), (num_episodes,)) or array.dtype != bool:
+        raise ValueError(f"{name} must be true or false for each of {num_episodes} environment(s), not {value!r}.")
+    return np.broadcast_to(array, (num_episodes,))

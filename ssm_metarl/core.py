@@ -153,17 +153,17 @@ class TaskDistribution(abc.ABC):
         """
 
     @abc.abstractmethod
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> VectorEnv[Any, Any, Any]:
-        """Build the environments of M tasks, K columns each; a rollout worker calls this for every batch.
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> VectorEnv[Any, Any, Any]:
+        """Build the environments of M tasks, K episode slots each; a rollout worker calls this for every batch.
 
         Args:
             tasks: M tasks, as from ``sample``.
-            columns: K, the episodes of a task that run side by side.
+            num_episodes: K, the episodes of a task that run side by side.
 
         Returns:
-            M*K environments with ``AutoresetMode.SAME_STEP``; number m*K + k is column k of task m. ``reset``
+            M*K environments with ``AutoresetMode.SAME_STEP``; number m*K + k is slot k of task m. ``reset``
             takes a list of M*K seeds; ``step`` takes [M*K, A] float32 actions, which it clips itself, or
-            [M*K] int64. What a column experiences depends on its task, seed and actions alone.
+            [M*K] int64. What an episode slot experiences depends on its task, seed and actions alone.
 
         Raises:
             ValueError: a task's parameters are missing, unknown or impossible, or the batch is empty.

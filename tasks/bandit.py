@@ -38,11 +38,11 @@ class BanditEnv(BatchedEnv):
         self._rows = np.arange(num_envs)
         # One number a pull, drawn when the episode starts: a pull pays where it is below the arm's probability.
         self._luck = np.zeros((pulls, num_envs))
-        self._pull = 0  # of all columns: their episodes are equally long, and start and end together
+        self._pull = 0  # of all episode slots: their episodes are equally long, and start and end together
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
+    def _start(self, slots: NDArray[np.intp]) -> None:
         pulls = len(self._luck)
-        self._luck[:, columns] = np.transpose([self._generator(column).random(pulls) for column in columns.tolist()])
+        self._luck[:, slots] = np.transpose([self._generator(slot).random(pulls) for slot in slots.tolist()])
         self._pull = 0
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -93,9 +93,9 @@ class Bandit(TaskDistribution):
         lookup(dict.fromkeys(SPLITS), split, "split")
         return [{"probabilities": odds} for odds in rng.random((n, self.arms)).tolist()]
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> BanditEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> BanditEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        return BanditEnv(stack_parameters(tasks, self._parameters, columns)["probabilities"], self.horizon)
+        return BanditEnv(stack_parameters(tasks, self._parameters, num_episodes)["probabilities"], self.horizon)
 
 
 def _reference(arms: int, pulls: int) -> ReferenceReturns:

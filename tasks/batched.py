@@ -34,12 +34,12 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
     """N environments whose state is a few arrays, stepped together; native families derive from it.
 
     It keeps what is the same everywhere: seeds, the horizon, ends and autoreset. A family adds its dynamics
-    in ``_start``, ``_advance`` and ``_observe``, which must treat columns one by one (elementwise operations
-    only), so that a column's experience is the same bits whatever runs beside it.
+    in ``_start``, ``_advance`` and ``_observe``, which must treat episode slots one by one (elementwise operations
+    only), so that an episode slot's experience is the same bits whatever runs beside it.
 
     Flags and infos are those of gymnasium's ``SyncVectorEnv`` in ``AutoresetMode.SAME_STEP``: the step that
     ends an episode returns its reward and flags with the next episode's first observation, and its last
-    observation as ``infos["final_obs"][column]``, where ``infos["_final_obs"][column]`` is true. Where
+    observation as ``infos["final_obs"][slot]``, where ``infos["_final_obs"][slot]`` is true. Where
     nothing ended, infos are empty. All arrays returned are the caller's to keep and to change.
     """
 
@@ -69,21 +69,21 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
 
     @functools.cached_property
     def observation_space(self) -> gymnasium.Space[Any]:  # type: ignore[override]
-        """Space of the observations of all columns."""
+        """Space of the observations of all episode slots."""
         return batch_space(self.single_observation_space, self.num_envs)
 
     @functools.cached_property
     def action_space(self) -> gymnasium.Space[Any]:  # type: ignore[override]
-        """Space of the actions of all columns."""
+        """Space of the actions of all episode slots."""
         return batch_space(self.single_action_space, self.num_envs)
 
     @abc.abstractmethod
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        """Put these columns at the start of an episode; chance comes from ``_generator(column)``."""
+    def _start(self, slots: NDArray[np.intp]) -> None:
+        """Put these episode slots at the start of an episode; chance comes from ``_generator(slot)``."""
 
     @abc.abstractmethod
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Move every column one step; return new arrays: rewards [N] float32 and terminated [N] bool."""
+        """Move every slot one step; return new arrays: rewards [N] float32 and terminated [N] bool."""
 
     @abc.abstractmethod
     def _observe(self) -> NDArray[np.float32]:
@@ -95,11 +95,11 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
         seed: int | Sequence[int | None] | None = None,
         options: dict[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Start an episode in every column.
+        """Start an episode in every slot.
 
         Args:
-            seed: N seeds; or one, for seed, seed + 1, ...; None, here or for a column, goes on with the
-                column's present generator.
+            seed: N seeds; or one, for seed, seed + 1, ...; None, here or for an episode slot, goes on with the
+                slot's present generator.
             options: none are known.
 
         Returns:
@@ -110,16 +110,16 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
         """
         if options:
             raise ValueError(f"{type(self).__name__} has no reset options, not {', '.join(options)}.")
-        for column, column_seed in enumerate(_column_seeds(seed, self.num_envs)):
-            if column_seed is not None:
-                self._seeds[column] = column_seed
-                self._generators[column] = None
+        for slot, slot_seed in enumerate(_slot_seeds(seed, self.num_envs)):
+            if slot_seed is not None:
+                self._seeds[slot] = slot_seed
+                self._generators[slot] = None
         self._clock = 0
         self._begin(np.arange(self.num_envs))
         return self._observe(), {}
 
     def step(self, actions: NDArray[Any]) -> Step:
-        """Move every column one step and start the next episode where one ended.
+        """Move every slot one step and start the next episode where one ended.
 
         Args:
             actions: [N, A] float32, or [N] integers.
@@ -147,45 +147,45 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
         ended = terminated | truncated
         if not np.count_nonzero(ended):
             return observations, rewards, terminated, truncated, {}
-        columns = np.flatnonzero(ended)
-        infos = _final_infos(observations, ended, columns)
-        self._begin(columns)
+        slots = np.flatnonzero(ended)
+        infos = _final_infos(observations, ended, slots)
+        self._begin(slots)
         return self._observe(), rewards, terminated, truncated, infos
 
-    def _begin(self, columns: NDArray[np.intp]) -> None:
-        """Start an episode in these columns, at the present time."""
+    def _begin(self, slots: NDArray[np.intp]) -> None:
+        """Start an episode in these episode slots, at the present time."""
         assert self._clock is not None
-        self._start(columns)
-        self._deadlines[columns] = self._clock + self._horizon
+        self._start(slots)
+        self._deadlines[slots] = self._clock + self._horizon
         self._next_deadline = int(self._deadlines.min())
 
-    def _generator(self, column: int) -> np.random.Generator:
-        """The column's own generator, made when a start first draws from it: many families never do."""
-        generator = self._generators[column]
+    def _generator(self, slot: int) -> np.random.Generator:
+        """The slot's own generator, made when a start first draws from it: many families never do."""
+        generator = self._generators[slot]
         if generator is None:
-            generator = self._generators[column] = np_random(self._seeds[column])[0]
+            generator = self._generators[slot] = np_random(self._seeds[slot])[0]
         return generator
 
 
-def _column_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:
-    """One seed a column, as gymnasium's vector environments read ``reset(seed=...)``."""
+def _slot_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:
+    """One seed an episode slot, as gymnasium's vector environments read ``reset(seed=...)``."""
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, int | np.integer):
         seed = range(int(seed), int(seed) + num_envs)
-    seeds = [None if column_seed is None else operator.index(column_seed) for column_seed in seed]
+    seeds = [None if slot_seed is None else operator.index(slot_seed) for slot_seed in seed]
     if len(seeds) != num_envs:
         raise ValueError(f"{num_envs} environments need {num_envs} seeds, not {len(seeds)}.")
-    if any(column_seed is not None and column_seed < 0 for column_seed in seeds):
+    if any(slot_seed is not None and slot_seed < 0 for slot_seed in seeds):
         raise ValueError("A seed must be 0 or more.")
     return seeds
 
 
 def _final_infos(
-    observations: NDArray[np.float32], ended: NDArray[np.bool_], columns: NDArray[np.intp]
+    observations: NDArray[np.float32], ended: NDArray[np.bool_], slots: NDArray[np.intp]
 ) -> dict[str, Any]:
-    """The infos of gymnasium's ``SyncVectorEnv`` where these columns ended and no environment has its own."""
+    """The infos of gymnasium's ``SyncVectorEnv`` where these episode slots ended and no environment has its own."""
     final_obs = np.full(len(ended), None, dtype=object)
-    for column in columns.tolist():
-        final_obs[column] = observations[column]
+    for slot in slots.tolist():
+        final_obs[slot] = observations[slot]
     return {"final_obs": final_obs, "_final_obs": ended, "final_info": {}, "_final_info": ended.copy()}

@@ -131,9 +131,9 @@ class CartPoleEnv(BatchedEnv):
         self._physics = physics
         self._state = np.zeros((4, num_envs))
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        draws = [self._generator(column).uniform(-START, START, 4) for column in columns.tolist()]
-        self._state[:, columns] = np.transpose(draws)
+    def _start(self, slots: NDArray[np.intp]) -> None:
+        draws = [self._generator(slot).uniform(-START, START, 4) for slot in slots.tolist()]
+        self._state[:, slots] = np.transpose(draws)
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         right = actions == 1
@@ -170,9 +170,9 @@ class CartPole(TaskDistribution):
         values["direction"] = rng.choice([-1, 1], n).tolist()
         return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> CartPoleEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> CartPoleEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        return CartPoleEnv(Physics.of(stack_parameters(tasks, PARAMETERS, columns)))
+        return CartPoleEnv(Physics.of(stack_parameters(tasks, PARAMETERS, num_episodes)))
 
 
 register(CartPole.name, CartPole)

@@ -109,19 +109,19 @@ class MetaWorldEnv(BatchedEnv):
             _IDLE[type(env)].append(env)
         self._envs = []
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        for column in columns.tolist():
-            self._observations[column] = self._envs[column].reset()[0]
+    def _start(self, slots: NDArray[np.intp]) -> None:
+        for slot in slots.tolist():
+            self._observations[slot] = self._envs[slot].reset()[0]
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         clipped = actions.astype(np.float32, copy=False).clip(-1, 1)
         rewards = np.zeros(self.num_envs, dtype=np.float32)
-        for column, env in enumerate(self._envs):
-            action = clipped[column]
+        for slot, env in enumerate(self._envs):
+            action = clipped[slot]
             sound = bool(np.isfinite(action).all())
             observation, reward, *_ = env.step(action if sound else np.zeros_like(action))
-            self._observations[column] = observation
-            rewards[column] = reward if sound else np.nan
+            self._observations[slot] = observation
+            rewards[slot] = reward if sound else np.nan
         return rewards, np.zeros(self.num_envs, dtype=np.bool_)
 
     def _observe(self) -> NDArray[np.float32]:
@@ -173,7 +173,7 @@ class MetaWorld(TaskDistribution):
         """
         episodes = 20
         rng = np.random.default_rng(0)
-        envs = self.make_vector_env(self.sample(episodes, rng), columns=1)
+        envs = self.make_vector_env(self.sample(episodes, rng), num_episodes=1)
         envs.reset(seed=0)
         returns = np.zeros(episodes)
         for _ in range(self.horizon):
@@ -189,15 +189,15 @@ class MetaWorld(TaskDistribution):
         drawn = [names[i] for i in rng.integers(len(names), size=n)]
         return [{"env": env, "index": int(rng.integers(len(tasks[env]))), "split": theirs} for env in drawn]
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> MetaWorldEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> MetaWorldEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        if not tasks or columns < 1:
-            raise ValueError(f"At least one task and one column are needed, not {len(tasks)} and {columns}.")
+        if not tasks or num_episodes < 1:
+            raise ValueError(f"At least one task and one slot are needed, not {len(tasks)} and {num_episodes}.")
         classes, theirs = [], []
         for number, task in enumerate(tasks):
             env, index, split = self._checked(number, task)
-            classes += [self.placements.classes[split][env]] * columns
-            theirs += [self.placements.tasks[split][env][index]] * columns
+            classes += [self.placements.classes[split][env]] * num_episodes
+            theirs += [self.placements.tasks[split][env][index]] * num_episodes
         return MetaWorldEnv(classes, theirs, self.horizon)
 
     def _checked(self, number: int, task: Task) -> tuple[str, int, str]:

@@ -5,7 +5,7 @@ the semantics of its HalfCheetah-v5 and Ant-v5: from the same state the same act
 bit when MuJoCo's solver starts both without a warm start. Only the reward differs, by the task. Needs the extra
 ``mujoco``; without it this module imports, and making a family raises a ValueError that says so.
 
-All columns take a step in one call of ``mujoco.rollout``, on as many threads as ``SSM_METARL_MUJOCO_THREADS`` says.
+All episodes take a step in one call of ``mujoco.rollout``, on as many threads as ``SSM_METARL_MUJOCO_THREADS`` says.
 The default is 1, since a run's parallelism is its workers: threads times workers should not exceed the cores.
 """
 
@@ -98,9 +98,9 @@ def load_model(file: str) -> Any:
 class MujocoEnv(BatchedEnv):
     """N robots of one kind, each with a task of its own; a family's environment adds the reward.
 
-    A column's state is MuJoCo's: time, coordinates, velocities. What the solver remembers of the last step (its
-    warm start) is not part of it: every step begins at zero. It only shortens the solver's way, and a column cannot
-    depend on the thread, or on the column, that the memory came from.
+    An episode slot's state is MuJoCo's: time, coordinates, velocities. What the solver remembers of the last step (its
+    warm start) is not part of it: every step begins at zero. It only shortens the solver's way, and an episode cannot
+    depend on the thread, or on the slot, that the memory came from.
 
     Actions are clipped to [-1, 1], and the cost is that of the clipped actions, as in MAML's code; gymnasium leaves
     clipping to MuJoCo and counts the actions as they came. An episode whose action is NaN, or whose simulation
@@ -111,7 +111,7 @@ class MujocoEnv(BatchedEnv):
         robot: which.
         parameters: the tasks' parameters, arrays [N].
         horizon: most steps of an episode.
-        threads: threads that share the columns of a step, 1 or more.
+        threads: threads that share the episode slots of a step, 1 or more.
     """
 
     def __init__(self, robot: Robot, parameters: dict[str, Floats], horizon: int, threads: int) -> None:
@@ -151,15 +151,15 @@ class MujocoEnv(BatchedEnv):
         """End the threads."""
         self._rollout.close()
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
+    def _start(self, slots: NDArray[np.intp]) -> None:
         sizes = self._robot.positions, self._robot.velocities
-        noise = np.empty((len(columns), sum(sizes)))
-        for row, column in zip(noise, columns.tolist(), strict=True):
-            generator = self._generator(column)
+        noise = np.empty((len(slots), sum(sizes)))
+        for row, slot in zip(noise, slots.tolist(), strict=True):
+            generator = self._generator(slot)
             row[: sizes[0]] = generator.uniform(-START_NOISE, START_NOISE, sizes[0])
             row[sizes[0] :] = START_NOISE * generator.standard_normal(sizes[1])
-        self._state[columns, 0] = 0.0
-        self._state[columns, 1:] = self._initial + noise
+        self._state[slots, 0] = 0.0
+        self._state[slots, 1:] = self._initial + noise
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         clipped = actions.astype(np.float32, copy=False).clip(_LOW, _HIGH)
@@ -268,9 +268,9 @@ class MujocoFamily(TaskDistribution):
         self.observation_space = self.robot.observation_space
         self.action_space = self.robot.action_space
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> MujocoEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> MujocoEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        stacked = stack_parameters(tasks, self.parameters, columns)
+        stacked = stack_parameters(tasks, self.parameters, num_episodes)
         env: MujocoEnv = self.environment(stacked, self.horizon, self.threads)
         return env
 

@@ -65,8 +65,8 @@ class NavigationEnv(BatchedEnv):
         self._goals = goals.astype(np.float32)
         self._positions = np.zeros_like(self._goals)
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        self._positions[columns] = 0.0
+    def _start(self, slots: NDArray[np.intp]) -> None:
+        self._positions[slots] = 0.0
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         self._positions += actions.astype(np.float32, copy=False).clip(_LOW, _HIGH)
@@ -100,9 +100,9 @@ class Navigation2D(TaskDistribution):
         inner, outer = lookup(GOALS, split, "split")
         return [{"goal": goal} for goal in draw_goals(n, inner, outer, rng).tolist()]
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> NavigationEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> NavigationEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        return NavigationEnv(stack_parameters(tasks, PARAMETERS, columns)["goal"])
+        return NavigationEnv(stack_parameters(tasks, PARAMETERS, num_episodes)["goal"])
 
 
 register(Navigation2D.name, Navigation2D)

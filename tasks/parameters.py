@@ -49,23 +49,23 @@ class Parameter:
 
 
 def stack_parameters(
-    tasks: Sequence[Task], parameters: Mapping[str, Parameter], columns: int
+    tasks: Sequence[Task], parameters: Mapping[str, Parameter], num_episodes: int
 ) -> dict[str, NDArray[np.float64]]:
     """Check the parameters of M tasks and lay them out for M*K environments; ``make_vector_env`` calls this.
 
     Args:
         tasks: M tasks, each with exactly the keys of `parameters`.
         parameters: what each key may be.
-        columns: K.
+        num_episodes: K.
 
     Returns:
         For each key an array [M*K], or [M*K, size], float64, a task's value repeated K times.
 
     Raises:
-        ValueError: there is no task or no column, or a key is missing, unknown or has an impossible value.
+        ValueError: there is no task or no slot, or a key is missing, unknown or has an impossible value.
     """
-    if not tasks or columns < 1:
-        raise ValueError(f"At least one task and one column are needed, not {len(tasks)} and {columns}.")
+    if not tasks or num_episodes < 1:
+        raise ValueError(f"At least one task and one slot are needed, not {len(tasks)} and {num_episodes}.")
     for number, task in enumerate(tasks):
         for key in task:
             if key not in parameters:
@@ -76,6 +76,6 @@ def stack_parameters(
             if not parameter.allows(task[key]):
                 raise ValueError(f"Task {number}: {key!r} must be {parameter}, not {task[key]!r}.")
     return {
-        key: np.repeat(np.asarray([task[key] for task in tasks], dtype=np.float64), columns, axis=0)
+        key: np.repeat(np.asarray([task[key] for task in tasks], dtype=np.float64), num_episodes, axis=0)
         for key in parameters
     }

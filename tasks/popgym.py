@@ -2,7 +2,7 @@
 arXiv 2303.01859), in three difficulties.
 
 They play as the package popgym 1.0.7 does (its ``envs/repeat_previous.py``, ``envs/noisy_position_only_cartpole.py``):
-with equal seed and actions the first episode of a column is the package's, bit by bit. A return of 1 is the most there
+with equal seed and actions the first episode of a slot is the package's, bit by bit. A return of 1 is the most there
 is. Each is one partially observed problem and no family of tasks: its only task is ``{}``, and the splits differ in
 seeds. POPGym's others play through the package, such as ``gym:popgym:popgym-CountRecallEasy-v0``.
 """
@@ -70,13 +70,13 @@ class RepeatPreviousEnv(BatchedEnv):
         self._k = k
         self._gain = np.float32(1 / (cards - k))
         self._suits = np.zeros((cards, num_envs), dtype=np.int64)
-        self._dealt = 0  # to all columns: their episodes are equally long, and start and end together
+        self._dealt = 0  # to all episode slots: their episodes are equally long, and start and end together
         self._one_hot = np.eye(SUITS, dtype=np.float32)
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
+    def _start(self, slots: NDArray[np.intp]) -> None:
         cards = len(self._suits)
-        orders = [self._generator(column).permutation(cards) for column in columns.tolist()]
-        self._suits[:, columns] = np.transpose(orders)[::-1] % SUITS  # dealt from the end
+        orders = [self._generator(slot).permutation(cards) for slot in slots.tolist()]
+        self._suits[:, slots] = np.transpose(orders)[::-1] % SUITS  # dealt from the end
         self._dealt = 1
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -123,10 +123,10 @@ class RepeatPrevious(_OneTask):
         # Exact: of the cards - k guesses a quarter is right, independently of each other.
         self.reference = ReferenceReturns(random=-0.5, random_sd=(3 / 4 / (cards - self._k)) ** 0.5, oracle=1.0)
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> RepeatPreviousEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> RepeatPreviousEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        stack_parameters(tasks, {}, columns)  # for its checks
-        return RepeatPreviousEnv(len(tasks) * columns, self._decks, self._k)
+        stack_parameters(tasks, {}, num_episodes)  # for its checks
+        return RepeatPreviousEnv(len(tasks) * num_episodes, self._decks, self._k)
 
 
 class NoisyCartPoleEnv(CartPoleEnv):
@@ -146,11 +146,11 @@ class NoisyCartPoleEnv(CartPoleEnv):
         self._age = np.zeros(num_envs, dtype=np.int64)
         self._rows = np.arange(num_envs)
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        super()._start(columns)
-        for column in columns.tolist():
-            self._noise[column] = self._generator(column).normal(0.0, self._sigma, self._noise.shape[1:])
-        self._age[columns] = 0
+    def _start(self, slots: NDArray[np.intp]) -> None:
+        super()._start(slots)
+        for slot in slots.tolist():
+            self._noise[slot] = self._generator(slot).normal(0.0, self._sigma, self._noise.shape[1:])
+        self._age[slots] = 0
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         rewards, terminated = super()._advance(actions)
@@ -188,10 +188,10 @@ class NoisyPositionOnlyCartPole(_OneTask):
     def __init__(self, *, difficulty: str = "easy") -> None:
         self.noise = lookup(NOISE, difficulty, "difficulty")
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> NoisyCartPoleEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> NoisyCartPoleEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        stack_parameters(tasks, {}, columns)  # for its checks
-        return NoisyCartPoleEnv(len(tasks) * columns, self.noise)
+        stack_parameters(tasks, {}, num_episodes)  # for its checks
+        return NoisyCartPoleEnv(len(tasks) * num_episodes, self.noise)
 
 
 register(RepeatPrevious.name, RepeatPrevious)

@@ -4,8 +4,8 @@ From a name to experience; the trainer writes the first two lines, a rollout wor
 
     distribution = make("navigation-2d")
     tasks = distribution.sample(20, rng, split="train")  # JSON values: sent to workers, logged with the data
-    envs = distribution.make_vector_env(tasks, columns=20)  # 400 environments, index = task * 20 + column
-    observations, _ = envs.reset(seed=seeds)  # one seed a column
+    envs = distribution.make_vector_env(tasks, num_episodes=20)  # 400 environments, index = task * 20 + slot
+    observations, _ = envs.reset(seed=seeds)  # one seed an episode slot
     observations, rewards, terminated, truncated, infos = envs.step(actions)
 """
 

@@ -101,37 +101,37 @@ def measure_reference(distribution: TabularMDP, n: int, rng: np.random.Generator
 
 
 class TabularEnv(BatchedEnv):
-    """M MDPs in K columns each.
+    """M MDPs in K episode slots each.
 
     Args:
         means: [M, S, A], mean rewards.
         transitions: [M, S, A, S], probabilities of the next state.
-        columns: K.
+        num_episodes: K.
         episode_length: steps an episode.
     """
 
-    def __init__(self, means: Floats, transitions: Floats, columns: int, episode_length: int) -> None:
+    def __init__(self, means: Floats, transitions: Floats, num_episodes: int, episode_length: int) -> None:
         tasks, states, self._actions = means.shape
-        num_envs = tasks * columns
+        num_envs = tasks * num_episodes
         super().__init__(_observation_space(states), Discrete(self._actions), num_envs, episode_length)
         self._means = means
         # The next state is the number of bounds at or below a uniform draw. The last bound, 1 but for rounding,
         # is left out, so that there always is a next state.
         self._bounds = transitions.cumsum(axis=-1)[..., :-1]
-        self._tasks = np.repeat(np.arange(tasks), columns)
+        self._tasks = np.repeat(np.arange(tasks), num_episodes)
         self._one_hot = np.eye(states, dtype=np.float32)
         self._states = np.zeros(num_envs, dtype=np.int64)
         # An episode's chance, drawn when it starts: the rewards' noise and what decides the next state.
         self._noise = np.zeros((episode_length, num_envs))
         self._luck = np.zeros((episode_length, num_envs))
-        self._step = 0  # of all columns: their episodes are equally long, and start and end together
+        self._step = 0  # of all episode slots: their episodes are equally long, and start and end together
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
+    def _start(self, slots: NDArray[np.intp]) -> None:
         length = len(self._noise)
-        generators = [self._generator(column) for column in columns.tolist()]
-        self._noise[:, columns] = np.transpose([generator.standard_normal(length) for generator in generators])
-        self._luck[:, columns] = np.transpose([generator.random(length) for generator in generators])
-        self._states[columns] = START
+        generators = [self._generator(slot) for slot in slots.tolist()]
+        self._noise[:, slots] = np.transpose([generator.standard_normal(length) for generator in generators])
+        self._luck[:, slots] = np.transpose([generator.random(length) for generator in generators])
+        self._states[slots] = START
         self._step = 0
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -194,7 +194,7 @@ class TabularMDP(TaskDistribution):
         means = np.zeros((len(tasks), self.states, self.actions))
         transitions = np.zeros((*means.shape, self.states))
         for number, task in enumerate(tasks):
-            # The key keeps these draws apart from those of a column that is reset with the same number.
+            # The key keeps these draws apart from those of an episode slot that is reset with the same number.
             rng = np.random.default_rng(np.random.SeedSequence(task["seed"], spawn_key=(0,)))
             means[number] = rng.normal(1.0, 1.0, means.shape[1:])
             transitions[number] = rng.standard_exponential(transitions.shape[1:])
@@ -202,10 +202,10 @@ class TabularMDP(TaskDistribution):
         transitions /= transitions.sum(axis=-1, keepdims=True)
         return means, transitions
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> TabularEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> TabularEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        stack_parameters(tasks, PARAMETERS, columns)  # for its checks: the tables are kept once a task
-        return TabularEnv(*self.dynamics(tasks), columns, self.horizon)
+        stack_parameters(tasks, PARAMETERS, num_episodes)  # for its checks: the tables are kept once a task
+        return TabularEnv(*self.dynamics(tasks), num_episodes, self.horizon)
 
 
 def _observation_space(states: int) -> Box:

@@ -115,25 +115,25 @@ def step_with(module: Any, parameters: Mapping[str, torch.Tensor], *arguments: A
 class ToyEnv(VectorEnv):
     """Columns that end when they are told to, break when they are told to and count their steps.
 
-    An observation is a start drawn from the column's seed plus the number of steps since; the reward is 1 where the
-    action is ``best`` (0 if none is), plus a draw. A task's keys, all optional: ``ends`` (length of each column),
-    ``how`` ("terminated" or "truncated"), ``best``, ``nan`` (column, the step from which on, "observation" or
+    An observation is a start drawn from the slot's seed plus the number of steps since; the reward is 1 where the
+    action is ``best`` (0 if none is), plus a draw. A task's keys, all optional: ``ends`` (length of each slot),
+    ``how`` ("terminated" or "truncated"), ``best``, ``nan`` (slot, the step from which on, "observation" or
     "reward"), ``raises`` (the step), ``observation_size``.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
-    def __init__(self, tasks: Sequence[dict[str, Any]], columns: int) -> None:
-        self.num_envs = len(tasks) * columns
+    def __init__(self, tasks: Sequence[dict[str, Any]], num_episodes: int) -> None:
+        self.num_envs = len(tasks) * num_episodes
         self.single_observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
         self.single_action_space = spaces.Discrete(2)
-        self.rows = [task for task in tasks for _ in range(columns)]
-        self.ends = np.array([end for task in tasks for end in task.get("ends", [10**6] * columns)])
+        self.rows = [task for task in tasks for _ in range(num_episodes)]
+        self.ends = np.array([end for task in tasks for end in task.get("ends", [10**6] * num_episodes)])
         self.size = tasks[0].get("observation_size", 3)
-        self.columns = columns
+        self.num_episodes = num_episodes
 
     def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        self.generators = [np.random.default_rng(column) for column in seed]
+        self.generators = [np.random.default_rng(slot) for slot in seed]
         self.starts = np.stack([generator.normal(size=self.size) for generator in self.generators])
         self.clocks = np.zeros(self.num_envs)
         self.steps = 0
@@ -165,8 +165,8 @@ class ToyEnv(VectorEnv):
     def spoil(self, values: Any, where: str) -> Any:
         values = np.array(values, np.float64)
         for index, task in enumerate(self.rows):
-            column, step, what = task.get("nan", (None, 0, None))
-            if (column, what) == (index % self.columns, where) and self.steps >= step:
+            slot, step, what = task.get("nan", (None, 0, None))
+            if (slot, what) == (index % self.num_episodes, where) and self.steps >= step:
                 values[index] = np.nan
         return values
 
@@ -175,19 +175,19 @@ def toy_rollouts(
     spec: PolicySpec,
     weights: Mapping[str, Any],
     tasks: Sequence[dict[str, Any]],
-    columns: int,
+    num_episodes: int,
     horizon: int,
     seed: int = 0,
 ) -> Rollouts:
     """Experience of toy tasks."""
     tasks = [{"observation_size": spec.observation_size, **task} for task in tasks]
     nodes = [seed_for(seed, task) for task in range(len(tasks))]
-    return collect(ToyEnv(tasks, columns), spec, weights, nodes, tasks, horizon)
+    return collect(ToyEnv(tasks, num_episodes), spec, weights, nodes, tasks, horizon)
 
 
-def uneven(tasks: int, columns: int, horizon: int, seed: int = 0) -> list[dict[str, Any]]:
+def uneven(tasks: int, num_episodes: int, horizon: int, seed: int = 0) -> list[dict[str, Any]]:
     """Toy tasks whose episodes have all lengths from 1 to beyond the horizon."""
-    lengths = np.random.default_rng(seed).integers(1, horizon + 3, (tasks, columns))
+    lengths = np.random.default_rng(seed).integers(1, horizon + 3, (tasks, num_episodes))
     return [{"ends": row, "best": task % 2} for task, row in enumerate(lengths.tolist())]
 
 
@@ -214,10 +214,10 @@ def spoil(record: Rollouts, seed: int = 0) -> Rollouts:
     return replace(record, **arrays)
 
 
-def drop(record: Rollouts, task: int, column: int | slice = slice(None)) -> Rollouts:
+def drop(record: Rollouts, task: int, slot: int | slice = slice(None)) -> Rollouts:
     """A record that lost some episodes of a task."""
     valid = record.valid.copy()
-    valid[task, :, column] = False
+    valid[task, :, slot] = False
     return replace(record, valid=valid)
 
 
@@ -236,7 +236,7 @@ def double(batch: Batch) -> Batch:
 
 # --- Stages and gradients -----------------------------------------------------------------------------------
 
-TASKS, COLUMNS, HORIZON = 3, 4, 5
+TASKS, NUM_EPISODES, HORIZON = 3, 4, 5
 """Sizes of ``experience``."""
 
 
@@ -246,8 +246,8 @@ def experience(config: MetaConfig, spec: PolicySpec, seed: int = 0) -> tuple[SSM
     weights: dict[str, Any] = policy.numpy_weights()
     stages = []
     for stage in range(config.inner_steps + 1):
-        tasks = uneven(TASKS, COLUMNS, HORIZON, seed)
-        record = toy_rollouts(spec, weights, tasks, COLUMNS, HORIZON, seed + 100 * stage)
+        tasks = uneven(TASKS, NUM_EPISODES, HORIZON, seed)
+        record = toy_rollouts(spec, weights, tasks, NUM_EPISODES, HORIZON, seed + 100 * stage)
         stages.append(make_batch(spec, record, config))
         weights = adapt_weights(policy, weights, stages[-1], config)
     return policy, stages
@@ -260,7 +260,7 @@ def exact(config: MetaConfig, spec: PolicySpec, seed: int = 0) -> tuple[SSMPolic
 
 
 def recorded(seed: int, **options: Any) -> tuple[SSMPolicy, dict[str, Any], Rollouts]:
-    """A policy, different weights for each of three tasks, and what these played: two columns of up to nine steps."""
+    """A policy, different weights for each of three tasks, and what these played: two episodes of up to nine steps."""
     spec = make_spec(**options)
     weights = task_weights(spec, 3, seed)
     return make_policy(spec, seed), weights, toy_rollouts(spec, weights, uneven(3, 2, 9, seed), 2, 9, seed)

@@ -75,13 +75,13 @@ class Toy(gymnasium.Env[Any, Any]):
 def play(
     family: TaskDistribution,
     tasks: list[Any],
-    columns: int = 1,
+    num_episodes: int = 1,
     steps: int = 30,
     seeds: list[int] | None = None,
     close: bool = True,
 ) -> Any:
-    """All observations, rewards and ends [steps, tasks * columns, ...] for actions that a column's seed decides."""
-    envs = family.make_vector_env(tasks, columns)
+    """All observations, rewards and ends [steps, tasks * slots, ...] for actions that a slot's seed decides."""
+    envs = family.make_vector_env(tasks, num_episodes)
     seeds = seeds or list(range(envs.num_envs))
     generators = [np.random.default_rng(seed) for seed in seeds]
     space = family.action_space
@@ -109,11 +109,11 @@ def small_policy(family: TaskDistribution) -> tuple[PolicySpec, dict[str, Any]]:
     return spec, make_policy(spec).numpy_weights()
 
 
-def rollouts(family: TaskDistribution, tasks: list[Any], first: int = 0, columns: int = 2) -> Rollouts:
+def rollouts(family: TaskDistribution, tasks: list[Any], first: int = 0, num_episodes: int = 2) -> Rollouts:
     """What the small policy plays in these tasks, the first of which has the number ``first``."""
     spec, weights = small_policy(family)
     nodes = [seed_for(0, first + number) for number in range(len(tasks))]
-    return collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, columns, family.horizon)
+    return collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes, family.horizon)
 
 
 def draw(family: TaskDistribution, n: int, seed: int = 0) -> list[Any]:

@@ -23,29 +23,29 @@ from ssm_metarl.tasks.navigation import Navigation2D, NavigationEnv
 FAULTY_STEP = 5  # the step of an episode, from 0, at which a fault happens
 
 
-def _raise(env: FaultyEnv, column: int) -> None:
-    raise OSError(f"the simulator of goal {env.goal(column)} fell over")
+def _raise(env: FaultyEnv, slot: int) -> None:
+    raise OSError(f"the simulator of goal {env.goal(slot)} fell over")
 
 
-def _nan(env: FaultyEnv, column: int) -> None:
-    env.broken[column] = True
+def _nan(env: FaultyEnv, slot: int) -> None:
+    env.broken[slot] = True
 
 
-def _kill(env: FaultyEnv, column: int) -> None:
+def _kill(env: FaultyEnv, slot: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _exit(env: FaultyEnv, column: int) -> None:
+def _exit(env: FaultyEnv, slot: int) -> None:
     sys.exit(3)
 
 
-def _hang(env: FaultyEnv, column: int) -> None:
+def _hang(env: FaultyEnv, slot: int) -> None:
     time.sleep(3600)
 
 
 FAULTS: dict[str, Callable[[FaultyEnv, int], None]] = {
     "raise": _raise,
-    "nan": _nan,  # the first column's reward only
+    "nan": _nan,  # the first slot's reward only
     "kill": _kill,  # with SIGKILL, and whatever process it is: with workers only
     "exit": _exit,
     "hang": _hang,
@@ -55,16 +55,16 @@ FAULTS: dict[str, Callable[[FaultyEnv, int], None]] = {
 class FaultyEnv(NavigationEnv):
     """The environments of ``FaultyNavigation``."""
 
-    def __init__(self, tasks: Sequence[Task], columns: int) -> None:
-        super().__init__(np.repeat([task["goal"] for task in tasks], columns, axis=0))
+    def __init__(self, tasks: Sequence[Task], num_episodes: int) -> None:
+        super().__init__(np.repeat([task["goal"] for task in tasks], num_episodes, axis=0))
         self._tasks = tasks
-        self._columns = columns
+        self._num_episodes = num_episodes
         self._step = 0
         self.broken = np.zeros(self.num_envs, dtype=np.bool_)
 
-    def goal(self, column: int) -> list[float]:
-        """The goal of a column, as its task has it."""
-        return self._tasks[column // self._columns]["goal"]
+    def goal(self, slot: int) -> list[float]:
+        """The goal of an episode slot, as its task has it."""
+        return self._tasks[slot // self._num_episodes]["goal"]
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         for number, task in enumerate(self._tasks):
@@ -73,7 +73,7 @@ class FaultyEnv(NavigationEnv):
             if "announce" in task and self._step == 0:
                 _announce(Path(task["announce"]))
             if "fault" in task and self._step == FAULTY_STEP:
-                FAULTS[task["fault"]](self, number * self._columns)
+                FAULTS[task["fault"]](self, number * self._num_episodes)
         self._step += 1
         rewards, terminated = super()._advance(actions)
         rewards[self.broken] = np.nan
@@ -101,9 +101,9 @@ class FaultyNavigation(Navigation2D):
     name = "faulty-navigation"
     horizon = 20
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> FaultyEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> FaultyEnv:
         """Build the environments of `tasks`."""
-        return FaultyEnv(tasks, columns)
+        return FaultyEnv(tasks, num_episodes)
 
 
 class FaultyAfter(FaultyNavigation):

@@ -95,8 +95,8 @@ def test_a_family_of_the_users_own_is_trained_by_name(tmp_path: Path, monkeypatc
         def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
             return [{"goal": goal} for goal in rng.uniform(0.4, 0.5, (n, 2)).tolist()]
 
-        def make_vector_env(self, tasks: Sequence[Task], columns: int) -> Any:
-            return navigation.make_vector_env(tasks, columns)
+        def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> Any:
+            return navigation.make_vector_env(tasks, num_episodes)
 
     register("corner", Corner)
     config = TrainConfig.for_task("corner", iterations=1, **{**SMALL, "episodes": 3})

@@ -16,12 +16,12 @@ from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import TaskDistribution
 
-COLUMNS = 20
+SLOTS = 20
 """Most episodes that a worker plays side by side: RLlib's time a step falls little beyond."""
 
 
 class TaskEnv(VectorEnv[Array, Array, Array]):
-    """N columns that play episodes of a family, a new task each; an observation is what the policy reads.
+    """N episode slots that play episodes of a family, a new task each; an observation is what the policy reads.
 
     That is the observation and, with ``inputs="full"``, the previous action as it was sampled (one-hot if discrete),
     the previous reward and the start flag: the inputs that ``collect`` makes. The step after an episode's last one
@@ -59,7 +59,7 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        """Begin an episode in every column; equal seeds give equal tasks and equal chance.
+        """Begin an episode in every slot; equal seeds give equal tasks and equal chance.
 
         Args:
             seed: non-negative; None goes on with new episodes of the last one.
@@ -69,14 +69,14 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
             Inputs of the policy [N, I] float32, and empty infos.
         """
         if seed is not None:
-            assert isinstance(seed, int), "one seed for all columns"
+            assert isinstance(seed, int), "one seed for all episode slots"
             self._seed, self._episodes = seed, [0] * self.num_envs
-        for column in range(self.num_envs):
-            self._begin(column)
+        for slot in range(self.num_envs):
+            self._begin(slot)
         return self._inputs.copy(), {}
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Move every column one step, or begin its next episode.
+        """Move every slot one step, or begin its next episode.
 
         Args:
             actions: [N, A] float32, or [N] integers.
@@ -87,14 +87,14 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         rewards = np.zeros(self.num_envs, np.float32)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         errors = np.full(self.num_envs, None, object)
-        for column in range(self.num_envs):
-            if self._done[column]:
-                self._begin(column)
+        for slot in range(self.num_envs):
+            if self._done[slot]:
+                self._begin(slot)
                 continue
             try:
-                rewards[column], terminated[column], truncated[column] = self._play(column, actions[column])
+                rewards[slot], terminated[slot], truncated[slot] = self._play(slot, actions[slot])
             except Exception:
-                truncated[column], errors[column] = True, traceback.format_exc()
+                truncated[slot], errors[slot] = True, traceback.format_exc()
         self._done = terminated | truncated
         infos: dict[str, Any] = {}
         if self._done.any():
@@ -104,51 +104,51 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         return self._inputs.copy(), rewards, terminated, truncated, infos
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Close what the columns play in."""
+        """Close what the episode slots play in."""
         for env in self._envs:
             if env is not None:
                 env.close()
 
-    def _begin(self, column: int) -> None:
-        """Draw a column's next task and put its first observation in place."""
-        path = (column, self._episodes[column])
-        self._episodes[column] += 1
-        if (before := self._envs[column]) is not None:
+    def _begin(self, slot: int) -> None:
+        """Draw an episode slot's next task and put its first observation in place."""
+        path = (slot, self._episodes[slot])
+        self._episodes[slot] += 1
+        if (before := self._envs[slot]) is not None:
             before.close()
         task = self._family.sample(1, np.random.default_rng(seed_for(self._seed, *path, 0)), "train")
-        env = self._envs[column] = self._family.make_vector_env(task, 1)
+        env = self._envs[slot] = self._family.make_vector_env(task, 1)
         observation = env.reset(seed=seed_for(self._seed, *path, 1).generate_state(1).tolist())[0]
-        self._returns[column] = self._lengths[column] = 0
-        self._done[column] = False
-        self._read(column, self._checked(observation[0]))
+        self._returns[slot] = self._lengths[slot] = 0
+        self._done[slot] = False
+        self._read(slot, self._checked(observation[0]))
         if self._spec.inputs == "full":
-            self._inputs[column, self._spec.observation_size :] = 0.0
-            self._inputs[column, -1] = 1.0  # start flag
+            self._inputs[slot, self._spec.observation_size :] = 0.0
+            self._inputs[slot, -1] = 1.0  # start flag
 
-    def _play(self, column: int, action: Array) -> tuple[float, bool, bool]:
-        """Step a column; return reward, terminated and truncated."""
-        env = self._envs[column]
+    def _play(self, slot: int, action: Array) -> tuple[float, bool, bool]:
+        """Step an episode slot; return reward, terminated and truncated."""
+        env = self._envs[slot]
         assert env is not None, "reset comes before step"
         observation, rewards, terminated, truncated, infos = env.step(self._spec.env_actions(np.asarray(action))[None])
         done = bool(terminated[0] or truncated[0])
         last = np.asarray(infos["final_obs"][0] if done else observation[0], np.float32)
         reward = float(self._checked(np.asarray(rewards, np.float32))[0])
-        self._read(column, self._checked(last))
-        self._returns[column] += reward
-        self._lengths[column] += 1
+        self._read(slot, self._checked(last))
+        self._returns[slot] += reward
+        self._lengths[slot] += 1
         size = self._spec.observation_size
         if self._spec.inputs == "full":
-            self._inputs[column, size:] = 0.0
+            self._inputs[slot, size:] = 0.0
             if self._spec.discrete:
-                self._inputs[column, size + int(action)] = 1.0
+                self._inputs[slot, size + int(action)] = 1.0
             else:
-                self._inputs[column, size:-2] = action
-            self._inputs[column, -2] = reward
-        cut = bool(truncated[0]) or self._lengths[column] == self._family.horizon
+                self._inputs[slot, size:-2] = action
+            self._inputs[slot, -2] = reward
+        cut = bool(truncated[0]) or self._lengths[slot] == self._family.horizon
         return reward, bool(terminated[0]), cut
 
-    def _read(self, column: int, observation: Array) -> None:
-        self._inputs[column, : self._spec.observation_size] = observation
+    def _read(self, slot: int, observation: Array) -> None:
+        self._inputs[slot, : self._spec.observation_size] = observation
 
     @staticmethod
     def _checked(numbers: Array) -> Array:

@@ -26,7 +26,7 @@ from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import SCHEDULES
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.learner import resolve_device
-from ssm_metarl.distributed.rllib.env import COLUMNS, TaskEnv
+from ssm_metarl.distributed.rllib.env import SLOTS, TaskEnv
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tasks import TaskDistribution
 
@@ -114,7 +114,7 @@ def ppo_config(
     spec = config.policy_spec(distribution)
     episodes = config.meta_batch * config.episodes
     batch = episodes * distribution.horizon
-    columns = max(1, min(COLUMNS, episodes // max(config.num_workers, 1)))
+    slots = max(1, min(SLOTS, episodes // max(config.num_workers, 1)))
 
     def schedule(first: float) -> float | list[list[float]]:
         """Of RLlib's form: values at numbers of environment steps."""
@@ -136,7 +136,7 @@ def ppo_config(
     )
     rllib.env_runners(
         num_env_runners=config.num_workers,
-        num_envs_per_env_runner=columns,
+        num_envs_per_env_runner=slots,
         gym_env_vectorize_mode="vector_entry_point",
         sample_timeout_s=None,  # RLlib's minute would throw away what a slower worker has collected
     )

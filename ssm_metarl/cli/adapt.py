@@ -74,13 +74,13 @@ def _show(summary: Mapping[str, Any], console: Console) -> None:
     replayed = [f"{count:.1f}" for count in summary["effective_replay_episodes"]]
     console.print(f"Task: {parameter_words(summary['parameters'])}", markup=False, highlight=False, soft_wrap=True)
     table = Table(title=f"{summary['task']}: {summary['mode']} adaptation")
-    columns = ["step", "return of its own episodes"]
-    columns += ["effective replayed episodes"] if any(summary["effective_replay_episodes"]) else []
-    for column in columns:
-        table.add_column(column, justify="right")
+    headings = ["step", "return of its own episodes"]
+    headings += ["effective replayed episodes"] if any(summary["effective_replay_episodes"]) else []
+    for heading in headings:
+        table.add_column(heading, justify="right")
     for step, value in enumerate(summary["curve"]):
         mark = " (best)" if step == summary["best_step"] else ""
-        table.add_row(str(step), f"{value:.2f}{mark}", *(["", *replayed][step : step + 1] if len(columns) > 2 else []))
+        table.add_row(str(step), f"{value:.2f}{mark}", *(["", *replayed][step : step + 1] if len(headings) > 2 else []))
     console.print(table)
     before, after = summary["before"], summary["after"]
     interval = interval_words(after, 2)

@@ -91,7 +91,9 @@ class Adapt:
 
 @dataclass(frozen=True)
 class JobStart:
-    """Start a command in the background; it outlives the terminal. Usage: ``job start [options] [-- train … | evolve …]``.
+    """Start a command in the background; it outlives the terminal.
+
+    Usage: ``job start [options] [-- train … | evolve …]``.
 
     Without a command, self-improvement goes on from the best checkpoint until it is stopped: the newest run of evolve
     in --storage is resumed, or a new one starts from the newest trained run, or from initial weights. Without a

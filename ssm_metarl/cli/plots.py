@@ -224,8 +224,8 @@ def plot_task(folder: Path, summary: Mapping[str, Any], before: Rollouts, after:
 def _trajectories(before: Rollouts, after: Rollouts, goal: list[float], path: Path) -> Path:
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     for axes, record, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
-        for column, length in enumerate(record.lengths()[0].tolist()):
-            steps = [record.observations[0, :length, column], record.last_observations[0, column][None]]
+        for slot, length in enumerate(record.lengths()[0].tolist()):
+            steps = [record.observations[0, :length, slot], record.last_observations[0, slot][None]]
             x, y = np.concatenate(steps).T
             axes.plot(x, y, color=_COLOURS[1], linewidth=0.8, alpha=0.5)
         axes.plot([0], [0], color="black", marker="o", linestyle="", label="start")

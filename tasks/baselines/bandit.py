@@ -45,7 +45,9 @@ class ThompsonSampling(BanditBaseline):
 
     def scores(self) -> Floats:
         """A draw from each arm's posterior."""
-        return self.trials.draw(lambda rng, columns: rng.beta(1 + self.wins[columns], 1 + self.losses[columns]))
+        return self.trials.draw(
+            lambda rng, num_episodes: rng.beta(1 + self.wins[num_episodes], 1 + self.losses[num_episodes])
+        )
 
 
 class UCB1(BanditBaseline):
@@ -145,7 +147,7 @@ class ClairvoyantBandit(BaselinePolicy):
     def __init__(self, trials: Trials) -> None:
         super().__init__(trials)
         best = [np.argmax(task["probabilities"]) for task in trials.tasks]
-        self._arms = np.repeat(best, trials.columns)
+        self._arms = np.repeat(best, trials.num_episodes)
 
     def act(self, observations: Observations) -> Actions:
         """See ``BaselinePolicy.act``."""

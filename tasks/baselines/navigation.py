@@ -21,7 +21,7 @@ class ClairvoyantNavigation(BaselinePolicy):
     def __init__(self, trials: Trials) -> None:
         super().__init__(trials)
         goals = np.array([task["goal"] for task in trials.tasks], dtype=np.float32)
-        self._goals = goals.repeat(trials.columns, axis=0)
+        self._goals = goals.repeat(trials.num_episodes, axis=0)
 
     def act(self, observations: Observations) -> Actions:
         """See ``BaselinePolicy.act``; the environment clips."""

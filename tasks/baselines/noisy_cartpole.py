@@ -33,8 +33,8 @@ class KalmanRegulator(BaselinePolicy):
             return found
 
         small = 1e-5
-        columns = [(after(small * axis, 0.0) - after(-small * axis, 0.0)) / (2 * small) for axis in np.eye(4)]
-        self._transition = np.stack(columns, axis=1)
+        num_episodes = [(after(small * axis, 0.0) - after(-small * axis, 0.0)) / (2 * small) for axis in np.eye(4)]
+        self._transition = np.stack(num_episodes, axis=1)
         self._push = after(np.zeros(4), float(physics.push[0]))  # of action 1; that of action 0 is its opposite
         control = self._push[:, None] / physics.push
         cost = linalg.solve_discrete_are(self._transition, control, np.diag([1e-4, 0.0, 1.0, 0.0]), [[1e-3]])

@@ -3,8 +3,8 @@
 A policy's trials are those of a list of seeds; ``play_baseline`` gives them to a baseline policy instead, with the same
 tasks and the same chance in every environment::
 
-    returns = play_baseline("thompson", make("bandit"), tasks, seeds, columns=20)  # [M, 20]
-    returns = play_baseline("psrl", make("tabular-mdp"), tasks, seeds, columns=20, episodes=10)
+    returns = play_baseline("thompson", make("bandit"), tasks, seeds, num_episodes=20)  # [M, 20]
+    returns = play_baseline("psrl", make("tabular-mdp"), tasks, seeds, num_episodes=20, episodes=10)
 
 Baseline policies learn from observations, actions, rewards and the starts of episodes, as a policy does, except for the
 ``clairvoyant`` ones, which know the task.
@@ -51,7 +51,7 @@ def play_baseline(
     distribution: TaskDistribution,
     tasks: Sequence[Task],
     seeds: Sequence[np.random.SeedSequence],
-    columns: int,
+    num_episodes: int,
     episodes: int = 1,
 ) -> Floats:
     """Let a player have the trials of a policy.
@@ -61,7 +61,7 @@ def play_baseline(
         distribution: the family.
         tasks: M tasks.
         seeds: one node of the seed tree for each, as the policy's rollouts had.
-        columns: K, trials a task.
+        num_episodes: K, trials a task.
         episodes: episodes a trial, which follow each other: a player remembers those before.
 
     Returns:
@@ -76,10 +76,10 @@ def play_baseline(
         )
     if len(seeds) != len(tasks) or episodes < 1:
         raise ValueError(f"{len(tasks)} tasks need as many seeds, not {len(seeds)}, and one episode or more.")
-    env_seeds, generators = _draw(seeds, columns)
-    env = distribution.make_vector_env(tasks, columns)
-    running = player(Trials(distribution, tasks, columns, episodes, generators))
-    # A seed a column, as SyncVectorEnv takes them; the base class declares one integer.
+    env_seeds, generators = _draw(seeds, num_episodes)
+    env = distribution.make_vector_env(tasks, num_episodes)
+    running = player(Trials(distribution, tasks, num_episodes, episodes, generators))
+    # A seed an episode slot, as SyncVectorEnv takes them; the base class declares one integer.
     observations, _ = env.reset(seed=env_seeds)  # type: ignore[arg-type]
     returns = np.zeros(env.num_envs)
     left = np.full(env.num_envs, episodes)
@@ -91,10 +91,10 @@ def play_baseline(
         returns += np.where(left > 0, rewards, 0.0)
         left -= starts
     env.close()
-    return returns.reshape(len(tasks), columns)
+    return returns.reshape(len(tasks), num_episodes)
 
 
-def _draw(seeds: Sequence[np.random.SeedSequence], columns: int) -> tuple[list[int], list[np.random.Generator]]:
+def _draw(seeds: Sequence[np.random.SeedSequence], num_episodes: int) -> tuple[list[int], list[np.random.Generator]]:
     """A seed for each environment, task by task, and a generator for each task's player.
 
     The seeds are those of the rollout loop, which takes them from child 0 and action noise from child 1 in the same
@@ -104,6 +104,6 @@ def _draw(seeds: Sequence[np.random.SeedSequence], columns: int) -> tuple[list[i
     generators = []
     for seed in seeds:
         env_node, noise_node = child(seed, 0), child(seed, 1)
-        env_seeds += env_node.generate_state(columns).tolist()
+        env_seeds += env_node.generate_state(num_episodes).tolist()
         generators.append(np.random.default_rng(noise_node))
     return env_seeds, generators

@@ -20,35 +20,35 @@ Actions = NDArray[Any]
 
 @dataclass(frozen=True)
 class Trials:
-    """What a player is about to play: M tasks, K trials each, side by side as N = M*K columns.
+    """What a player is about to play: M tasks, K trials each, side by side as N = M*K episode slots.
 
     Attributes:
         distribution: the family.
         tasks: M tasks; only a clairvoyant player looks at them.
-        columns: K.
+        num_episodes: K.
         episodes: episodes a trial.
         generators: M sources of the player's own chance.
     """
 
     distribution: TaskDistribution
     tasks: Sequence[Task]
-    columns: int
+    num_episodes: int
     episodes: int
     generators: Sequence[np.random.Generator]
 
     @property
     def number(self) -> int:
         """N, the number of trials."""
-        return len(self.tasks) * self.columns
+        return len(self.tasks) * self.num_episodes
 
     def draw(self, sample: Callable[[np.random.Generator, slice], Actions]) -> Actions:
         """Draw for all trials, [N, ...], each task from its own generator, whatever is played beside it.
 
         Args:
-            sample: given a task's generator and its columns, K draws [K, ...].
+            sample: given a task's generator and its episode slots, K draws [K, ...].
         """
-        columns = (slice(m * self.columns, (m + 1) * self.columns) for m in range(len(self.tasks)))
-        return np.concatenate([sample(*one) for one in zip(self.generators, columns, strict=True)])
+        num_episodes = (slice(m * self.num_episodes, (m + 1) * self.num_episodes) for m in range(len(self.tasks)))
+        return np.concatenate([sample(*one) for one in zip(self.generators, num_episodes, strict=True)])
 
 
 class BaselinePolicy(abc.ABC):
@@ -79,7 +79,7 @@ class Uniform(BaselinePolicy):
     def __init__(self, trials: Trials) -> None:
         super().__init__(trials)
         space = trials.distribution.action_space
-        steps = trials.columns, trials.distribution.horizon * trials.episodes
+        steps = trials.num_episodes, trials.distribution.horizon * trials.episodes
         # All at once, [N, steps, ...]: a draw of a few numbers takes longer than they do.
         if isinstance(space, Discrete):
             count = int(space.n)

@@ -18,7 +18,7 @@ class TabularBaseline(BaselinePolicy):
         super().__init__(trials)
         assert isinstance(trials.distribution, TabularMDP)
         self.family = trials.distribution
-        self._step = 0  # of the episode: all columns' episodes are equally long
+        self._step = 0  # of the episode: all episode slots' episodes are equally long
         self._states = np.zeros(trials.number, np.int64)
         self._plan = np.zeros((0, 0, 0), np.int64)
 
@@ -44,7 +44,7 @@ class ClairvoyantTabular(TabularBaseline):
     def beliefs(self) -> tuple[Floats, Floats]:
         """The MDPs themselves."""
         means, transitions = self.family.dynamics(self.trials.tasks)
-        return means.repeat(self.trials.columns, axis=0), transitions.repeat(self.trials.columns, axis=0)
+        return means.repeat(self.trials.num_episodes, axis=0), transitions.repeat(self.trials.num_episodes, axis=0)
 
 
 class PSRL(TabularBaseline):
@@ -71,8 +71,8 @@ class PSRL(TabularBaseline):
     def beliefs(self) -> tuple[Floats, Floats]:
         """A draw from the posterior."""
         precision = 1.0 + self._visits
-        noise = self.trials.draw(lambda rng, columns: rng.standard_normal(precision[columns].shape))
-        weights = self.trials.draw(lambda rng, columns: rng.standard_gamma(self._successors[columns]))
+        noise = self.trials.draw(lambda rng, num_episodes: rng.standard_normal(precision[num_episodes].shape))
+        weights = self.trials.draw(lambda rng, num_episodes: rng.standard_gamma(self._successors[num_episodes]))
         return self._sums / precision + noise / np.sqrt(precision), weights / weights.sum(axis=-1, keepdims=True)
 
     def learn(self, actions: Actions, rewards: Floats, observations: Observations, starts: NDArray[np.bool_]) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ssm_metarl.checks import check_count
 from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
-from ssm_metarl.tasks.external.lending import Column, LentVectorEnv, close_columns, own_horizon
+from ssm_metarl.tasks.external.lending import LentVectorEnv, PolicyEnv, close_all, own_horizon
 from ssm_metarl.tasks.external.spaces import action_space, vector_space
 from ssm_metarl.tasks.parameters import stack_parameters
 
@@ -44,7 +44,7 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self._directory = os.getcwd()  # may hold modules that Python does not find, and workers start elsewhere
-        self._idle: dict[Any, list[Column]] = {}
+        self._idle: dict[Any, list[PolicyEnv]] = {}
         self._keeps: bool | None = None
 
     def _adopt(self, env: gymnasium.Env[Any, Any], horizon: int | None) -> None:
@@ -59,53 +59,55 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
         """What of a task is built into an environment: it can play another task only with an equal key."""
 
     @abc.abstractmethod
-    def _column(self, task: Task) -> Column:
+    def _policy_env(self, task: Task) -> PolicyEnv:
         """Make an environment for a task."""
 
-    def _check(self, tasks: Sequence[Task], columns: int) -> None:
+    def _check(self, tasks: Sequence[Task], num_episodes: int) -> None:
         """Raise ValueError for a batch that cannot be; the message is a sentence."""
-        stack_parameters([{} for _ in tasks], {}, columns)
+        stack_parameters([{} for _ in tasks], {}, num_episodes)
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> LentVectorEnv:
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> LentVectorEnv:
         """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
-        self._check(tasks, columns)
+        self._check(tasks, num_episodes)
         if self._keeps is None:
             self._keeps = self._used_plays_as_new()
         keys = [self._key(task) for task in tasks]
         for unwanted in self._idle.keys() - set(keys):
-            close_columns(self._idle.pop(unwanted))
-        return LentVectorEnv([self._lend(*row) for row in zip(keys, tasks) for _ in range(columns)], self._give_back)
+            close_all(self._idle.pop(unwanted))
+        return LentVectorEnv(
+            [self._lend(*row) for row in zip(keys, tasks) for _ in range(num_episodes)], self._give_back
+        )
 
-    def _lend(self, key: Any, task: Task) -> Column:
+    def _lend(self, key: Any, task: Task) -> PolicyEnv:
         idle = self._idle.get(key)
-        column = idle.pop() if idle else self._column(task)
-        column.task = task
-        return column
+        env = idle.pop() if idle else self._policy_env(task)
+        env.task = task
+        return env
 
-    def _give_back(self, columns: list[Column]) -> None:
+    def _give_back(self, envs: list[PolicyEnv]) -> None:
         if not self._keeps:
-            close_columns(columns)
+            close_all(envs)
             return
-        for column in columns:
-            self._idle.setdefault(self._key(column.task), []).append(column)
+        for env in envs:
+            self._idle.setdefault(self._key(env.task), []).append(env)
 
     def _used_plays_as_new(self) -> bool:
-        """Try whether what a column plays depends on its task and seed alone, and not on what it played before."""
+        """Try whether an episode depends on its task and seed alone, and not on those that were played before."""
         task, other = self.sample(2, np.random.default_rng(0))
-        columns: list[Column] = []
+        envs: list[PolicyEnv] = []
         try:
-            columns.append(self._column(task))
-            column = columns[0]
-            first = _played(column, task, seed=0)
-            _played(column, other if self._key(other) == self._key(task) else task, seed=1)
-            if np.array_equal(first, _played(column, task, seed=0), equal_nan=True):
+            envs.append(self._policy_env(task))
+            env = envs[0]
+            first = _played(env, task, seed=0)
+            _played(env, other if self._key(other) == self._key(task) else task, seed=1)
+            if np.array_equal(first, _played(env, task, seed=0), equal_nan=True):
                 return True
-            columns.append(self._column(task))
-            new = _played(columns[1], task, seed=0)
+            envs.append(self._policy_env(task))
+            new = _played(envs[1], task, seed=0)
         except Exception:
             return False  # it will be raised, and reported, where episodes are collected
         finally:
-            close_columns(columns)
+            close_all(envs)
         if not np.array_equal(first, new, equal_nan=True):
             warnings.warn(
                 f"{self.name} plays differently with the same task, seed and actions: runs cannot be repeated.",
@@ -138,15 +140,15 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
         return self.__dict__ | {"_idle": {}}
 
 
-def _played(column: Column, task: Task, seed: int) -> NDArray[Any]:
-    """All that a column returns in ``PROBE_STEPS`` steps of random actions, in one row."""
-    column.task = task
-    actions = copy.deepcopy(column.action_space)
+def _played(env: PolicyEnv, task: Task, seed: int) -> NDArray[Any]:
+    """All that an environment returns in ``PROBE_STEPS`` steps of random actions, in one row."""
+    env.task = task
+    actions = copy.deepcopy(env.action_space)
     actions.seed(seed)
-    seen = [column.reset(seed=seed)[0]]
+    seen = [env.reset(seed=seed)[0]]
     for _ in range(PROBE_STEPS):
-        observation, reward, terminated, truncated, _ = column.step(actions.sample())
+        observation, reward, terminated, truncated, _ = env.step(actions.sample())
         seen += [observation, np.array([reward, terminated, truncated], np.float64)]
         if terminated or truncated:
-            seen.append(column.reset()[0])
+            seen.append(env.reset()[0])
     return np.concatenate(seen)

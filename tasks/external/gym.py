@@ -24,7 +24,7 @@ from ssm_metarl.tasks.external.attributes import (
 )
 from ssm_metarl.tasks.external.family import NO_RANGES, AdaptedFamily
 from ssm_metarl.tasks.external.importing import import_module, one_line
-from ssm_metarl.tasks.external.lending import Column
+from ssm_metarl.tasks.external.lending import PolicyEnv
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 
 GYM = "gym:"
@@ -73,7 +73,7 @@ class GymFamily(AdaptedFamily):
         self._limit = self.horizon
         self._sort_names(env.unwrapped)
         lowest = {key: low for key, (low, _) in self._ranges.items()}
-        self._attempt(f" with {lowest}", lambda: self._assign(self._column(lowest), lowest))
+        self._attempt(f" with {lowest}", lambda: self._assign(self._policy_env(lowest), lowest))
 
     def _attempt(self, what: str, make: Callable[[], Any]) -> Any:
         try:
@@ -113,17 +113,17 @@ class GymFamily(AdaptedFamily):
     def _key(self, task: Task) -> Any:
         return tuple(task[key] for key in (*self._arguments, *self._attributes))
 
-    def _column(self, task: Task) -> Column:
+    def _policy_env(self, task: Task) -> PolicyEnv:
         arguments = {key: float(task[key]) for key in self._arguments}
         env = self._make(arguments, {key: float(task[key]) for key in self._attributes})
-        return Column(env, self.observation_space, self.action_space, self._assign, again=True)
+        return PolicyEnv(env, self.observation_space, self.action_space, self._assign, again=True)
 
     def _assign(self, env: gymnasium.Env[Any, Any], task: Task) -> None:
         for key in (*self._attributes, *self._paths):
             set_attribute(env.unwrapped, key, float(task[key]))
 
-    def _check(self, tasks: Sequence[Task], columns: int) -> None:
-        stack_parameters(tasks, self._parameters, columns)
+    def _check(self, tasks: Sequence[Task], num_episodes: int) -> None:
+        stack_parameters(tasks, self._parameters, num_episodes)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n tasks from the ranges; see ``TaskDistribution.sample``."""

@@ -20,26 +20,24 @@ class LentVectorEnv(SyncVectorEnv):
     """Environments of a family, which gets them back when the batch is closed. Infos have the ends only.
 
     Args:
-        columns: the environments, each with its task.
+        envs: the environments, each with its task.
         give_back: called with them at ``close``, unless one of them raised.
     """
 
-    def __init__(self, columns: list[Column], give_back: Callable[[list[Column]], None]) -> None:
+    def __init__(self, envs: list[PolicyEnv], give_back: Callable[[list[PolicyEnv]], None]) -> None:
         self._give_back = give_back
         self._sound = True
-        super().__init__(
-            [functools.partial(_itself, column) for column in columns], autoreset_mode=AutoresetMode.SAME_STEP
-        )
+        super().__init__([functools.partial(_itself, env) for env in envs], autoreset_mode=AutoresetMode.SAME_STEP)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode in every column; see ``gymnasium.vector.SyncVectorEnv.reset``."""
+        """Start an episode in every slot; see ``gymnasium.vector.SyncVectorEnv.reset``."""
         self._sound = False  # until it returns
         result: tuple[Any, dict[str, Any]] = super().reset(seed=seed, options=options)
         self._sound = True
         return result
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Move every column one step; see ``gymnasium.vector.SyncVectorEnv.step``. Rewards are float32."""
+        """Move every slot one step; see ``gymnasium.vector.SyncVectorEnv.step``. Rewards are float32."""
         self._sound = False
         observations, rewards, *ends_and_infos = super().step(actions)  # type: ignore[var-annotated]
         self._sound = True
@@ -47,14 +45,14 @@ class LentVectorEnv(SyncVectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Part with the environments: this batch cannot be stepped any more."""
-        columns, self.envs = getattr(self, "envs", []), []
+        envs, self.envs = getattr(self, "envs", []), []
         if self._sound:
-            self._give_back(columns)
+            self._give_back(envs)
         else:
-            close_columns(columns)
+            close_all(envs)
 
 
-class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
+class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
     """One environment as the policy meets it: vectors, clipped actions, no infos, and its task at every reset.
 
     Args:
@@ -103,7 +101,7 @@ class Column(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
         return self._vector(observation), reward, terminated, truncated, {}
 
 
-def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tuple[Column, int]:
+def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tuple[PolicyEnv, int]:
     """An environment as a policy meets it, whatever its task is, and the most steps of its episodes.
 
     Args:
@@ -117,19 +115,19 @@ def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tupl
     limit = check_count(f"{name}: the horizon", own_horizon(name, env) if horizon is None else horizon, 1)
     spaces = vector_space(name, env.observation_space), action_space(name, env.action_space)
     limited: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(env, limit)
-    column = Column(limited, *spaces, lambda env, task: None, again=False)
-    column.task = {}
-    return column, limit
+    wrapped = PolicyEnv(limited, *spaces, lambda env, task: None, again=False)
+    wrapped.task = {}
+    return wrapped, limit
 
 
-def _itself(column: Column) -> Column:
-    return column
+def _itself(env: PolicyEnv) -> PolicyEnv:
+    return env
 
 
-def close_columns(columns: Sequence[Column]) -> None:
+def close_all(envs: Sequence[PolicyEnv]) -> None:
     """Close the environments."""
-    for column in columns:
-        column.close()
+    for env in envs:
+        env.close()
 
 
 def own_horizon(name: str, env: gymnasium.Env[Any, Any]) -> Any:

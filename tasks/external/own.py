@@ -13,7 +13,7 @@ from ssm_metarl.checks import lookup
 from ssm_metarl.core import Task
 from ssm_metarl.tasks.external.family import AdaptedFamily
 from ssm_metarl.tasks.external.importing import argument_names, call, load_entry, one_line
-from ssm_metarl.tasks.external.lending import Column
+from ssm_metarl.tasks.external.lending import PolicyEnv
 
 
 class TaskFamily(AdaptedFamily):
@@ -65,11 +65,11 @@ class TaskFamily(AdaptedFamily):
     def _key(self, task: Task) -> Any:
         return ()
 
-    def _column(self, task: Task) -> Column:
+    def _policy_env(self, task: Task) -> PolicyEnv:
         env: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(
             load_entry(self.name, self._directory)(), self.horizon
         )
-        return Column(env, self.observation_space, self.action_space, _set_task, again=False)
+        return PolicyEnv(env, self.observation_space, self.action_space, _set_task, again=False)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n tasks; see ``TaskDistribution.sample``. All splits are what ``sample_tasks`` draws from."""
@@ -99,7 +99,9 @@ class TaskFamily(AdaptedFamily):
 
 
 def _set_task(env: gymnasium.Env[Any, Any], task: Task) -> None:
-    env.get_wrapper_attr("set_task")(copy.deepcopy(task))  # columns share the task, and an environment may change it
+    env.get_wrapper_attr("set_task")(
+        copy.deepcopy(task)
+    )  # environments share the task, and an environment may change it
 
 
 def _json_value(value: Any) -> Any:

@@ -51,13 +51,19 @@ def family(name: str, num_tasks: int, **options: Any) -> tuple[Any, Any, Any]:
 
 
 def toys(
-    tasks: Any, columns: int = 3, horizon: int = 8, seed: int = 0, spec: Any = None, weights: Any = None, **options: Any
+    tasks: Any,
+    num_episodes: int = 3,
+    horizon: int = 8,
+    seed: int = 0,
+    spec: Any = None,
+    weights: Any = None,
+    **options: Any,
 ) -> Rollouts:
     """``collect_tasks`` of toy tasks."""
     spec = spec or make_spec()
     weights = weights or make_policy(spec).numpy_weights()
     nodes = [seed_for(seed, task) for task in range(len(tasks))]
-    return collect_tasks(ToyEnv, spec, weights, nodes, tasks, columns, horizon, **options)
+    return collect_tasks(ToyEnv, spec, weights, nodes, tasks, num_episodes, horizon, **options)
 
 
 # --- What is recorded -----------------------------------------------------------------------------------------
@@ -107,7 +113,7 @@ def test_episodes_end_where_they_end(seed: int, horizon: int, how: str, discrete
 
 
 def test_rewards_answer_the_actions() -> None:
-    record = toys([{"best": 1}], columns=50, spec=make_spec(discrete=True))
+    record = toys([{"best": 1}], num_episodes=50, spec=make_spec(discrete=True))
     assert set(record.actions.ravel()) == {0, 1}
     np.testing.assert_array_equal(record.rewards.round(), record.actions == 1)
 
@@ -142,12 +148,12 @@ def test_native_families_are_cut_at_their_horizon_without_an_end() -> None:
 @given(
     seed=seeds,
     cuts=st.sets(st.integers(1, 4)),
-    columns=st.sampled_from([1, 2, 5, 20]),
+    num_episodes=st.sampled_from([1, 2, 5, 20]),
     gated=st.booleans(),
     hidden=st.sampled_from([1, 17, 64]),
 )
 def test_a_tasks_experience_is_the_same_in_any_grouping(
-    name: str, per_task: bool, seed: int, cuts: set[int], columns: int, gated: bool, hidden: int
+    name: str, per_task: bool, seed: int, cuts: set[int], num_episodes: int, gated: bool, hidden: int
 ) -> None:
     """Bit by bit: together, one by one, or in any parts."""
     distribution, spec, tasks = family(name, 5, gated=gated, hidden_dim=hidden)
@@ -156,7 +162,7 @@ def test_a_tasks_experience_is_the_same_in_any_grouping(
 
     def run(part: slice) -> Rollouts:
         own = {name: value[part] for name, value in weights.items()} if per_task else weights
-        return collect_tasks(distribution.make_vector_env, spec, own, nodes[part], tasks[part], columns, 40)
+        return collect_tasks(distribution.make_vector_env, spec, own, nodes[part], tasks[part], num_episodes, 40)
 
     whole = run(slice(0, 5))
     borders = [0, *sorted(cuts), 5]
@@ -171,7 +177,7 @@ def test_a_tasks_experience_is_the_same_in_any_grouping(
 def test_any_policy_is_the_same_in_any_grouping(spec: Any, seed: int) -> None:
     weights, tasks = make_policy(spec, seed).numpy_weights(), uneven(3, 2, 7, seed)
     nodes = [seed_for(seed, task) for task in range(3)]
-    run = functools.partial(collect_tasks, ToyEnv, spec, weights, columns=2, horizon=7)
+    run = functools.partial(collect_tasks, ToyEnv, spec, weights, num_episodes=2, horizon=7)
     single = [run(seeds=[node], tasks=[task]) for node, task in zip(nodes, tasks, strict=True)]
     assert_same(Rollouts.concatenate(single), run(seeds=nodes, tasks=tasks))
 
@@ -189,7 +195,7 @@ def test_seeds_decide_everything(name: str) -> None:
     assert_same(one, again)
     for other in (run(8, 1), run(7, 2)):
         assert not np.array_equal(one.actions[:, 0], other.actions[:, 0])
-    # Nor do two tasks of one call, or two columns of a task, share their chance.
+    # Nor do two tasks of one call, or two episode slots of a task, share their chance.
     noise = one.actions[:, 0].reshape(6, -1) if not spec.discrete else one.observations[:, 0].reshape(6, -1)
     assert len(np.unique(noise, axis=0)) == 6
 
@@ -197,11 +203,11 @@ def test_seeds_decide_everything(name: str) -> None:
 def test_noise_is_standard_normal_or_uniform() -> None:
     normal = make_spec(num_layers=0, inputs="observation", initial_std=1.0)
     weights = {name: value * 0 for name, value in make_policy(normal).numpy_weights().items()}
-    record = toys([{}, {}], columns=50, horizon=50, spec=normal, weights=weights)
+    record = toys([{}, {}], num_episodes=50, horizon=50, spec=normal, weights=weights)
     assert stats.kstest(record.actions.ravel(), "norm").pvalue > 1e-3
     even = make_spec(num_layers=0, discrete=True, action_size=5)
     weights = {name: value * 0 for name, value in make_policy(even).numpy_weights().items()}
-    record = toys([{}, {}], columns=50, horizon=50, spec=even, weights=weights)
+    record = toys([{}, {}], num_episodes=50, horizon=50, spec=even, weights=weights)
     assert stats.chisquare(np.bincount(record.actions.ravel())).pvalue > 1e-3
 
 
@@ -220,12 +226,12 @@ def test_deterministic_actions_are_the_most_likely(discrete: bool) -> None:
 # --- Faults ---------------------------------------------------------------------------------------------------
 
 
-def check_dropped(record: Rollouts, healthy: Rollouts, task: int, column: int) -> None:
-    """One column is lost without a trace; all the others are as if nothing had happened."""
-    assert not record.valid[task, :, column].any()
+def check_dropped(record: Rollouts, healthy: Rollouts, task: int, slot: int) -> None:
+    """One slot is lost without a trace; all the others are as if nothing had happened."""
+    assert not record.valid[task, :, slot].any()
     steps = record.valid.shape[1]
     others = np.ones(record.kept().shape, bool)
-    others[task, column] = False
+    others[task, slot] = False
     np.testing.assert_array_equal(record.kept(), others)
     for name in ARRAYS:
         array, expected = getattr(record, name), getattr(healthy, name)
@@ -243,20 +249,20 @@ def check_dropped(record: Rollouts, healthy: Rollouts, task: int, column: int) -
 @given(
     seed=seeds,
     task=st.integers(0, 1),
-    column=st.integers(0, 2),
+    slot=st.integers(0, 2),
     step=st.integers(0, 6),
     where=st.sampled_from(["observation", "reward"]),
     length=st.integers(1, 8),
     discrete=st.booleans(),
 )
 def test_an_episode_that_is_not_finite_is_dropped_alone(
-    seed: int, task: int, column: int, step: int, where: str, length: int, discrete: bool
+    seed: int, task: int, slot: int, step: int, where: str, length: int, discrete: bool
 ) -> None:
     """At the start, on the way, in the last step, or not at all where it happens in the next episode."""
     tasks = uneven(2, 3, 6, seed)
-    tasks[task]["ends"][column] = length
+    tasks[task]["ends"][slot] = length
     spoiled = [dict(row) for row in tasks]
-    spoiled[task]["nan"] = (column, step, where)
+    spoiled[task]["nan"] = (slot, step, where)
     spec = make_spec(discrete=discrete)
     healthy, record = (toys(rows, horizon=6, seed=seed, spec=spec) for rows in (tasks, spoiled))
     first = max(step, 1) if where == "reward" else step
@@ -267,7 +273,7 @@ def test_an_episode_that_is_not_finite_is_dropped_alone(
     else:
         assert len(record.errors) == 1
         assert f"step {first}." in record.errors[0]
-        check_dropped(record, healthy, task, column)
+        check_dropped(record, healthy, task, slot)
 
 
 @pytest.mark.parametrize("family", ["navigation-2d", "cartpole"])
@@ -281,14 +287,14 @@ def test_a_policy_that_diverged_is_not_taken_for_a_faulty_environment(family: An
     weights["policy.bias"][1] = number
     tasks = family.sample(2, np.random.default_rng(0))
     nodes = [seed_for(0, task) for task in range(2)]
-    record = collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, columns=1, horizon=5)
+    record = collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes=1, horizon=5)
     assert record.kept().tolist() == [[True], [False]]
     (error,) = record.errors
     assert "the policy's action not finite at step 0." in error
 
 
 def test_all_episodes_can_be_lost() -> None:
-    record = toys([{"nan": (0, 0, "observation")}, {"nan": (0, 3, "reward")}], columns=1)
+    record = toys([{"nan": (0, 0, "observation")}, {"nan": (0, 3, "reward")}], num_episodes=1)
     assert record.num_steps == 0
     assert len(record.errors) == 2
     assert np.isnan(record.returns()).all()
@@ -298,14 +304,14 @@ def test_what_is_said_of_lost_episodes_does_not_depend_on_the_grouping() -> None
     """Errors come task by task, whatever the order in which they happened."""
     tasks = [{"nan": (1, 5, "reward")}, {}, {"nan": (0, 2, "observation")}]
     nodes, spec = [seed_for(0, task) for task in range(3)], make_spec()
-    run = functools.partial(collect_tasks, ToyEnv, spec, make_policy(spec).numpy_weights(), columns=2, horizon=8)
+    run = functools.partial(collect_tasks, ToyEnv, spec, make_policy(spec).numpy_weights(), num_episodes=2, horizon=8)
     single = [run(seeds=[node], tasks=[task]) for node, task in zip(nodes, tasks, strict=True)]
     assert Rollouts.concatenate(single).errors == run(seeds=nodes, tasks=tasks).errors
 
 
 class Unmakeable(ToyEnv):
-    def __init__(self, tasks: Any, columns: int) -> None:
-        super().__init__(tasks, columns)
+    def __init__(self, tasks: Any, num_episodes: int) -> None:
+        super().__init__(tasks, num_episodes)
         if any(task.get("unmakeable") for task in tasks):
             raise OSError("no such toy")
 
@@ -334,7 +340,7 @@ def test_a_task_whose_environment_raises_is_dropped_alone(fault: Any, per_task: 
 
 
 def test_every_environment_can_raise() -> None:
-    record = toys([{"raises": 1}, {"raises": 2}], columns=2)
+    record = toys([{"raises": 1}, {"raises": 2}], num_episodes=2)
     assert record.valid.shape == (2, 1, 2)
     assert record.num_steps == 0
     assert len(record.errors) == 4

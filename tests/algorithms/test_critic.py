@@ -23,7 +23,7 @@ from ssm_metarl.algorithms.returns import advantages, discounted_returns, normal
 
 @settings(max_examples=10, deadline=None)
 @given(seed=seeds)
-def test_the_critic_bootstraps_where_a_column_was_cut(seed: int) -> None:
+def test_the_critic_bootstraps_where_a_slot_was_cut(seed: int) -> None:
     """Against the sum written out, with values of the step-by-step policy."""
     policy, weights, record = recorded(seed % 1000)
     discount, gae_lambda = 0.9, 0.7
@@ -34,17 +34,17 @@ def test_the_critic_bootstraps_where_a_column_was_cut(seed: int) -> None:
             policy, parameters, (torch.from_numpy(inputs), torch.from_numpy(resets))
         ).values.numpy()
     found, expected = advantages(record, discount, gae_lambda, "critic", values)
-    for task, column in np.ndindex(3, 2):
-        length = int(record.lengths()[task, column])
-        value = values[task, : length + 1, column].astype(float)
-        if record.terminated[task, :, column].any():
+    for task, slot in np.ndindex(3, 2):
+        length = int(record.lengths()[task, slot])
+        value = values[task, : length + 1, slot].astype(float)
+        if record.terminated[task, :, slot].any():
             value[length] = 0.0
-        delta = record.rewards[task, :length, column] + discount * value[1:] - value[:-1]
+        delta = record.rewards[task, :length, slot] + discount * value[1:] - value[:-1]
         for t in range(length):
             powers = (discount * gae_lambda) ** np.arange(length - t)
-            assert found[task, t, column] == pytest.approx((powers * delta[t:]).sum(), abs=1e-4)
-        assert not found[task, length:, column].any()
-        np.testing.assert_allclose(expected[task, :length, column], value[:length], atol=1e-6)
+            assert found[task, t, slot] == pytest.approx((powers * delta[t:]).sum(), abs=1e-4)
+        assert not found[task, length:, slot].any()
+        np.testing.assert_allclose(expected[task, :length, slot], value[:length], atol=1e-6)
 
 
 def test_scaled_rewards_scale_advantages() -> None:

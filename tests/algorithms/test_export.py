@@ -24,25 +24,25 @@ SPECS = {
 }
 
 
-def reference(spec: PolicySpec, columns: int) -> tuple[Any, list[Any], list[Any], list[Any]]:
+def reference(spec: PolicySpec, num_episodes: int) -> tuple[Any, list[Any], list[Any], list[Any]]:
     """A policy, the inputs of four steps, and what the NumPy policy makes of them."""
     policy = make_policy(spec)
     for name, buffer in policy.named_buffers():
         buffer.add_(0.3 if name.endswith("mean") else 0.5)
     acting = NumpyPolicy(spec, policy.numpy_weights())
-    inputs = np.random.default_rng(0).normal(size=(4, columns, spec.input_size)).astype(np.float32)
-    state, heads = acting.initial_state(1, columns), []
+    inputs = np.random.default_rng(0).normal(size=(4, num_episodes, spec.input_size)).astype(np.float32)
+    state, heads = acting.initial_state(1, num_episodes), []
     for each in inputs:
         head, state = acting.head(each[None], state)
         heads.append(head[0])
     return policy, list(inputs), heads, [each[0] for each in state]
 
 
-@pytest.mark.parametrize("columns", [1, 5])
+@pytest.mark.parametrize("episode slots", [1, 5])
 @pytest.mark.parametrize("name", SPECS)
-def test_torch_export(name: str, columns: int) -> None:
+def test_torch_export(name: str, num_episodes: int) -> None:
     spec = SPECS[name]
-    policy, inputs, heads, last = reference(spec, columns)
+    policy, inputs, heads, last = reference(spec, num_episodes)
     program = export_step(policy)
     step = program.module()
     state = [torch.from_numpy(np.zeros_like(each)) for each in last]

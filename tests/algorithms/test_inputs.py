@@ -35,12 +35,12 @@ def test_the_extra_input_is_what_the_policy_would_have_read_next() -> None:
     policy, _, record = recorded(3)
     inputs, _ = critic_inputs(policy.spec, record)
     size = policy.spec.observation_size
-    for task, column in np.ndindex(3, 2):
-        length = int(record.lengths()[task, column])
-        extra = inputs[task, length, column]
-        np.testing.assert_array_equal(extra[:size], record.last_observations[task, column])
-        np.testing.assert_array_equal(extra[size:-2], record.actions[task, length - 1, column])
-        assert extra[-2] == record.rewards[task, length - 1, column]
+    for task, slot in np.ndindex(3, 2):
+        length = int(record.lengths()[task, slot])
+        extra = inputs[task, length, slot]
+        np.testing.assert_array_equal(extra[:size], record.last_observations[task, slot])
+        np.testing.assert_array_equal(extra[size:-2], record.actions[task, length - 1, slot])
+        assert extra[-2] == record.rewards[task, length - 1, slot]
         assert extra[-1] == 0.0
 
 

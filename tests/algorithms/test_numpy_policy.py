@@ -35,14 +35,14 @@ def run(spec: Any, weights: Any, inputs: Any, noise: Any) -> tuple[Any, Any, Any
 @given(spec=specs(), seed=seeds, per_task=st.booleans(), deterministic=st.booleans(), steps=st.sampled_from([1, 30]))
 def test_equals_torch(spec: Any, seed: int, per_task: bool, deterministic: bool, steps: int) -> None:
     """Heads, log-probabilities and states to 1e-5; the most likely action without noise."""
-    tasks, columns = 2, 3
+    tasks, num_episodes = 2, 3
     rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(tasks, steps, columns, spec.input_size)).astype(np.float32)
+    inputs = rng.normal(size=(tasks, steps, num_episodes, spec.input_size)).astype(np.float32)
     policy = make_policy(spec, seed)
     weights = task_weights(spec, tasks, seed) if per_task else policy.numpy_weights()
-    noise: Any = rng.random((tasks, steps, columns), np.float32)
+    noise: Any = rng.random((tasks, steps, num_episodes), np.float32)
     if not spec.discrete:
-        noise = rng.normal(size=(tasks, steps, columns, spec.action_size)).astype(np.float32)
+        noise = rng.normal(size=(tasks, steps, num_episodes, spec.action_size)).astype(np.float32)
     heads, actions, log_probs, end = run(spec, weights, inputs, None if deterministic else noise)
     output = functional_call(policy, tensors(weights), (torch.from_numpy(inputs),))
     close = {"rtol": 1e-5, "atol": 1e-5}
@@ -90,13 +90,13 @@ def test_extreme_modes_stay_inside_the_unit_circle() -> None:
 def test_discrete_samples_follow_their_probabilities(size: int) -> None:
     spec = make_spec(discrete=True, action_size=size, num_layers=0)
     weights = make_policy(spec, 4, noise=1.0).numpy_weights()
-    columns, rng = 40_000, np.random.default_rng(0)
-    inputs = np.broadcast_to(rng.normal(size=spec.input_size).astype(np.float32), (1, 1, columns, spec.input_size))
-    heads, actions, log_probs, _ = run(spec, weights, inputs, rng.random((1, 1, columns), np.float32))
+    num_episodes, rng = 40_000, np.random.default_rng(0)
+    inputs = np.broadcast_to(rng.normal(size=spec.input_size).astype(np.float32), (1, 1, num_episodes, spec.input_size))
+    heads, actions, log_probs, _ = run(spec, weights, inputs, rng.random((1, 1, num_episodes), np.float32))
     probabilities = np.exp(heads[0, 0, 0].astype(float))
     probabilities /= probabilities.sum()
     counts = np.bincount(actions.ravel(), minlength=size)
-    assert stats.chisquare(counts, columns * probabilities).pvalue > 1e-3
+    assert stats.chisquare(counts, num_episodes * probabilities).pvalue > 1e-3
     np.testing.assert_allclose(np.exp(log_probs), probabilities[actions], rtol=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_gaussian_samples_have_the_policys_scale() -> None:
     spec = make_spec(num_layers=0)
     weights = make_policy(spec).numpy_weights()
     weights["policy.log_std"] = np.log(np.array([0.2, 3.0], np.float32))
-    rng, columns = np.random.default_rng(0), 20_000
-    inputs = np.zeros((1, 1, columns, spec.input_size), np.float32)
-    heads, actions, _, _ = run(spec, weights, inputs, rng.standard_normal((1, 1, columns, 2), np.float32))
+    rng, num_episodes = np.random.default_rng(0), 20_000
+    inputs = np.zeros((1, 1, num_episodes, spec.input_size), np.float32)
+    heads, actions, _, _ = run(spec, weights, inputs, rng.standard_normal((1, 1, num_episodes, 2), np.float32))
     np.testing.assert_allclose((actions - heads).std((0, 1, 2)), [0.2, 3.0], rtol=0.03)

@@ -28,12 +28,12 @@ from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import ALGORITHMS, BASELINES, MetaConfig
 from ssm_metarl.algorithms.spec import PolicySpec
 
-TASKS, COLUMNS, HORIZON = 2, 3, 6
+TASKS, NUM_EPISODES, HORIZON = 2, 3, 6
 
 
 def toy_tasks(seed: int) -> list[dict[str, Any]]:
     """Tasks that are numbers, as a critic that is told them needs."""
-    tasks = uneven(TASKS, COLUMNS, HORIZON, seed)
+    tasks = uneven(TASKS, NUM_EPISODES, HORIZON, seed)
     return [{key: value for key, value in task.items() if not isinstance(value, str)} for task in tasks]
 
 
@@ -41,7 +41,7 @@ def played(spec: PolicySpec, policy: SSMPolicy, config: MetaConfig, seed: int) -
     """The batches of all stages, each played with the weights that the step before gave."""
     weights, stages = policy.numpy_weights(), []
     for stage in range(config.inner_steps + 1):
-        rollouts = toy_rollouts(spec, weights, toy_tasks(seed), COLUMNS, HORIZON, seed + stage)
+        rollouts = toy_rollouts(spec, weights, toy_tasks(seed), NUM_EPISODES, HORIZON, seed + stage)
         stages.append(batch_for(policy, weights, rollouts, config))
         if stage < config.inner_steps:
             weights = adapt_weights(policy, weights, stages[-1], config)
@@ -76,7 +76,7 @@ def cases(draw: Any) -> tuple[PolicySpec, MetaConfig]:
         scale_rewards=draw(st.booleans()),
         memory_slots=draw(st.sampled_from([0, 2])),
     )
-    rollouts = toy_rollouts(spec, SSMPolicy(spec).numpy_weights(), toy_tasks(0), COLUMNS, HORIZON)
+    rollouts = toy_rollouts(spec, SSMPolicy(spec).numpy_weights(), toy_tasks(0), NUM_EPISODES, HORIZON)
     return replace(spec, task_size=task_numbers(rollouts.tasks).shape[1] if baseline == "informed" else 0), config
 
 
@@ -112,7 +112,7 @@ def test_what_stands_where_no_step_was_taken_changes_neither_value_nor_gradient(
     policy = make_policy(spec, seed % 1000)
     weights, clean, garbled = policy.numpy_weights(), [], []
     for stage in range(config.inner_steps + 1):
-        rollouts = toy_rollouts(spec, weights, toy_tasks(seed), COLUMNS, HORIZON, seed + stage)
+        rollouts = toy_rollouts(spec, weights, toy_tasks(seed), NUM_EPISODES, HORIZON, seed + stage)
         clean.append(batch_for(policy, weights, rollouts, config))
         garbled.append(batch_for(policy, weights, spoil(rollouts, seed), config))
         if stage < config.inner_steps:

@@ -37,12 +37,12 @@ def heads(output: Any) -> list[Any]:
     per_task=st.booleans(),
 )
 def test_sequence_splits_and_steps_agree(spec: Any, seed: int, lengths: Any, density: float, per_task: bool) -> None:
-    tasks, steps, columns = 2, sum(lengths), 3
+    tasks, steps, num_episodes = 2, sum(lengths), 3
     policy = make_policy(spec, seed)
     parameters = tensors(task_weights(spec, tasks, seed) if per_task else policy.numpy_weights())
-    inputs = draw(seed, tasks, steps, columns, spec.input_size)
-    resets = torch.rand(tasks, steps, columns, generator=torch.Generator().manual_seed(seed)) < density
-    start = [draw(seed + i, *state.shape).abs() for i, state in enumerate(policy.initial_state(tasks, columns))]
+    inputs = draw(seed, tasks, steps, num_episodes, spec.input_size)
+    resets = torch.rand(tasks, steps, num_episodes, generator=torch.Generator().manual_seed(seed)) < density
+    start = [draw(seed + i, *state.shape).abs() for i, state in enumerate(policy.initial_state(tasks, num_episodes))]
 
     def run(*arguments: Any) -> Any:
         return functional_call(policy, parameters, arguments)
@@ -105,14 +105,14 @@ def test_parameters_of_each_task_equal_a_loop_over_tasks(spec: Any, seed: int) -
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_columns_are_apart(gated: bool) -> None:
+def test_slots_are_apart(gated: bool) -> None:
     policy, inputs = make_policy(make_spec(num_layers=2, gated=gated)), draw(0, 6, 3, 7)
     clean = policy(inputs)
     inputs[2:, 1] = float("nan")
     for before, after in zip(heads(clean), heads(policy(inputs)), strict=True):
-        columns = 1 if before.shape[0] == 6 else 0
+        num_episodes = 1 if before.shape[0] == 6 else 0
         others = torch.tensor([0, 2])
-        torch.testing.assert_close(after.index_select(columns, others), before.index_select(columns, others))
+        torch.testing.assert_close(after.index_select(num_episodes, others), before.index_select(num_episodes, others))
 
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])

@@ -19,14 +19,14 @@ from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make
 
 
-def plays(name: str, tasks: list[Any], columns: int = 1, seed: int = 0) -> tuple[Any, Rollouts]:
+def plays(name: str, tasks: list[Any], num_episodes: int = 1, seed: int = 0) -> tuple[Any, Rollouts]:
     """Random play of a family's tasks."""
     family = make(name)
     options = {"discrete": True, "action_size": 2} if name == "cartpole" else {"discrete": False, "action_size": 2}
     spec = make_spec(observation_size=family.observation_space.shape[0], num_layers=0, **options)  # type: ignore[index]
     policy = make_policy(spec, noise=0.0)
     nodes = [seed_for(seed, task) for task in range(len(tasks))]
-    env = family.make_vector_env(tasks, columns)
+    env = family.make_vector_env(tasks, num_episodes)
     return spec, collect(env, spec, policy.numpy_weights(), nodes, tasks, 60)
 
 
@@ -57,7 +57,7 @@ class TestPropensity:
         rng = np.random.default_rng(0)
         goals = rng.uniform(-0.5, 0.5, (80, 2)).tolist()
         spec, stored = plays("navigation-2d", [{"goal": goal} for goal in goals])
-        _, own = plays("navigation-2d", [{"goal": [0.4, 0.3]}], columns=4, seed=1)
+        _, own = plays("navigation-2d", [{"goal": [0.4, 0.3]}], num_episodes=4, seed=1)
         found = model_for(spec, stored, own).propensities()[0]
         distance = np.linalg.norm(np.array(goals) - [0.4, 0.3], axis=1)
         assert stats.spearmanr(found, distance).statistic < -0.5
@@ -70,7 +70,7 @@ class TestPropensity:
         rng = np.random.default_rng(1)
         garbage = stored.observations.copy()
         garbage[6:] = rng.normal(size=garbage[6:].shape)
-        _, own = plays("cartpole", tasks[:1], columns=3, seed=1)
+        _, own = plays("cartpole", tasks[:1], num_episodes=3, seed=1)
         found = model_for(spec, replace(stored, observations=garbage), own).propensities()[0]
         assert np.median(found[:6]) > 0.5
         assert found[6:].max() < 1e-6

@@ -29,10 +29,10 @@ def policy_gradient_advantages(rollouts: Rollouts, discount: float, gae_lambda: 
 fractions = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
 
 
-def record(tasks: int = 3, columns: int = 4, horizon: int = 9, seed: int = 0, **options: Any) -> Rollouts:
+def record(tasks: int = 3, num_episodes: int = 4, horizon: int = 9, seed: int = 0, **options: Any) -> Rollouts:
     spec = make_spec(**options)
     return toy_rollouts(
-        spec, make_policy(spec).numpy_weights(), uneven(tasks, columns, horizon, seed), columns, horizon, seed
+        spec, make_policy(spec).numpy_weights(), uneven(tasks, num_episodes, horizon, seed), num_episodes, horizon, seed
     )
 
 
@@ -103,10 +103,10 @@ def test_only_a_cut_episode_is_bootstrapped(how: str) -> None:
 
 
 @settings(max_examples=25)
-@given(seed=seeds, size=st.integers(1, 3), columns=st.integers(1, 4))
-def test_the_baseline_is_each_tasks_ridge_regression(seed: int, size: int, columns: int) -> None:
+@given(seed=seeds, size=st.integers(1, 3), num_episodes=st.integers(1, 4))
+def test_the_baseline_is_each_tasks_ridge_regression(seed: int, size: int, num_episodes: int) -> None:
     rng = np.random.default_rng(seed)
-    experience = record(3, columns, 9, seed, observation_size=size)
+    experience = record(3, num_episodes, 9, seed, observation_size=size)
     far = rng.normal(size=experience.observations.shape).astype(np.float32) * 8
     experience = replace(experience, observations=np.where(experience.valid[..., None], far, 0))
     targets, shrinkage = rng.normal(size=experience.rewards.shape), 0.7
@@ -163,8 +163,8 @@ def episodes(rewards: Any, terminated: bool = False) -> Rollouts:
     lengths = np.array([len(each) for each in rewards])
     valid = np.arange(lengths.max())[None, :, None] < lengths
     filled = np.zeros(valid.shape, np.float32)
-    for column, each in enumerate(rewards):
-        filled[0, : len(each), column] = each
+    for slot, each in enumerate(rewards):
+        filled[0, : len(each), slot] = each
     ended = np.zeros_like(valid)
     ended[0, lengths - 1, np.arange(len(rewards))] = terminated
     spec = make_spec()

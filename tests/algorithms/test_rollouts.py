@@ -44,7 +44,7 @@ def test_parts_of_other_lengths_are_padded_with_what_is_not_valid(seed: int, dis
         np.testing.assert_array_equal(own.returns(), part.returns())
 
 
-def test_totals_are_of_valid_steps_and_kept_columns() -> None:
+def test_totals_are_of_valid_steps_and_kept_slots() -> None:
     whole = record(2, False, 0)
     valid = whole.valid.copy()
     valid[1, :, 2] = False

@@ -34,11 +34,11 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Any:
 def arguments(
     dtype: torch.dtype, seed: int, steps: int, lead: tuple[int, ...], kept: bool, started: bool, shared: bool = False
 ) -> tuple[Any, ...]:
-    columns, size = 2, 2
+    num_episodes, size = 2, 2
     a = (0.9 * draw((size,) if shared else (*lead, size), dtype, seed)).requires_grad_()
-    b = draw((*lead, steps, columns, size), dtype, seed + 1).requires_grad_()
-    keep = (draw((*lead, steps, columns), torch.float64, seed + 2) > -0.5).to(b.real.dtype) if kept else None
-    state = draw((*lead, columns, size), dtype, seed + 3).requires_grad_() if started else None
+    b = draw((*lead, steps, num_episodes, size), dtype, seed + 1).requires_grad_()
+    keep = (draw((*lead, steps, num_episodes), torch.float64, seed + 2) > -0.5).to(b.real.dtype) if kept else None
+    state = draw((*lead, num_episodes, size), dtype, seed + 3).requires_grad_() if started else None
     return a, b, keep, state
 
 

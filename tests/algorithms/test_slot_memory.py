@@ -28,16 +28,16 @@ def test_a_memory_is_its_recurrence(seed: int, steps: int, chunk: int, density: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slot_memory, "CHUNK", chunk)
         recalled, after = memory(x, resets, state)
-    for column in range(2):
-        sums, counts, last = state[column, :, :3], state[column, :, 3], state[column, :, 4]
+    for slot in range(2):
+        sums, counts, last = state[slot, :, :3], state[slot, :, 3], state[slot, :, 4]
         for t in range(steps):
-            if resets[t, column]:
+            if resets[t, slot]:
                 sums, counts, last = (torch.zeros_like(each) for each in (sums, counts, last))
-            value = x[t, column] @ memory.weight + memory.bias
+            value = x[t, slot] @ memory.weight + memory.bias
             sums, counts = sums + torch.outer(last, value), counts + last
-            last = (x[t, column] @ memory.address).softmax(-1)
-            torch.testing.assert_close(recalled[t, column], last @ sums / (1 + last @ counts))
-        torch.testing.assert_close(after[column], torch.cat([sums, counts[:, None], last[:, None]], 1))
+            last = (x[t, slot] @ memory.address).softmax(-1)
+            torch.testing.assert_close(recalled[t, slot], last @ sums / (1 + last @ counts))
+        torch.testing.assert_close(after[slot], torch.cat([sums, counts[:, None], last[:, None]], 1))
 
 
 def test_a_memory_recalls_the_posterior_mean_of_what_followed() -> None:

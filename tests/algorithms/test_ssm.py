@@ -79,10 +79,10 @@ blocks = st.builds(
 )
 def test_sequence_splits_and_steps_agree(block: Any, seed: int, lead: Any, lengths: Any, density: float) -> None:
     """Whole, cut anywhere and step by step; values and gradients."""
-    steps, columns = sum(lengths), 3
-    sequence = draw(seed, *lead, steps, columns, len(block.D))
-    resets = torch.rand(*lead, steps, columns, generator=torch.Generator().manual_seed(seed + 1)) < density
-    state = some_state(block, seed + 2, *lead, columns)
+    steps, num_episodes = sum(lengths), 3
+    sequence = draw(seed, *lead, steps, num_episodes, len(block.D))
+    resets = torch.rand(*lead, steps, num_episodes, generator=torch.Generator().manual_seed(seed + 1)) < density
+    state = some_state(block, seed + 2, *lead, num_episodes)
     whole, end = block(sequence, resets, state)
     stepped, stepped_end = stepwise(block, sequence, resets, state)
     pieces, carried = [], state
@@ -122,10 +122,10 @@ def test_a_reset_is_a_new_start(block: Any, seed: int, at: int) -> None:
 
 
 @FORMS
-def test_columns_tasks_and_time_are_apart(gated: bool, slots: int) -> None:
-    """A number that is not one spoils its own task, column and future, nothing else.
+def test_slots_tasks_and_time_are_apart(gated: bool, slots: int) -> None:
+    """A number that is not one spoils its own task, slot and future, nothing else.
 
-    A memory's products of matrices multiply it by 0 for the past, too, of the same column.
+    A memory's products of matrices multiply it by 0 for the past, too, of the same slot.
     """
     block, sequence = make_block(0, gated=gated, slots=slots), draw(1, 2, 5, 3, 3)
     resets = torch.zeros(2, 5, 3, dtype=torch.bool)
@@ -259,7 +259,7 @@ def test_modes_have_one_output_variance_for_white_input(nu: float) -> None:
     with torch.no_grad():
         block.nu.fill_(nu)
         block.B.copy_(torch.tensor([[1.0, 0.0]]))
-    # Each column's state after long has the stationary distribution.
+    # Each slot's state after long has the stationary distribution.
     _, (state,) = block(draw(0, 4000, 500, 1))
     assert state.square().sum(-1).mean().item() == pytest.approx(1.0, rel=0.2)
 

@@ -15,7 +15,7 @@ from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import make
 
-EPISODES, COLUMNS = 3, 4
+EPISODES, NUM_EPISODES = 3, 4
 
 
 def trials(name: str, seed: int = 0, **options: Any) -> tuple[Any, Any, Rollouts]:
@@ -26,7 +26,7 @@ def trials(name: str, seed: int = 0, **options: Any) -> tuple[Any, Any, Rollouts
     spec = make_spec(observation_size=family.observation_space.shape[0], action_size=size, discrete=discrete, **options)
     policy = make_policy(spec, seed)
     tasks = family.sample(2, np.random.default_rng(seed))
-    env = family.make_vector_env(tasks, COLUMNS)
+    env = family.make_vector_env(tasks, NUM_EPISODES)
     nodes = [seed_for(seed, task) for task in range(2)]
     weights = policy.numpy_weights()
     return policy, family, collect(env, spec, weights, nodes, tasks, family.horizon, trial_episodes=EPISODES)
@@ -39,16 +39,16 @@ def test_a_trial_has_its_episodes_and_one_reset(name: str) -> None:
     assert not record.resets[:, 1:].any()
     assert ((record.starts & record.valid).sum(1) == EPISODES).all()
     # An episode starts where the one before ended, and lasts no longer than the horizon.
-    for task, column in np.ndindex(2, COLUMNS):
-        length = record.lengths()[task, column]
-        borders = [*np.flatnonzero(record.starts[task, :length, column]), length]
+    for task, slot in np.ndindex(2, NUM_EPISODES):
+        length = record.lengths()[task, slot]
+        borders = [*np.flatnonzero(record.starts[task, :length, slot]), length]
         assert (np.diff(borders) <= family.horizon).all()
-        assert record.valid[task, :length, column].all()
+        assert record.valid[task, :length, slot].all()
     # The previous action and reward pass the border, with a start flag of 1.
     inputs = policy_inputs(policy.spec, record)
     later = record.starts & record.valid & ~record.resets
-    task, step, column = np.nonzero(later)
-    np.testing.assert_array_equal(inputs[task, step, column, -2], record.rewards[task, step - 1, column])
+    task, step, slot = np.nonzero(later)
+    np.testing.assert_array_equal(inputs[task, step, slot, -2], record.rewards[task, step - 1, slot])
     assert (inputs[..., -1] == record.starts).all()
 
 
@@ -68,8 +68,8 @@ def test_only_the_last_episode_ends_a_trial_truly() -> None:
     ended = record.terminated.sum(1)
     assert (ended <= 1).all()
     assert ended.any()
-    for task, column in np.argwhere(ended):
-        assert record.terminated[task, record.lengths()[task, column] - 1, column]
+    for task, slot in np.argwhere(ended):
+        assert record.terminated[task, record.lengths()[task, slot] - 1, slot]
 
 
 def test_a_trial_of_one_episode_is_an_episode() -> None:

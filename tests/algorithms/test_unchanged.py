@@ -53,9 +53,9 @@ rows = st.integers(1, 3)
 
 
 @settings(max_examples=60)
-@given(spec=specs(), seed=seeds, tasks=st.integers(0, 2), steps=rows, columns=rows, grad=st.booleans())
+@given(spec=specs(), seed=seeds, tasks=st.integers(0, 2), steps=rows, num_episodes=rows, grad=st.booleans())
 def test_a_policy_leaves_parameters_inputs_and_state_as_they_are(
-    spec: Any, seed: int, tasks: int, steps: int, columns: int, grad: bool
+    spec: Any, seed: int, tasks: int, steps: int, num_episodes: int, grad: bool
 ) -> None:
     policy = make_policy(spec, seed % 1000)
     lead = (tasks,) if tasks else (1,)
@@ -66,9 +66,9 @@ def test_a_policy_leaves_parameters_inputs_and_state_as_they_are(
     }
     for value in parameters.values():
         value.requires_grad_(grad)
-    inputs = torch.randn(*lead, steps, columns, spec.input_size, generator=generator)
-    resets = torch.rand(*lead, steps, columns, generator=generator) < 0.3
-    state = [torch.randn(each.shape, generator=generator) for each in policy.initial_state(*lead, columns)]
+    inputs = torch.randn(*lead, steps, num_episodes, spec.input_size, generator=generator)
+    resets = torch.rand(*lead, steps, num_episodes, generator=generator) < 0.3
+    state = [torch.randn(each.shape, generator=generator) for each in policy.initial_state(*lead, num_episodes)]
 
     def forward(parameters: Any, inputs: Any, resets: Any, state: Any) -> Any:
         output = functional_call(policy, parameters, (inputs, resets, state))
@@ -116,16 +116,16 @@ def test_one_row_is_what_two_equal_rows_are() -> None:
     torch.testing.assert_close(one.values[0, 0], two.values[0, 1])
 
 
-@pytest.mark.parametrize("columns", [1, 2])
-def test_500_steps_of_acting_are_those_of_the_numpy_policy(columns: int) -> None:
+@pytest.mark.parametrize("episode slots", [1, 2])
+def test_500_steps_of_acting_are_those_of_the_numpy_policy(num_episodes: int) -> None:
     policy, _ = load_pretrained("cartpole")
     weights = policy.numpy_weights()
     acting = NumpyPolicy(policy.spec, weights)
-    state, other = policy.initial_state(1, columns), acting.initial_state(1, columns)
+    state, other = policy.initial_state(1, num_episodes), acting.initial_state(1, num_episodes)
     rng = np.random.default_rng(0)
     with torch.no_grad():
         for _ in range(500):
-            inputs = rng.normal(size=(1, columns, policy.spec.input_size)).astype(np.float32)
+            inputs = rng.normal(size=(1, num_episodes, policy.spec.input_size)).astype(np.float32)
             output = policy.step(torch.from_numpy(inputs), state)
             state = output.state
             head, other = acting.head(inputs, other)

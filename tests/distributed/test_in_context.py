@@ -29,7 +29,7 @@ class LookEnv(BatchedEnv):
         super().__init__(Look.observation_space, Look.action_space, len(winning), Look.horizon)
         self._winning = winning.astype(np.int64)
 
-    def _start(self, columns: Any) -> None:
+    def _start(self, slots: Any) -> None:
         pass
 
     def _advance(self, actions: Any) -> Any:
@@ -56,8 +56,8 @@ class Look(TaskDistribution):
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         return [{"winning": int(winning)} for winning in rng.integers(1, 3, n)]
 
-    def make_vector_env(self, tasks: Sequence[Task], columns: int) -> LookEnv:
-        return LookEnv(stack_parameters(tasks, self.parameters, columns)["winning"])
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> LookEnv:
+        return LookEnv(stack_parameters(tasks, self.parameters, num_episodes)["winning"])
 
 
 @pytest.fixture

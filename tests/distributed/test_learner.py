@@ -21,7 +21,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as module
 from ssm_metarl.distributed.learner import Learner
 
-TASKS, COLUMNS, HORIZON = 6, 5, 8
+TASKS, NUM_EPISODES, HORIZON = 6, 5, 8
 
 OURS = [name for name in ALGORITHMS if name != "policy-gradient"]  # which RLlib trains
 
@@ -31,16 +31,16 @@ def make_learner(seed: int = 0, discrete: bool = False, hidden_dim: int = 6, **o
     return Learner(make_spec(discrete=discrete, hidden_dim=hidden_dim), TrainConfig(**options), seed)
 
 
-def rollouts(learner: Learner, weights: Any, seed: int, columns: int = COLUMNS) -> Rollouts:
-    tasks = uneven(TASKS, columns, HORIZON, seed)
-    return toy_rollouts(learner.policy.spec, weights, tasks, columns, HORIZON, seed)
+def rollouts(learner: Learner, weights: Any, seed: int, num_episodes: int = NUM_EPISODES) -> Rollouts:
+    tasks = uneven(TASKS, num_episodes, HORIZON, seed)
+    return toy_rollouts(learner.policy.spec, weights, tasks, num_episodes, HORIZON, seed)
 
 
-def experience(learner: Learner, seed: int = 0, columns: int = COLUMNS) -> list[Batch]:
+def experience(learner: Learner, seed: int = 0, num_episodes: int = NUM_EPISODES) -> list[Batch]:
     """The batches of every stage of an iteration."""
     weights, stages = learner.weights(), []
     for stage in range(learner.config.inner_steps + 1):
-        stages.append(learner.batch(weights, rollouts(learner, weights, 10 * seed + stage, columns)))
+        stages.append(learner.batch(weights, rollouts(learner, weights, 10 * seed + stage, num_episodes)))
         weights = learner.adapt(weights, stages[-1])
     return stages
 

@@ -25,7 +25,7 @@ from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import Task, TaskDistribution, make
 
-COLUMNS = 3
+NUM_EPISODES = 3
 NAVIGATION = PolicySpec(observation_size=2, action_size=2, discrete=False, hidden_dim=16, state_dim=8)
 CARTPOLE = PolicySpec(observation_size=4, action_size=2, discrete=True, hidden_dim=16, state_dim=8)
 FAULTY = FaultyNavigation()
@@ -51,7 +51,7 @@ def draw(distribution: TaskDistribution, n: int) -> list[Task]:
 
 
 def collect(pool: Pool, weights: Weights, tasks: Sequence[Task], **options: Any) -> Rollouts:
-    return pool.collect(weights, tasks, seeds_for(tasks), COLUMNS, **options)
+    return pool.collect(weights, tasks, seeds_for(tasks), NUM_EPISODES, **options)
 
 
 def in_process(distribution: TaskDistribution, spec: PolicySpec, weights: Weights, tasks: Sequence[Task]) -> Rollouts:
@@ -79,7 +79,7 @@ def test_a_task_whose_environment_raises_is_dropped_alone() -> None:
     expected = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
     tasks[2] |= {"fault": "raise"}
     rollouts = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
-    assert rollouts.kept().tolist() == [[number != 2] * COLUMNS for number in range(4)]
+    assert rollouts.kept().tolist() == [[number != 2] * NUM_EPISODES for number in range(4)]
     assert_equal(rollouts, expected, [0, 1, 3])
     assert f"OSError: the simulator of goal {tasks[2]['goal']} fell over" in rollouts.errors[0]
     assert "faulty_tasks.py" in rollouts.errors[0], "the environment's own traceback"
@@ -90,7 +90,7 @@ def test_an_episode_with_a_number_that_is_not_finite_is_dropped_alone() -> None:
     expected = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
     tasks[1] |= {"fault": "nan"}
     rollouts = in_process(FAULTY, NAVIGATION, shared_weights(NAVIGATION), tasks)
-    kept = np.ones((3, COLUMNS), bool)
+    kept = np.ones((3, NUM_EPISODES), bool)
     kept[1, 0] = False
     assert (rollouts.kept() == kept).all()
     assert_equal(rollouts, expected, [0, 2])
@@ -123,7 +123,7 @@ def test_no_task_or_another_number_of_seeds_is_refused() -> None:
     pool = Pool(FAULTY, NAVIGATION, num_workers=0)
     for tasks, seeds in ([], []), (draw(FAULTY, 2), seeds_for(draw(FAULTY, 3))):
         with pytest.raises(ValueError, match="as many seeds"):
-            pool.collect(shared_weights(NAVIGATION), tasks, seeds, COLUMNS)
+            pool.collect(shared_weights(NAVIGATION), tasks, seeds, NUM_EPISODES)
 
 
 # --- Workers ----------------------------------------------------------------------------------------------

@@ -34,25 +34,25 @@ from ssm_metarl.evaluation.evaluate import Evaluation, evaluate, evaluate_checkp
 from ssm_metarl.tasks import Task
 from ssm_metarl.tasks.navigation import Navigation2D
 
-TASKS, COLUMNS, HORIZON = 4, 5, 6
+TASKS, NUM_EPISODES, HORIZON = 4, 5, 6
 
 
 @pytest.mark.parametrize("discrete", [False, True])
 def test_evaluation_is_the_returns_of_policies_adapted_one_step_after_another(discrete: bool) -> None:
     """With half the step size beyond the steps that were trained for."""
     spec, config = make_spec(discrete=discrete), MetaConfig(inner_lr=0.5)
-    policy, tasks = make_policy(spec), uneven(TASKS, COLUMNS, HORIZON)
+    policy, tasks = make_policy(spec), uneven(TASKS, NUM_EPISODES, HORIZON)
     seen: list[Any] = []
 
     def collect(weights: Any, episodes: int, step: int) -> Any:
-        seen.append((step, weights, toy_rollouts(spec, weights, tasks, COLUMNS, HORIZON, step)))
+        seen.append((step, weights, toy_rollouts(spec, weights, tasks, NUM_EPISODES, HORIZON, step)))
         return seen[-1][2]
 
-    result = evaluate(policy, config, collect, 2, COLUMNS)
+    result = evaluate(policy, config, collect, 2, NUM_EPISODES)
     assert [step for step, _, _ in seen] == [0, 1, 2]
     weights = policy.numpy_weights()
     for step, used, record in seen:
-        assert_same(record, toy_rollouts(spec, weights, tasks, COLUMNS, HORIZON, step))
+        assert_same(record, toy_rollouts(spec, weights, tasks, NUM_EPISODES, HORIZON, step))
         for name, value in weights.items():
             np.testing.assert_array_equal(used[name], value)
         np.testing.assert_allclose(result.returns[:, step], record.returns().mean(1))
@@ -107,13 +107,13 @@ def test_lost_episodes_and_tasks_are_left_out() -> None:
 
 
 @settings(max_examples=6)
-@given(seed=seeds, shared=st.booleans(), columns=st.sampled_from([1, 400, 1100]))
-def test_shards_do_not_show(seed: int, shared: bool, columns: int) -> None:
+@given(seed=seeds, shared=st.booleans(), num_episodes=st.sampled_from([1, 400, 1100]))
+def test_shards_do_not_show(seed: int, shared: bool, num_episodes: int) -> None:
     """Adapting all tasks in one call, or in parts that fit the cache, is the same."""
     spec, config = make_spec(hidden_dim=3), MetaConfig()
     policy = make_policy(spec, seed)
     weights = policy.numpy_weights()
-    batch = make_batch(spec, toy_rollouts(spec, weights, [{}] * 3, columns, 4, seed), config)
+    batch = make_batch(spec, toy_rollouts(spec, weights, [{}] * 3, num_episodes, 4, seed), config)
     parameters = for_tasks(dict(policy.named_parameters()), 3)
     whole, _ = inner_step(policy, parameters, batch, config, differentiable=False)
     current = weights if shared else {name: np.stack([value] * 3) for name, value in weights.items()}

@@ -48,12 +48,12 @@ def player_for(spec: PolicySpec, **options: Any) -> Player:
     return Player(spec, make_policy(spec).numpy_weights(), noise=noise, **options)
 
 
-@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("episode slots", [1, 3])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("family", ["navigation-2d", "cartpole", "bandit"])
 @pytest.mark.parametrize("inputs", ["full", "observation"])
 def test_a_player_takes_the_rollout_loops_actions_bit_by_bit(
-    columns: int, deterministic: bool, family: Any, inputs: str
+    num_episodes: int, deterministic: bool, family: Any, inputs: str
 ) -> None:
     family = make(family)
     episodes = 2 if family.name == "bandit" else 1
@@ -67,27 +67,27 @@ def test_a_player_takes_the_rollout_loops_actions_bit_by_bit(
     )
     (task,) = family.sample(1, np.random.default_rng(0))
     weights = make_policy(spec).numpy_weights()
-    env = family.make_vector_env([task], columns)
+    env = family.make_vector_env([task], num_episodes)
     record = collect(
         env, spec, weights, [NODE], [task], family.horizon, trial_episodes=episodes, deterministic=deterministic
     )
     player = player_for(spec, trial_episodes=episodes, deterministic=deterministic)
-    again = family.make_vector_env([task], columns)
-    observations, _ = again.reset(seed=child(NODE, 0).generate_state(columns).tolist())
-    single = columns == 1
+    again = family.make_vector_env([task], num_episodes)
+    observations, _ = again.reset(seed=child(NODE, 0).generate_state(num_episodes).tolist())
+    single = num_episodes == 1
     actions = player.act(observations[0] if single else observations)
     for step in range(record.valid.shape[1]):
         running = record.valid[0, step]
         expected = spec.env_actions(record.actions[0, step])
         np.testing.assert_array_equal(np.atleast_1d(actions)[running] if discrete else
                                       np.reshape(actions, expected.shape)[running], expected[running])  # fmt: skip
-        batch = np.reshape(actions, (columns, *expected.shape[1:]))
+        batch = np.reshape(actions, (num_episodes, *expected.shape[1:]))
         observations, rewards, terminated, truncated, _ = again.step(batch)
         one = (lambda x: x[0]) if single else (lambda x: x)
         actions = player.act(one(observations), one(rewards), one(terminated), one(truncated))
 
 
-def test_a_column_that_begins_another_trial_forgets_and_the_others_do_not() -> None:
+def test_a_slot_that_begins_another_trial_forgets_and_the_others_do_not() -> None:
     spec = make_spec(discrete=True, memory_slots=2)
     player, fresh = (player_for(spec, deterministic=True) for _ in range(2))
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ def test_equals_a_scalar_game(seed: int, num_envs: int, arms: int, pulls: int) -
     tasks = family.sample(num_envs, rng)
     envs = family.make_vector_env(tasks, 1)
     envs.reset(seed=seed)
-    generators = [np_random(seed + column)[0] for column in range(num_envs)]
+    generators = [np_random(seed + slot)[0] for slot in range(num_envs)]
     for _ in range(3):
         luck = [generator.random(pulls) for generator in generators]
         for pull in range(pulls):
@@ -41,37 +41,37 @@ def test_equals_a_scalar_game(seed: int, num_envs: int, arms: int, pulls: int) -
 
 
 def test_an_arm_pays_as_often_as_its_task_says() -> None:
-    odds, columns = [0.0, 0.1, 0.5, 0.93, 1.0], 4000
-    envs = Bandit(pulls=5).make_vector_env([{"probabilities": odds}], columns)
+    odds, num_episodes = [0.0, 0.1, 0.5, 0.93, 1.0], 4000
+    envs = Bandit(pulls=5).make_vector_env([{"probabilities": odds}], num_episodes)
     envs.reset(seed=0)
     for _ in range(2):
         for arm, chance in enumerate(odds):
-            _, rewards, *_ = envs.step(np.full(columns, arm))
+            _, rewards, *_ = envs.step(np.full(num_episodes, arm))
             assert set(np.unique(rewards)) <= {0.0, 1.0}
-            deviation = (chance * (1 - chance) / columns) ** 0.5
+            deviation = (chance * (1 - chance) / num_episodes) ** 0.5
             assert rewards.mean() == pytest.approx(chance, abs=4 * deviation)
 
 
 def test_payments_are_independent() -> None:
-    """From pull to pull, from episode to episode and from column to column."""
-    columns, pulls = 2000, 6
-    envs = Bandit(pulls=pulls).make_vector_env([{"probabilities": [0.5] * 5}], columns)
+    """From pull to pull, from episode to episode and from slot to slot."""
+    num_episodes, pulls = 2000, 6
+    envs = Bandit(pulls=pulls).make_vector_env([{"probabilities": [0.5] * 5}], num_episodes)
     envs.reset(seed=1)
-    payments = np.stack([envs.step(np.zeros(columns, int))[1] for _ in range(2 * pulls)])
+    payments = np.stack([envs.step(np.zeros(num_episodes, int))[1] for _ in range(2 * pulls)])
     correlations = np.corrcoef(payments) - np.eye(2 * pulls)
-    assert np.abs(correlations).max() < 4.5 / columns**0.5
+    assert np.abs(correlations).max() < 4.5 / num_episodes**0.5
     neighbours = np.corrcoef(payments[:, :-1].ravel(), payments[:, 1:].ravel())[0, 1]
     assert abs(neighbours) < 4.5 / payments.size**0.5
 
 
-def played(family: Bandit, tasks: list[Any], columns: int, seeds: Any, actions: NDArray[Any]) -> NDArray[Any]:
+def played(family: Bandit, tasks: list[Any], num_episodes: int, seeds: Any, actions: NDArray[Any]) -> NDArray[Any]:
     """Rewards [T, N] of the actions [T, N]."""
-    envs: Any = family.make_vector_env(tasks, columns)
+    envs: Any = family.make_vector_env(tasks, num_episodes)
     envs.reset(seed=seeds)
     return np.stack([envs.step(step)[1] for step in actions])
 
 
-def test_a_column_is_the_same_alone_and_beside_others() -> None:
+def test_a_slot_is_the_same_alone_and_beside_others() -> None:
     family, rng = Bandit(pulls=20), np.random.default_rng(0)
     tasks = family.sample(4, rng)
     seeds = rng.integers(2**32, size=(4, 3))

@@ -21,9 +21,9 @@ class Counting(BatchedEnv):
         self.state = np.zeros((num_envs, 2), np.float32)
         self.starts = np.zeros(num_envs, int)
 
-    def _start(self, columns: NDArray[np.intp]) -> None:
-        self.starts[columns] += 1
-        self.state[columns] = [(0, self._generator(column).random()) for column in columns.tolist()]
+    def _start(self, slots: NDArray[np.intp]) -> None:
+        self.starts[slots] += 1
+        self.state[slots] = [(0, self._generator(slot).random()) for slot in slots.tolist()]
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         self.state[:, 0] += 1
@@ -43,23 +43,23 @@ class TestEpisodes:
         for _ in range(steps):
             actions = data.draw(st.lists(st.integers(0, 1), min_size=num_envs, max_size=num_envs))
             observations, rewards, terminated, truncated, infos = envs.step(np.array(actions))
-            for column, action in enumerate(actions):
-                elapsed[column] += 1
-                assert rewards[column] == elapsed[column]
-                assert terminated[column] == (action == 1)
-                assert truncated[column] == (elapsed[column] == horizon)  # at the horizon both can be true
-                ended = terminated[column] or truncated[column]
+            for slot, action in enumerate(actions):
+                elapsed[slot] += 1
+                assert rewards[slot] == elapsed[slot]
+                assert terminated[slot] == (action == 1)
+                assert truncated[slot] == (elapsed[slot] == horizon)  # at the horizon both can be true
+                ended = terminated[slot] or truncated[slot]
                 if ended:
-                    assert infos["final_obs"][column][0] == elapsed[column]
-                    elapsed[column] = 0
-                    starts[column] += 1
-                assert observations[column, 0] == elapsed[column]
-                # What is said of ends is said of all columns, and only at a step at which one of them ended.
+                    assert infos["final_obs"][slot][0] == elapsed[slot]
+                    elapsed[slot] = 0
+                    starts[slot] += 1
+                assert observations[slot, 0] == elapsed[slot]
+                # What is said of ends is said of all episode slots, and only at a step at which one of them ended.
                 assert bool(infos) == bool((terminated | truncated).any())
                 if infos:
-                    assert infos["_final_obs"][column] == ended
-                    assert (infos["final_obs"][column] is None) == (not ended)
-            assert envs.starts.tolist() == starts  # only columns that ended started anew
+                    assert infos["_final_obs"][slot] == ended
+                    assert (infos["final_obs"][slot] is None) == (not ended)
+            assert envs.starts.tolist() == starts  # only episode slots that ended started anew
 
     def test_the_final_observation_is_of_the_episode_that_ended(self) -> None:
         envs = Counting(3, horizon=10)
@@ -82,7 +82,7 @@ class TestEpisodes:
         expected = np.random.Generator(np.random.PCG64(3)).random(3).astype(np.float32)
         np.testing.assert_array_equal([first[0, 1], second[0, 1], third[0, 1]], expected)
 
-    def test_unseeded_columns_differ(self) -> None:
+    def test_unseeded_slots_differ(self) -> None:
         observations, _ = Counting(50, horizon=10).reset()
         assert len(np.unique(observations[:, 1])) == 50
 

@@ -52,7 +52,7 @@ def assert_same_infos(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 )
 def test_is_cartpole_v1(play: Callable[..., NDArray[np.int64]], steps: int, seed: int) -> None:
     """Same seeds, same bits: resets, falls, the horizon, every episode that follows, and all infos."""
-    envs, expected = FAMILY.make_vector_env([CARTPOLE_V1], columns=5), reference_envs(5)
+    envs, expected = FAMILY.make_vector_env([CARTPOLE_V1], num_episodes=5), reference_envs(5)
     assert envs.single_observation_space == expected.single_observation_space
     assert envs.observation_space == expected.observation_space
     assert envs.action_space == expected.action_space
@@ -77,7 +77,7 @@ def test_is_cartpole_v1(play: Callable[..., NDArray[np.int64]], steps: int, seed
 def test_every_task_is_gymnasiums_with_its_parameters(split: str) -> None:
     """Not only at default values: gymnasium's own class with the task's physics, pushes mirrored by us."""
     tasks = FAMILY.sample(8, np.random.default_rng(1), split)
-    envs = FAMILY.make_vector_env(tasks, columns=1)
+    envs = FAMILY.make_vector_env(tasks, num_episodes=1)
     observations, _ = envs.reset(seed=3)
     rng = np.random.default_rng(0)
     references: list[Any] = []
@@ -105,7 +105,7 @@ def test_every_task_is_gymnasiums_with_its_parameters(split: str) -> None:
 
 def after(task_change: dict[str, Any], actions: list[int]) -> NDArray[np.float32]:
     """Observation of one cart after these actions from the start of seed 0."""
-    envs = FAMILY.make_vector_env([CARTPOLE_V1 | task_change], columns=1)
+    envs = FAMILY.make_vector_env([CARTPOLE_V1 | task_change], num_episodes=1)
     observations, _ = envs.reset(seed=0)
     for action in actions:
         observations, *_ = envs.step(np.array([action]))
@@ -145,7 +145,7 @@ def test_parameters_act_in_the_right_direction() -> None:
 
 @pytest.mark.parametrize("bad", [2, -1, 7])
 def test_unknown_actions_are_refused(bad: int) -> None:
-    envs = FAMILY.make_vector_env([CARTPOLE_V1], columns=2)
+    envs = FAMILY.make_vector_env([CARTPOLE_V1], num_episodes=2)
     envs.reset(seed=0)
     with pytest.raises(ValueError, match="must be 0 or 1"):
         envs.step(np.array([0, bad]))

@@ -1,4 +1,4 @@
-"""What every native family keeps to: splits, tasks, seeds, columns, and wrong calls."""
+"""What every native family keeps to: splits, tasks, seeds, episode slots, and wrong calls."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TestFamilies:
 
     def test_vector_conventions(self, family: TaskDistribution) -> None:
         rng = np.random.default_rng(0)
-        envs = family.make_vector_env(family.sample(3, rng), columns=2)
+        envs = family.make_vector_env(family.sample(3, rng), num_episodes=2)
         assert isinstance(family.observation_space, Box)
         assert envs.num_envs == 6
         assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
@@ -92,7 +92,7 @@ class TestFamilies:
 
         def play(scribble: bool) -> list[NDArray[np.float32]]:
             rng = np.random.default_rng(1)
-            envs = family.make_vector_env(tasks, columns=2)
+            envs = family.make_vector_env(tasks, num_episodes=2)
             seen = [envs.reset(seed=5)[0]]
             for _ in range(steps):
                 *arrays, infos = envs.step(actions_for(family, 8, rng))
@@ -104,24 +104,24 @@ class TestFamilies:
 
         np.testing.assert_array_equal(play(scribble=False), play(scribble=True))
 
-    def test_columns_do_not_touch_each_other(self, family: TaskDistribution) -> None:
+    def test_slots_do_not_touch_each_other(self, family: TaskDistribution) -> None:
         """Tasks together, apart or in another company: the same bits, over several episodes."""
         rng = np.random.default_rng(0)
-        tasks, columns, steps = family.sample(7, rng), 3, 150
-        seeds = rng.integers(2**63, size=(7, columns))
-        actions = np.stack([actions_for(family, 7 * columns, rng) for _ in range(steps)])
-        actions = actions.reshape(steps, 7, columns, *actions.shape[2:])
+        tasks, num_episodes, steps = family.sample(7, rng), 3, 150
+        seeds = rng.integers(2**63, size=(7, num_episodes))
+        actions = np.stack([actions_for(family, 7 * num_episodes, rng) for _ in range(steps)])
+        actions = actions.reshape(steps, 7, num_episodes, *actions.shape[2:])
 
         def play(chosen: list[int]) -> NDArray[np.float32]:
-            envs: Any = family.make_vector_env([tasks[m] for m in chosen], columns)
+            envs: Any = family.make_vector_env([tasks[m] for m in chosen], num_episodes)
             seen = [envs.reset(seed=seeds[chosen].ravel().tolist())[0]]
             rewards = []
-            for step in actions[:, chosen].reshape(steps, len(chosen) * columns, *actions.shape[3:]):
+            for step in actions[:, chosen].reshape(steps, len(chosen) * num_episodes, *actions.shape[3:]):
                 observations, reward, *_ = envs.step(step)
                 seen.append(observations)
                 rewards.append(reward)
             outcome = np.concatenate([np.stack(seen[1:]), np.stack(rewards)[..., None]], axis=-1)
-            return outcome.reshape(steps, len(chosen), columns, -1)
+            return outcome.reshape(steps, len(chosen), num_episodes, -1)
 
         together = play(list(range(7)))
         for chosen in ([0], [6], [2, 5], [6, 0, 3]):
@@ -129,7 +129,7 @@ class TestFamilies:
 
     def test_same_seed_same_experience(self, family: TaskDistribution) -> None:
         tasks = family.sample(2, np.random.default_rng(0))
-        envs = family.make_vector_env(tasks, columns=4)
+        envs = family.make_vector_env(tasks, num_episodes=4)
 
         def play(seed: Any) -> NDArray[np.float32]:
             rng = np.random.default_rng(1)
@@ -144,9 +144,9 @@ class TestFamilies:
 
     def test_impossible_batches(self, family: TaskDistribution) -> None:
         tasks = family.sample(2, np.random.default_rng(0))
-        with pytest.raises(ValueError, match="one task and one column"):
+        with pytest.raises(ValueError, match="one task and one slot"):
             family.make_vector_env([], 2)
-        with pytest.raises(ValueError, match="one task and one column"):
+        with pytest.raises(ValueError, match="one task and one slot"):
             family.make_vector_env(tasks, 0)
 
     def test_impossible_tasks_are_named(self, family: TaskDistribution) -> None:
@@ -168,7 +168,7 @@ class TestFamilies:
             raises(good | {key: {}}, f"Task 1: '{key}' must be ")
 
     def test_wrong_calls(self, family: TaskDistribution) -> None:
-        envs: Any = family.make_vector_env(family.sample(2, np.random.default_rng(0)), columns=2)
+        envs: Any = family.make_vector_env(family.sample(2, np.random.default_rng(0)), num_episodes=2)
         actions = actions_for(family, 4, np.random.default_rng(0))
         with pytest.raises(ResetNeeded):
             envs.step(actions)

@@ -1,4 +1,4 @@
-"""Meta-World's benchmarks as task distributions: its own tasks and dynamics, each column by itself.
+"""Meta-World's benchmarks as task distributions: its own tasks and dynamics, each slot by itself.
 
 What needs Meta-World stands in classes that are collected only where it is installed: no test skips itself.
 """
@@ -82,7 +82,7 @@ class TestML1:
                 np.testing.assert_array_equal(infos["final_obs"][0], expected.astype(np.float32))
             envs.close()
 
-    def test_columns_do_not_touch_each_other(self) -> None:
+    def test_slots_do_not_touch_each_other(self) -> None:
         """Together, apart, and in simulators that other tasks have used: the same bits."""
         family = ML1("push-v3", horizon=20)
         rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ class TestML1:
         for chosen in ([2], [1, 0], [0, 1, 2]):
             np.testing.assert_array_equal(play(chosen), together[:, chosen])
 
-    def test_nan_actions_spoil_one_step_of_one_column(self) -> None:
+    def test_nan_actions_spoil_one_step_of_one_slot(self) -> None:
         family = ML1("reach-v3")
         envs = family.make_vector_env(family.sample(2, np.random.default_rng(0)), 1)
         envs.reset(seed=0)
@@ -122,7 +122,7 @@ class TestML1:
         copy = cloudpickle.loads(sent)
         assert (copy.name, copy.horizon) == ("ml1:reach-v3", 7)
         tasks = copy.sample(2, np.random.default_rng(0))
-        envs = copy.make_vector_env(tasks, columns=2)
+        envs = copy.make_vector_env(tasks, num_episodes=2)
         assert envs.reset(seed=0)[0].shape == (4, 39)
         envs.close()
 
@@ -171,7 +171,7 @@ class TestML10:
         assert len(environments["test"]) == 5
         assert not environments["test"] & environments["train"]
         one_of_each = [next(t for t in tasks[s] if t["env"] == e) for s in ("train", "test") for e in environments[s]]
-        envs = family.make_vector_env(one_of_each, columns=1)
+        envs = family.make_vector_env(one_of_each, num_episodes=1)
         observations, _ = envs.reset(seed=0)
         for _ in range(4):
             assert np.isfinite(observations).all()

@@ -66,9 +66,9 @@ def gymnasium_env(family: MujocoFamily) -> Any:
     return gymnasium.make(name, **options).unwrapped
 
 
-def place(envs: Any, column: int, reference: Any) -> None:
-    """Bring a column into the state of gymnasium's environment."""
-    envs._state[column] = np.concatenate([[reference.data.time], reference.data.qpos, reference.data.qvel])
+def place(envs: Any, slot: int, reference: Any) -> None:
+    """Bring an episode slot into the state of gymnasium's environment."""
+    envs._state[slot] = np.concatenate([[reference.data.time], reference.data.qpos, reference.data.qvel])
 
 
 def expected_reward(family: MujocoFamily, task: Task, velocity: Floats, action: Floats, healthy: bool) -> float:
@@ -109,7 +109,7 @@ class TestAgainstGymnasium:
         """From states of a played episode and from wild ones, whatever gymnasium's solver remembers."""
         family, task = kind(), ONE_OF_EACH[kind]
         reference = gymnasium_env(family)
-        envs = family.make_vector_env([task], columns=1)
+        envs = family.make_vector_env([task], num_episodes=1)
         envs.reset(seed=0)
         rng = np.random.default_rng(0)
         reference.reset(seed=1)
@@ -138,7 +138,7 @@ class TestAgainstGymnasium:
         """Where gymnasium's solver is told to forget before each of its steps, as ours does."""
         family = kind()
         reference = gymnasium_env(family)
-        envs = family.make_vector_env([ONE_OF_EACH[kind]], columns=1)
+        envs = family.make_vector_env([ONE_OF_EACH[kind]], num_episodes=1)
         envs.reset(seed=[3])
         reference.reset(seed=3)
         rng = np.random.default_rng(0)
@@ -157,7 +157,7 @@ class TestAgainstGymnasium:
         """Its warm start moves the solver's result by 1e-13 a step, which contacts amplify: 1e-5 after 20."""
         family = kind()
         reference = gymnasium_env(family)
-        envs = family.make_vector_env([ONE_OF_EACH[kind]], columns=1)
+        envs = family.make_vector_env([ONE_OF_EACH[kind]], num_episodes=1)
         for seed in range(5):
             envs.reset(seed=[seed])
             reference.reset(seed=seed)
@@ -175,7 +175,7 @@ class TestAgainstGymnasium:
         """Ant-v5 reads its position where the integrator last looked; ours is that of the state."""
         family = AntDir()
         reference = gymnasium_env(family)
-        envs = family.make_vector_env([{"angle": 0.0}], columns=1)
+        envs = family.make_vector_env([{"angle": 0.0}], num_episodes=1)
         envs.reset(seed=[0])
         reference.reset(seed=0)
         rng = np.random.default_rng(0)
@@ -192,24 +192,24 @@ class TestColumns:
     __test__ = HAS_MUJOCO
 
     @each_family
-    def test_columns_and_threads_do_not_touch_each_other(self, kind: type[MujocoFamily]) -> None:
+    def test_slots_and_threads_do_not_touch_each_other(self, kind: type[MujocoFamily]) -> None:
         """Together, apart, in another company, on one thread or three: the same bits, over several episodes."""
         family = kind(horizon=20)
         rng = np.random.default_rng(0)
-        tasks, columns, steps = family.sample(4, rng), 3, 50
-        seeds = rng.integers(2**63, size=(4, columns))
-        actions = np.stack([actions_for(family, 4 * columns, rng) for _ in range(steps)])
-        actions = actions.reshape(steps, 4, columns, -1)
+        tasks, num_episodes, steps = family.sample(4, rng), 3, 50
+        seeds = rng.integers(2**63, size=(4, num_episodes))
+        actions = np.stack([actions_for(family, 4 * num_episodes, rng) for _ in range(steps)])
+        actions = actions.reshape(steps, 4, num_episodes, -1)
 
         def play(chosen: list[int], threads: int) -> Floats:
-            envs: Any = kind(horizon=20, threads=threads).make_vector_env([tasks[m] for m in chosen], columns)
+            envs: Any = kind(horizon=20, threads=threads).make_vector_env([tasks[m] for m in chosen], num_episodes)
             envs.reset(seed=seeds[chosen].ravel().tolist())
             seen = []
-            for step in actions[:, chosen].reshape(steps, len(chosen) * columns, -1):
+            for step in actions[:, chosen].reshape(steps, len(chosen) * num_episodes, -1):
                 observations, rewards, *_ = envs.step(step)
                 seen.append(np.concatenate([observations, rewards[:, None]], axis=1))
             envs.close()
-            return np.stack(seen).reshape(steps, len(chosen), columns, -1)
+            return np.stack(seen).reshape(steps, len(chosen), num_episodes, -1)
 
         together = play([0, 1, 2, 3], threads=1)
         for chosen, threads in (([0, 1, 2, 3], 3), ([3], 1), ([2], 2), ([3, 0, 1], 1)):
@@ -245,7 +245,7 @@ class TestColumns:
             assert rewards[0] == rewards[1]
 
     @each_family
-    def test_nan_actions_spoil_one_step_of_one_column(self, kind: type[MujocoFamily]) -> None:
+    def test_nan_actions_spoil_one_step_of_one_slot(self, kind: type[MujocoFamily]) -> None:
         family = kind()
         rng = np.random.default_rng(0)
         envs: list[Any] = [family.make_vector_env([ONE_OF_EACH[kind]], 3) for _ in range(2)]
@@ -382,7 +382,7 @@ def random_returns(kind: type[MujocoFamily], episodes: int, seed: int) -> NDArra
     """Returns [episodes] of one episode on each of as many training tasks, under an untrained policy's actions."""
     family = kind(threads=2)
     rng = np.random.default_rng(seed)
-    envs: Any = family.make_vector_env(family.sample(episodes, rng), columns=1)
+    envs: Any = family.make_vector_env(family.sample(episodes, rng), num_episodes=1)
     envs.reset(seed=rng.integers(2**63, size=episodes).tolist())
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
     while running.any():

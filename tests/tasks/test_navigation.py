@@ -96,8 +96,8 @@ def test_the_goal_does_not_show() -> None:
         assert (reward != other_reward).all()
 
 
-def test_nan_actions_spoil_one_episode_of_one_column() -> None:
-    """A broken policy shows as NaN in its own column and ends at the horizon; the next episode is sound."""
+def test_nan_actions_spoil_one_episode_of_one_slot() -> None:
+    """A broken policy shows as NaN in its own slot and ends at the horizon; the next episode is sound."""
     envs = make("navigation-2d").make_vector_env([{"goal": [0.5, 0.5]}], 2)
     envs.reset(seed=0)
     actions = np.zeros((2, 2), np.float32)

@@ -33,12 +33,12 @@ EVERY = [(family, player) for family in FAMILIES for player in ("uniform", *BASE
 
 
 def earned(
-    player: Any, distribution: TaskDistribution, num_tasks: int, columns: int = 1, episodes: int = 1, seed: int = 0
+    player: Any, distribution: TaskDistribution, num_tasks: int, num_episodes: int = 1, episodes: int = 1, seed: int = 0
 ) -> Returns:
     """Returns [M, K] on tasks of the test split."""
     tasks = distribution.sample(num_tasks, np.random.default_rng(seed), "test")
     seeds = [seed_for(seed, m) for m in range(num_tasks)]
-    return play_baseline(player, distribution, tasks, seeds, columns, episodes)
+    return play_baseline(player, distribution, tasks, seeds, num_episodes, episodes)
 
 
 # --- The same trials as a policy's ------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_a_trial_goes_on_for_its_episodes() -> None:
 
 
 def test_episodes_of_different_lengths() -> None:
-    """A column that has played its episodes earns nothing while others go on."""
+    """An episode slot that has played its episodes earns nothing while others go on."""
     distribution = make("navigation-2d")
     goals = [[0.05, 0.0], [0.5, 0.5], [0.0, -0.3]]
     seeds = [seed_for(0, m) for m in range(3)]
@@ -138,7 +138,7 @@ def test_every_player_beats_chance_and_none_the_clairvoyant(family: str, player:
     """On the same trials, hence by the mean of differences."""
 
     def returns(who: str) -> Returns:
-        return earned(who, FAMILIES[family](), 150, columns=2, episodes=6).mean(axis=1)
+        return earned(who, FAMILIES[family](), 150, num_episodes=2, episodes=6).mean(axis=1)
 
     gain = returns(player) - returns("uniform")
     assert gain.mean() > 4 * gain.std() / 150**0.5
@@ -158,9 +158,9 @@ def test_every_player_beats_chance_and_none_the_clairvoyant(family: str, player:
     ],
 )
 def test_bandit_of_five_arms(player: str, figure: float, tolerance: float) -> None:
-    """2000 trials; only Thompson sampling, which draws at every pull, has fewer tasks and more columns."""
-    num_tasks, columns = (400, 5) if player == "thompson" else (2000, 1)
-    returns = earned(player, Bandit(), num_tasks, columns)
+    """2000 trials; only Thompson sampling, which draws at every pull, has fewer tasks and more episode slots."""
+    num_tasks, num_episodes = (400, 5) if player == "thompson" else (2000, 1)
+    returns = earned(player, Bandit(), num_tasks, num_episodes)
     assert returns.mean() == pytest.approx(figure, abs=tolerance)
 
 
@@ -214,7 +214,7 @@ def test_the_regulator_without_noise_lets_no_pole_fall() -> None:
     """It also starts anew with every episode."""
     distribution = NoisyPositionOnlyCartPole()
     distribution.noise = 1e-6
-    assert earned("lqg", distribution, 20, columns=2, episodes=2) == pytest.approx(2.0)
+    assert earned("lqg", distribution, 20, num_episodes=2, episodes=2) == pytest.approx(2.0)
 
 
 def test_stay_put_earns_the_distance() -> None:
@@ -324,7 +324,7 @@ def test_unknown_players_are_named() -> None:
         earned("psrl", Bandit(), 1)
     with pytest.raises(ValueError, match=r"no cartpole player 'thompson'.*uniform"):
         earned("thompson", make("cartpole"), 1)
-    assert earned("uniform", make("cartpole"), 2, columns=3).shape == (2, 3)
+    assert earned("uniform", make("cartpole"), 2, num_episodes=3).shape == (2, 3)
 
 
 def test_wrong_calls() -> None:

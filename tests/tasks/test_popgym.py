@@ -90,7 +90,7 @@ class TestBesideThePackage:
     @each_family
     @each_difficulty
     def test_same_bits(self, name: str, difficulty: str) -> None:
-        """To each column's first end; of the cards, whose episodes draw their order only, in the next one, too."""
+        """To each slot's first end; of the cards, whose episodes draw their order only, in the next one, too."""
         ours, theirs = make(name, {"difficulty": difficulty}), gym_family(name, difficulty)
         assert (ours.horizon, ours.observation_space, ours.action_space) == (
             theirs.horizon, theirs.observation_space, theirs.action_space,
@@ -107,8 +107,8 @@ class TestBesideThePackage:
                 assert value.dtype == other.dtype
                 np.testing.assert_array_equal(value[live], other[live])
             ended = step[1] | step[2]
-            for column in np.flatnonzero(live & ended):
-                np.testing.assert_array_equal(infos["final_obs"][column], their_infos["final_obs"][column])
+            for slot in np.flatnonzero(live & ended):
+                np.testing.assert_array_equal(infos["final_obs"][slot], their_infos["final_obs"][slot])
             if name == "noisy-position-only-cartpole":
                 live &= ~ended
             np.testing.assert_array_equal(observations[live], expected[live])
@@ -160,16 +160,18 @@ def test_the_random_player_s_return_is_exact(difficulty: str) -> None:
 @each_difficulty
 def test_the_cart_is_seen_with_noise_of_its_own(difficulty: str) -> None:
     """As CartPole-v1's position and angle, which the same seed starts at the same place, plus noise."""
-    columns = 2000
-    envs = NoisyPositionOnlyCartPole(difficulty=difficulty).make_vector_env([{}], columns)
-    cart = make("cartpole").make_vector_env([CARTPOLE_V1], columns)
+    num_episodes = 2000
+    envs = NoisyPositionOnlyCartPole(difficulty=difficulty).make_vector_env([{}], num_episodes)
+    cart = make("cartpole").make_vector_env([CARTPOLE_V1], num_episodes)
     noise = [envs.reset(seed=5)[0] - cart.reset(seed=5)[0][:, [0, 2]]]
     for action in (0, 1, 1):
-        noise.append(envs.step(np.full(columns, action))[0] - cart.step(np.full(columns, action))[0][:, [0, 2]])
+        noise.append(
+            envs.step(np.full(num_episodes, action))[0] - cart.step(np.full(num_episodes, action))[0][:, [0, 2]]
+        )
     positions, angles = np.moveaxis(np.stack(noise), -1, 0)
     assert positions.std() == pytest.approx(NOISE[difficulty], rel=0.05)
     assert abs(positions.mean()) < 4 * NOISE[difficulty] / positions.size**0.5
-    assert np.abs(np.corrcoef(np.concatenate([positions, angles])) - np.eye(8)).max() < 4.5 / columns**0.5
+    assert np.abs(np.corrcoef(np.concatenate([positions, angles])) - np.eye(8)).max() < 4.5 / num_episodes**0.5
     if difficulty == "easy":  # else the angle is clipped
         assert angles.std() == pytest.approx(0.1, rel=0.05)
 
@@ -190,25 +192,25 @@ def test_who_sees_the_cart_gets_1() -> None:
 
 
 @each_family
-def test_a_column_is_the_same_alone_and_beside_others(name: str) -> None:
+def test_a_slot_is_the_same_alone_and_beside_others(name: str) -> None:
     family, rng = make(name), np.random.default_rng(0)
     seeds = rng.integers(2**32, size=6)
     actions = rng.integers(0, 2, (120, 6))
 
-    def played(columns: NDArray[Any]) -> list[NDArray[Any]]:
-        envs = family.make_vector_env([{}] * len(columns), 1)
-        observations = [envs.reset(seed=seeds[columns].tolist())[0]]
+    def played(num_episodes: NDArray[Any]) -> list[NDArray[Any]]:
+        envs = family.make_vector_env([{}] * len(num_episodes), 1)
+        observations = [envs.reset(seed=seeds[num_episodes].tolist())[0]]
         rewards = []
-        for step in actions[:, columns]:
+        for step in actions[:, num_episodes]:
             observation, reward, *_ = envs.step(step)
             observations.append(observation)
             rewards.append(reward)
         return [np.stack(observations), np.stack(rewards)]
 
     together = played(np.arange(6))
-    for column in range(6):
-        for alone, beside in zip(played(np.array([column])), together, strict=True):
-            np.testing.assert_array_equal(alone[:, 0], beside[:, column])
+    for slot in range(6):
+        for alone, beside in zip(played(np.array([slot])), together, strict=True):
+            np.testing.assert_array_equal(alone[:, 0], beside[:, slot])
 
 
 @each_family

@@ -48,7 +48,7 @@ def first_returns(distribution: TaskDistribution, play: Player, episodes: int, s
     """Returns [episodes] of one episode on each of as many training tasks."""
     rng = np.random.default_rng(seed)
     tasks = distribution.sample(episodes, rng)
-    envs = distribution.make_vector_env(tasks, columns=1)
+    envs = distribution.make_vector_env(tasks, num_episodes=1)
     observations, _ = envs.reset(seed=rng.integers(2**63, size=episodes).tolist())
     returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
     while running.any():

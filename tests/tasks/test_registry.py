@@ -58,7 +58,7 @@ class TestRegistry:
         """Workers get the instance, not the name: a class that their process cannot import travels too."""
 
         class Faulty(type(make("cartpole"))):  # type: ignore[misc]
-            def make_vector_env(self, tasks: Any, columns: int) -> Any:
+            def make_vector_env(self, tasks: Any, num_episodes: int) -> Any:
                 raise RuntimeError("the simulator crashed")
 
         faulty = cloudpickle.loads(cloudpickle.dumps(Faulty()))

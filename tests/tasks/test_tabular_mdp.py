@@ -26,7 +26,7 @@ def test_equals_a_scalar_game(seed: int, num_envs: int, states: int, length: int
     means, transitions = family.dynamics(tasks)
     envs = family.make_vector_env(tasks, 1)
     observations, _ = envs.reset(seed=seed)
-    generators = [np_random(seed + column)[0] for column in range(num_envs)]
+    generators = [np_random(seed + slot)[0] for slot in range(num_envs)]
     for _ in range(3):
         np.testing.assert_array_equal(observations.argmax(axis=1), 0)  # every episode starts in state 0
         noise = [(generator.standard_normal(length), generator.random(length)) for generator in generators]
@@ -49,12 +49,12 @@ def test_equals_a_scalar_game(seed: int, num_envs: int, states: int, length: int
 
 
 def test_rewards_and_next_states_follow_the_tables() -> None:
-    columns = 20_000
+    num_episodes = 20_000
     means = np.array([[[0.5, -2.0], [3.0, 1.0], [0.0, 0.0]]])
     transitions = np.array([[[[0.2, 0.5, 0.3], [0, 0, 1]], [[1, 0, 0], [0, 1, 0]], [[0, 1, 0], [0.5, 0, 0.5]]]])
-    envs = TabularEnv(means, transitions, columns, episode_length=2)
+    envs = TabularEnv(means, transitions, num_episodes, episode_length=2)
     states = envs.reset(seed=0)[0].argmax(axis=1)
-    for step, actions in enumerate(np.random.default_rng(0).integers(0, 2, (2, columns))):
+    for step, actions in enumerate(np.random.default_rng(0).integers(0, 2, (2, num_episodes))):
         before = states
         observations, rewards, _, _, infos = envs.step(actions)
         states = (np.stack(infos["final_obs"]) if step else observations).argmax(axis=1)
@@ -71,12 +71,12 @@ def test_rewards_and_next_states_follow_the_tables() -> None:
 
 def test_rewards_tell_nothing_of_the_next_state() -> None:
     family = TabularMDP(states=2, actions=2, episode_length=1)
-    columns = 20_000
-    envs = family.make_vector_env(family.sample(1, np.random.default_rng(0)), columns)
+    num_episodes = 20_000
+    envs = family.make_vector_env(family.sample(1, np.random.default_rng(0)), num_episodes)
     envs.reset(seed=0)
-    _, rewards, _, _, infos = envs.step(np.zeros(columns, int))
+    _, rewards, _, _, infos = envs.step(np.zeros(num_episodes, int))
     follows = np.stack(infos["final_obs"])[:, 0]
-    assert abs(np.corrcoef(rewards, follows)[0, 1]) < 4.5 / columns**0.5
+    assert abs(np.corrcoef(rewards, follows)[0, 1]) < 4.5 / num_episodes**0.5
 
 
 def test_distribution_of_the_mdps() -> None:
@@ -104,7 +104,7 @@ def test_an_mdp_depends_on_its_seed_alone() -> None:
     assert len(np.unique(means)) == means.size
 
 
-def test_a_column_reset_with_the_tasks_seed_is_not_told_its_tables() -> None:
+def test_a_slot_reset_with_the_tasks_seed_is_not_told_its_tables() -> None:
     """Small numbers are used for both: the same stream would make an episode's noise the table's first rows."""
     family = TabularMDP()
     means, _ = family.dynamics([{"seed": 3}])
@@ -118,15 +118,15 @@ def test_a_column_reset_with_the_tasks_seed_is_not_told_its_tables() -> None:
     assert abs(np.corrcoef(noise, means.ravel()[:10])[0, 1]) < 0.9
 
 
-def played(family: TabularMDP, tasks: list[Any], columns: int, seeds: Any, actions: NDArray[Any]) -> NDArray[Any]:
+def played(family: TabularMDP, tasks: list[Any], num_episodes: int, seeds: Any, actions: NDArray[Any]) -> NDArray[Any]:
     """Observations and rewards [T, N, S + 1] of the actions [T, N]."""
-    envs: Any = family.make_vector_env(tasks, columns)
+    envs: Any = family.make_vector_env(tasks, num_episodes)
     envs.reset(seed=seeds)
     steps = [envs.step(step)[:2] for step in actions]
     return np.stack([np.concatenate([observations, rewards[:, None]], axis=1) for observations, rewards in steps])
 
 
-def test_a_column_is_the_same_alone_and_beside_others() -> None:
+def test_a_slot_is_the_same_alone_and_beside_others() -> None:
     family, rng = TabularMDP(), np.random.default_rng(0)
     tasks = family.sample(4, rng)
     seeds = rng.integers(2**32, size=(4, 3))
@@ -177,16 +177,16 @@ def test_a_known_optimum() -> None:
 
 
 def test_the_optimum_is_reached_by_playing_it() -> None:
-    family, columns = TabularMDP(), 2000
+    family, num_episodes = TabularMDP(), 2000
     means, transitions = family.dynamics([{"seed": 0}])
     actions, values = backward_induction(means[0], transitions[0], 10)
-    envs = TabularEnv(means, transitions, columns, 10)
+    envs = TabularEnv(means, transitions, num_episodes, 10)
     observations, _ = envs.reset(seed=0)
-    returns = np.zeros(columns)
+    returns = np.zeros(num_episodes)
     for step in range(10):
         observations, rewards, *_ = envs.step(actions[step, observations.argmax(axis=1)])
         returns += rewards
-    assert returns.mean() == pytest.approx(values[0], abs=4.5 * returns.std() / columns**0.5)
+    assert returns.mean() == pytest.approx(values[0], abs=4.5 * returns.std() / num_episodes**0.5)
 
 
 # --- Options and tasks ------------------------------------------------------------------------------------

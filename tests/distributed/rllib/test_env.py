@@ -33,9 +33,9 @@ class Noting:
         return self.tasks[-n:]
 
 
-def task_env(family: Any, columns: int = 3, inputs: str = "full") -> TaskEnv:
+def task_env(family: Any, num_episodes: int = 3, inputs: str = "full") -> TaskEnv:
     spec = TrainConfig(inputs=inputs).policy_spec(family)  # type: ignore[arg-type]
-    return TaskEnv({"distribution": family, "spec": spec, "num_envs": columns})
+    return TaskEnv({"distribution": family, "spec": spec, "num_envs": num_episodes})
 
 
 def wander(env: TaskEnv, steps: int, seed: int) -> list[tuple[Array, ...]]:
@@ -59,8 +59,8 @@ def test_the_policy_reads_what_it_reads_in_our_own_rollouts(task: str) -> None:
     env = task_env(family)
     spec: PolicySpec = env._spec
     played = 0
-    for column in range(env.num_envs):
-        steps = [[part[column] for part in step] for step in wander(env, 230, seed=5)]
+    for slot in range(env.num_envs):
+        steps = [[part[slot] for part in step] for step in wander(env, 230, seed=5)]
         ends = [i for i, step in enumerate(steps) if step[3] or step[4]]
         begin = 0
         for end in ends:
@@ -78,7 +78,7 @@ def test_the_policy_reads_what_it_reads_in_our_own_rollouts(task: str) -> None:
     assert played >= 6
 
 
-def test_equal_seeds_give_equal_experience_and_every_column_and_worker_has_its_own() -> None:
+def test_equal_seeds_give_equal_experience_and_every_slot_and_worker_has_its_own() -> None:
     seen: dict[int, list[Task]] = {}
     for seed in (7, 8, 9):  # RLlib gives a worker its seed plus the worker's index
         family = Noting(make("cartpole"))

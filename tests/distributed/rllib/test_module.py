@@ -38,17 +38,17 @@ def normalised(policy: SSMPolicy) -> SSMPolicy:
     return policy
 
 
-def states(module: SSMModule, columns: int) -> dict[str, Any]:
-    """What RLlib puts in a batch at the first step of ``columns`` episodes."""
+def states(module: SSMModule, num_episodes: int) -> dict[str, Any]:
+    """What RLlib puts in a batch at the first step of ``num_episodes`` episodes."""
     initial = module.get_initial_state()
-    return {Columns.STATE_IN: {name: value.expand(columns, *value.shape) for name, value in initial.items()}}
+    return {Columns.STATE_IN: {name: value.expand(num_episodes, *value.shape) for name, value in initial.items()}}
 
 
 @pytest.mark.parametrize("form", SPECS)
 def test_step_by_step_chunk_by_chunk_and_at_once_the_module_is_the_policy(form: str) -> None:
     policy = normalised(make_policy(SPECS[form]))
-    module, columns, steps = module_of(policy), 5, 23
-    inputs = torch.randn(columns, steps, policy.spec.input_size, generator=torch.Generator().manual_seed(0))
+    module, num_episodes, steps = module_of(policy), 5, 23
+    inputs = torch.randn(num_episodes, steps, policy.spec.input_size, generator=torch.Generator().manual_seed(0))
     expected = policy(inputs.transpose(0, 1))
     values = expected.values.T * policy.reward_scaling
     if policy.spec.discrete:
@@ -58,13 +58,13 @@ def test_step_by_step_chunk_by_chunk_and_at_once_the_module_is_the_policy(form: 
         logits = torch.cat([normal.loc, normal.scale.log()], -1).transpose(0, 1)
     acting = NumpyPolicy(policy.spec, policy.numpy_weights())
     for size in (1, 4, steps):
-        batch = states(module, columns)
-        state = acting.initial_state(1, columns)
+        batch = states(module, num_episodes)
+        state = acting.initial_state(1, num_episodes)
         for begin in range(0, steps, size):
             part = inputs[:, begin : begin + size]
             obs = part if module.is_stateful() else part.flatten(0, 1)
             found = module.forward_exploration({Columns.OBS: obs, **batch})
-            dist = found[Columns.ACTION_DIST_INPUTS].reshape(columns, -1, logits.shape[-1])
+            dist = found[Columns.ACTION_DIST_INPUTS].reshape(num_episodes, -1, logits.shape[-1])
             torch.testing.assert_close(dist, logits[:, begin : begin + size], atol=1e-5, rtol=1e-5)
             batch = {Columns.STATE_IN: found.get(Columns.STATE_OUT, {})}
             for i in range(part.shape[1]):
@@ -74,7 +74,7 @@ def test_step_by_step_chunk_by_chunk_and_at_once_the_module_is_the_policy(form: 
                 head = head - np.log(np.exp(head).sum(-1, keepdims=True))
             np.testing.assert_allclose(mean.detach(), head[0], atol=1e-5, rtol=1e-5)
     if module.is_stateful():
-        train = {Columns.OBS: inputs, **states(module, columns)}
+        train = {Columns.OBS: inputs, **states(module, num_episodes)}
         torch.testing.assert_close(module.compute_values(train), values, atol=1e-5, rtol=1e-5)
         for i, after in enumerate(expected.state):
             torch.testing.assert_close(batch[Columns.STATE_IN][state_name(i)], after, atol=1e-5, rtol=1e-5)

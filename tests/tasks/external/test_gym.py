@@ -68,7 +68,7 @@ class TestGymTasks:
         family = from_name("gym:CartPole-v1", {name: [0.01, 20] for name in names})
         adapted = play(family, [{name: task[name] for name in names} for task in tasks], steps=60)
         np.testing.assert_allclose(adapted, play(native, tasks, steps=60), rtol=1e-5, atol=1e-6)
-        env = family._column(dict.fromkeys(names, 2.0)).unwrapped  # type: ignore[attr-defined]
+        env = family._policy_env(dict.fromkeys(names, 2.0)).unwrapped  # type: ignore[attr-defined]
         assert (env.total_mass, env.polemass_length) == (4.0, 4.0)
         own = type(gymnasium.make("CartPole-v1").unwrapped)
         assert isinstance(env, own)
@@ -142,9 +142,9 @@ class TestGymTasks:
     def test_impossible_batches_and_tasks(self) -> None:
         family = from_name("gym:Pendulum-v1", PENDULUM)
         good = {"g": 9, "l": 1.0}
-        for tasks, columns in (([], 1), ([good], 0)):
-            with pytest.raises(ValueError, match="one task and one column"):
-                family.make_vector_env(tasks, columns)
+        for tasks, num_episodes in (([], 1), ([good], 0)):
+            with pytest.raises(ValueError, match="one task and one slot"):
+                family.make_vector_env(tasks, num_episodes)
         for wrong, match in (
             ({"g": 9}, "Task 1 lacks the parameter 'l'"),
             (good | {"m": 1}, "no parameter 'm'"),

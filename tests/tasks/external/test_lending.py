@@ -17,7 +17,7 @@ from ssm_metarl.tasks.external.names import from_name
 
 
 class TestReuse:
-    def test_a_column_depends_on_its_task_seed_and_actions_alone(self, family: TaskDistribution) -> None:
+    def test_a_slot_depends_on_its_task_seed_and_actions_alone(self, family: TaskDistribution) -> None:
         """New or used, alone, beside others or at the same time as another batch: the same bits."""
         tasks = draw(family, 4)
         seeds = [11, 12, 13, 14, 15, 16, 17, 18]

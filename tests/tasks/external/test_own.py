@@ -33,13 +33,13 @@ class TestTaskFamily:
         with pytest.raises(ValueError, match="no split 'tset', did you mean 'test'"):
             family.sample(1, np.random.default_rng(0), "tset")
         for wrong in (([], 1), (tasks, 0)):
-            with pytest.raises(ValueError, match="one task and one column"):
+            with pytest.raises(ValueError, match="one task and one slot"):
                 family.make_vector_env(*wrong)
 
-    def test_a_task_is_applied_to_its_columns_at_every_reset(self, module: Callable[[str], str]) -> None:
+    def test_a_task_is_applied_to_its_slots_at_every_reset(self, module: Callable[[str], str]) -> None:
         family = from_name(f"{module(LINE)}:Line")
         tasks: list[Any] = [{"goal": [3.0], "name": "right"}, {"goal": [-3.0], "name": "left"}]
-        played = play(family, tasks, columns=2, steps=40)
+        played = play(family, tasks, num_episodes=2, steps=40)
         ends = played[:, :, 2:].any(-1)
         assert ends.sum(0).min() >= 3
         goals = np.array([3.0, 3.0, -3.0, -3.0])

@@ -36,14 +36,14 @@ class TestSpaces:
         family = toy(MultiDiscrete([3, 2, 4], start=[1, 0, -2]))
         assert family.observation_space == Box(0, 1, (9,), np.float32)
         check_conventions(family)
-        column = family._column({})
-        np.testing.assert_array_equal(column._vector(np.array([3, 0, -2])), [0, 0, 1, 1, 0, 1, 0, 0, 0])
+        slot = family._policy_env({})
+        np.testing.assert_array_equal(slot._vector(np.array([3, 0, -2])), [0, 0, 1, 1, 0, 1, 0, 0, 0])
         family = toy(Discrete(3, start=5), Discrete(4, start=-1))
         assert (family.observation_space.shape, family.action_space) == ((3,), Discrete(4))
         check_conventions(family)
-        column = family._column({})
-        np.testing.assert_array_equal(column._vector(6), [0, 1, 0])
-        assert [column._action(np.int64(action)) for action in range(4)] == [-1, 0, 1, 2]
+        slot = family._policy_env({})
+        np.testing.assert_array_equal(slot._vector(6), [0, 1, 0])
+        assert [slot._action(np.int64(action)) for action in range(4)] == [-1, 0, 1, 2]
 
     def test_boxes_become_vectors(self, toy: Callable[..., GymFamily]) -> None:
         for space, size in (
