@@ -109,7 +109,7 @@ class StandardAdapter:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {optimizer!r}.")
         self.policy = policy
         # What a task is nobody knows at test time; inner steps never did.
-        config = replace(config, baseline="linear") if config.baseline == "informed" else config
+        config = replace(config, baseline="linear") if config.baseline == "privileged" else config
         self.config = config if step_size is None else replace(config, inner_lr=step_size)
         self.steps, self.kl_bound, self.optimizer = steps, kl_bound, optimizer
 

@@ -33,9 +33,9 @@ class Batch(NamedTuple):
             0 for a task without any step).
         outer_advantages: the same for the outer objective; with the linear baseline the same numbers. With the others
             they are normalised over all tasks, which are told apart by what is expected of them.
-        targets: [M, T, K] float32, what the value head should have said, with the informed baseline beyond the time
+        targets: [M, T, K] float32, what the value head should have said, with the privileged baseline beyond the time
             step's mean return; None without a critic.
-        known: [M, P] float32, what the critic is told of the tasks; None: nothing.
+        task_features: [M, P] float32, which the privileged critic reads; None without one.
     """
 
     inputs: Tensor
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     share: Tensor
     outer_advantages: Tensor
     targets: Tensor | None = None
-    known: Tensor | None = None
+    task_features: Tensor | None = None
 
     def tasks(self, part: slice | Tensor) -> Batch:
         """The batch of some of its tasks: a slice, or indices [n]."""
@@ -105,7 +105,7 @@ def make_batch(
     rollouts = rollouts.masked()
     discount, gae_lambda, baseline = config.discount, config.gae_lambda, config.baseline
     level = np.zeros((1, 1, 1))
-    if values is not None and baseline == "informed":
+    if values is not None and baseline == "privileged":
         # Most of a return is what everybody gets from that step on. A critic that had to learn it, too, would for
         # long be worse than none: of the return that is left it says how a task and a past differ from the others.
         returns = discounted_returns(rollouts.rewards / np.float32(reward_scale), rollouts.valid, discount)
@@ -114,7 +114,7 @@ def make_batch(
     raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale)
     some = tells_apart(rollouts, discount)
     own_raw = raw
-    if baseline in ("time", "informed"):  # how a task adapts must depend neither on the others nor on what it is
+    if baseline in ("time", "privileged"):  # how a task adapts must depend neither on the others nor on what it is
         own_raw = estimate(rollouts, discount, gae_lambda)[0]
     own = normalized(own_raw, rollouts.valid) * some.astype(np.float32)[:, None, None]
     outer = own if baseline == "linear" else normalized(raw, rollouts.valid, (0, 1, 2))
@@ -133,7 +133,7 @@ def make_batch(
         share=tensor(share),
         outer_advantages=tensor(outer),
         targets=tensor((raw + expected - level).astype(np.float32)) if values is not None else None,
-        known=tensor(task_numbers(rollouts.tasks)) if baseline == "informed" else None,
+        task_features=tensor(task_numbers(rollouts.tasks)) if baseline == "privileged" else None,
     )
 
 

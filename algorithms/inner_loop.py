@@ -33,7 +33,7 @@ def for_tasks(parameters: Mapping[str, Tensor], tasks: int) -> Parameters:
 
 def policy_outputs(policy: SSMPolicy, parameters: Parameters, batch: Batch) -> PolicyOutput:
     """What the policy with ``parameters``, shared or [M, ...] each, says of every step of a batch."""
-    output: PolicyOutput = functional_call(policy, parameters, (batch.inputs, batch.resets, None, batch.known))
+    output: PolicyOutput = functional_call(policy, parameters, (batch.inputs, batch.resets, None, batch.task_features))
     return output
 
 
@@ -111,13 +111,15 @@ def batch_for(
     inputs, resets = critic_inputs(policy.spec, rollouts)
     own = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
     shared = own["encoder.weight"].dim() == 2
-    known = torch.as_tensor(task_numbers(rollouts.tasks), device=device) if config.baseline == "informed" else None
+    task_features = (
+        torch.as_tensor(task_numbers(rollouts.tasks), device=device) if config.baseline == "privileged" else None
+    )
 
     def value(module: SSMPolicy, part: slice) -> Array:
         parameters = own if shared else {name: value[part] for name, value in own.items()}
         arguments = (torch.as_tensor(array[part], device=device) for array in (inputs, resets))
         with torch.no_grad():
-            told = None if known is None else known[part]
+            told = None if task_features is None else task_features[part]
             return functional_call(module, parameters, (*arguments, None, told)).values.cpu().numpy()
 
     shards = task_shards(resets.shape)

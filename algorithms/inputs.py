@@ -35,7 +35,7 @@ def policy_inputs(spec: PolicySpec, rollouts: Rollouts) -> Array:
 
 
 def task_numbers(tasks: Sequence[Any]) -> Array:
-    """What a critic is told of tasks: all their numbers, by the order of their names.
+    """Task features, which a privileged critic reads: all numbers of a task, by the order of their names.
 
     Args:
         tasks: M JSON values.
@@ -52,7 +52,7 @@ def task_numbers(tasks: Sequence[Any]) -> Array:
             for name in sorted(value):
                 if name == "seed":
                     raise ValueError(
-                        "The informed baseline needs tasks that are numbers; a seed, as here, tells nothing."
+                        "The privileged baseline needs tasks that are numbers; a seed, as here, tells nothing."
                     )
                 yield from numbers(value[name])
         elif isinstance(value, list | tuple):
@@ -61,11 +61,11 @@ def task_numbers(tasks: Sequence[Any]) -> Array:
         elif isinstance(value, int | float):
             yield float(value)
         else:
-            raise ValueError(f"The informed baseline needs tasks that are numbers, but there is {value!r} in one.")
+            raise ValueError(f"The privileged baseline needs tasks that are numbers, but there is {value!r} in one.")
 
     found = [list(numbers(task)) for task in tasks]
     if len({len(each) for each in found}) > 1 or (found and not found[0]):
-        raise ValueError("The informed baseline needs tasks that are numbers, equally many in each.")
+        raise ValueError("The privileged baseline needs tasks that are numbers, equally many in each.")
     return np.array(found, np.float32)
 
 

@@ -14,7 +14,7 @@ MAX_NU = 10.0
 """Largest ν that has an effect: beyond, a mode forgets all in one step, and exp(ν) would overflow in gradients."""
 
 CRITIC_UNITS = 128
-"""Width of what a critic that is told the task makes of it and of the policy's last layer."""
+"""Hidden units of the privileged critic."""
 
 
 def step_size(name: str) -> str:

@@ -67,7 +67,7 @@ class SSMPolicy(nn.Module):
             self.policy.log_std = nn.Parameter(log_std)
         self.value = Affine(width, 1, 0.01 * width**-0.5, generator)
         if spec.task_size:
-            self.critic = InformedCritic(width, spec.task_size, generator)
+            self.critic = PrivilegedCritic(width, spec.task_size, generator)
             self.register_buffer("task_mean", torch.zeros(spec.task_size))
             self.register_buffer("task_scale", torch.ones(spec.task_size))
         if spec.learned_step_sizes:
@@ -84,7 +84,7 @@ class SSMPolicy(nn.Module):
         inputs: Tensor,
         resets: Tensor | None = None,
         state: list[Tensor] | None = None,
-        known: Tensor | None = None,
+        task_features: Tensor | None = None,
     ) -> PolicyOutput:
         """Run over a whole sequence.
 
@@ -92,7 +92,7 @@ class SSMPolicy(nn.Module):
             inputs: [M, T, K, I], see ``policy_inputs``.
             resets: [M, T, K] bool, where the recurrent state is zeroed before the step; None: nowhere.
             state: as of ``initial_state``; None: zero.
-            known: [M, P], what a critic that is told the task is told; None: that it is an average one.
+            task_features: [M, P], which a privileged critic reads; None: those of an average task.
 
         Returns:
             Distributions and values over [M, T, K], and the state after the last step.
@@ -107,7 +107,7 @@ class SSMPolicy(nn.Module):
         for i, block in enumerate(self.blocks):
             hidden, last = block(hidden, resets, None if state is None else self._of_block(i, state))
             after += last
-        return PolicyOutput(self._distribution(hidden), self._values(hidden, known), after)
+        return PolicyOutput(self._distribution(hidden), self._values(hidden, task_features), after)
 
     def step(self, inputs: Tensor, state: list[Tensor]) -> PolicyOutput:
         """Run over one step: as :meth:`forward` with inputs [M, K, I], distributions and values over [M, K]."""
@@ -119,13 +119,15 @@ class SSMPolicy(nn.Module):
             after += last
         return PolicyOutput(self._distribution(hidden), self._values(hidden, None), after)
 
-    def _values(self, hidden: Tensor, known: Tensor | None) -> Tensor:
+    def _values(self, hidden: Tensor, task_features: Tensor | None) -> Tensor:
         values = self.value(hidden)
         if self.spec.task_size:
-            if known is not None:
-                known = (known - self.task_mean) / self.task_scale
-                known = known.reshape(*known.shape[:-1], *[1] * (hidden.dim() - known.dim()), known.shape[-1])
-            values = values + self.critic(hidden, known)
+            if task_features is not None:
+                task_features = (task_features - self.task_mean) / self.task_scale
+                task_features = task_features.reshape(
+                    *task_features.shape[:-1], *[1] * (hidden.dim() - task_features.dim()), task_features.shape[-1]
+                )
+            values = values + self.critic(hidden, task_features)
         return values.squeeze(-1)
 
     @property
@@ -170,8 +172,8 @@ class SSMPolicy(nn.Module):
         return numpy_weights(dict(self.named_parameters()) | dict(self.named_buffers()))
 
 
-class InformedCritic(Affine):
-    """What is added to a value when the task is known: C · tanh(hidden W + task U + b).
+class PrivilegedCritic(Affine):
+    """What task features add to a value: C · tanh(hidden W + features U + b).
 
     The baseline of a policy gradient may depend on whatever the action does not change, and the task is such; it takes
     out of the advantages what a task is worth as a whole. The policy reads none of this (Pinto et al. 2018, arXiv
@@ -184,16 +186,16 @@ class InformedCritic(Affine):
     """
 
     def __init__(self, width: int, task_size: int, generator: torch.Generator) -> None:
-        # 2: a value is a product of what is remembered and what is known.
+        # 2: a value is a product of memory and task features.
         scale = 2 * (width + task_size) ** -0.5
         super().__init__(width, CRITIC_UNITS, scale, generator)
         self.task = nn.Parameter(torch.randn((task_size, CRITIC_UNITS), generator=generator) * scale)
         self.out = nn.Parameter(torch.randn((CRITIC_UNITS, 1), generator=generator) * 0.01 * CRITIC_UNITS**-0.5)
 
-    def forward(self, hidden: Tensor, known: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, task_features: Tensor | None = None) -> Tensor:
         """[M, ..., H] and [M, ..., P] → [M, ..., 1]; None: zeros."""
         inner = super().forward(hidden)
-        return linear(tanh(inner if known is None else inner + linear(known, self.task)), self.out)
+        return linear(tanh(inner if task_features is None else inner + linear(task_features, self.task)), self.out)
 
 
 class ActionHead(Affine):

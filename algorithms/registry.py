@@ -63,10 +63,10 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 (Finn et al. 2017, arXiv 1703.03400). RL² is ProMP that may do without inner steps: PPO on a policy that learns in its
 recurrent state. "policy-gradient" is that with RLlib's PPO, over single episodes."""
 
-BASELINES = ("linear", "critic", "informed", "time")
+BASELINES = ("linear", "critic", "privileged", "time")
 """What advantages are measured against, see ``MetaConfig``."""
 
-CRITICS = ("critic", "informed")
+CRITICS = ("critic", "privileged")
 """The baselines that the policy learns."""
 
 
@@ -85,8 +85,9 @@ class MetaConfig:
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
         minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
         baseline: of the advantages: "linear" (fitted to each task's returns), "critic" (the policy's value head),
-            "time" (the step's mean return over all tasks) or "informed" ("time", and a value head that in training is
-            told the task, which must be numbers, for the rest). Critics also bootstrap where an episode slot was cut.
+            "time" (the step's mean return over all tasks) or "privileged" ("time", and for the rest a value head that
+            in training reads the task's numbers). Critics also bootstrap where an episode was cut. "informed" is the
+            former name of "privileged".
         value_weight: weight of the critic's squared error.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
@@ -114,6 +115,8 @@ class MetaConfig:
     gae_lambda: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.baseline == "informed":
+            object.__setattr__(self, "baseline", "privileged")
         _one_of("algorithm", self.algorithm, ALGORITHMS)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
         _one_of("baseline", self.baseline, dict.fromkeys(BASELINES))
@@ -159,9 +162,9 @@ class MetaConfig:
 
 
 SCHEDULES = {
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
 """Factor of the outer learning rate by the fraction of iterations done, in [0, 1)."""
 

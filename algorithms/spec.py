@@ -80,7 +80,7 @@ class PolicySpec(PolicyConfig):
         observation_size: O, length of an observation.
         action_size: A, length of a continuous action, or the number of discrete actions.
         discrete: whether actions are integers in [0, A).
-        task_size: P, how many numbers describe a task to the critic that is told it; 0: there is none such.
+        task_size: P, task features that the privileged critic reads; 0: there is none.
         action_low, action_high: bounds of each number of a continuous action in the environment's unit, None where
             there is none; empty: no number has any. See :meth:`env_actions`.
     """

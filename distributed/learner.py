@@ -35,7 +35,7 @@ class Learner:
         support = learner.batch(weights, pool.collect(weights, ...))
         adapted = learner.adapt(weights, support)
         query = learner.batch(adapted, pool.collect(adapted, ...))
-        statistics = learner.update([support, query], done=iteration / iterations)
+        statistics = learner.update([support, query], progress=iteration / iterations)
 
     On a CPU the tasks of a batch are cut into shards, ``learner_threads`` Python threads work on
     them with one torch thread each (torch releases the interpreter lock), and the shards' gradients are added in
@@ -89,13 +89,13 @@ class Learner:
         return adapt_weights(self.policy, weights, batch, self.config, self._run)
 
     def update(
-        self, stages: Sequence[Batch], done: float = 0.0, seed: np.random.SeedSequence | None = None
+        self, stages: Sequence[Batch], progress: float = 0.0, seed: np.random.SeedSequence | None = None
     ) -> dict[str, float]:
         """One meta-update: ``epochs`` × ``minibatches`` Adam steps on the meta-objective over one iteration's rollouts.
 
         Args:
             stages: S+1 batches, the s-th collected after s inner steps.
-            done: fraction of the run's iterations done, in [0, 1), for the learning-rate schedule.
+            progress: fraction of the run's iterations done, in [0, 1), for the learning-rate schedule.
             seed: of the minibatches' tasks; needed where there are several.
 
         Returns:
@@ -107,7 +107,7 @@ class Learner:
             FloatingPointError: the meta-gradient is not finite; parameters are as before that step.
         """
         config = self.config
-        factor = SCHEDULES[config.lr_schedule](done)
+        factor = SCHEDULES[config.lr_schedule](progress)
         learning_rate = config.outer_lr * factor
         objective = replace(self._objective, entropy_bonus=config.entropy_bonus * factor)
         for group in self.optimizer.param_groups:

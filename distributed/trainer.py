@@ -115,7 +115,7 @@ class MetaTrainer(tune.Trainable):
         with watch("update"):
             statistics = learner.update(
                 stages,
-                done=min(self.meta_iteration / config.iterations, 1.0),
+                progress=min(self.meta_iteration / config.iterations, 1.0),
                 seed=seed_for(config.seed, Branch.MINIBATCHES, self.meta_iteration),
             )
             learner.observe(collected)

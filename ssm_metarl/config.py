@@ -139,7 +139,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
         form = {f.name: getattr(self, f.name) for f in fields(PolicyConfig)}
         example = (
             distribution.sample(1, np.random.default_rng(seed_for(self.seed, Branch.TASKS)))
-            if self.baseline == "informed"
+            if self.baseline == "privileged"
             else []
         )
         bounds = () if isinstance(action, spaces.Discrete) else action_bounds(action.low, action.high)

@@ -118,28 +118,28 @@ def test_nobody_needs_to_know_the_task_to_adapt() -> None:
     tasks = [{**task, "best": i % 2} for i, task in enumerate(uneven(3, 2, 9))]
     record = toy_rollouts(spec, weights, tasks, 2, 9)
     record = replace(record, tasks=tuple({"goal": [0.1 * i, 1.0]} for i in range(3)))
-    informed, linear = (MetaConfig(algorithm="rl2", baseline=baseline) for baseline in ("informed", "linear"))
-    batch, plain = (batch_for(policy, weights, record, config) for config in (informed, linear))
+    privileged, linear = (MetaConfig(algorithm="rl2", baseline=baseline) for baseline in ("privileged", "linear"))
+    batch, plain = (batch_for(policy, weights, record, config) for config in (privileged, linear))
     torch.testing.assert_close(batch.advantages, plain.advantages, rtol=0, atol=0)
-    assert batch.known is not None
+    assert batch.task_features is not None
     assert batch.targets is not None
     assert (batch.outer_advantages != plain.outer_advantages).any()
     # At test time there may be nothing to be told.
     foreign = replace(record, tasks=("whatever",) * 3)
-    adapted = StandardAdapter(policy, informed, steps=1).adapt(lambda *_: foreign, 2)
+    adapted = StandardAdapter(policy, privileged, steps=1).adapt(lambda *_: foreign, 2)
     expected = StandardAdapter(policy, linear, steps=1).adapt(lambda *_: record, 2)
     for name, value in expected.weights.items():
         np.testing.assert_array_equal(adapted.weights[name], value, err_msg=name)
 
 
 def test_the_critic_bootstraps_on_what_it_is_told() -> None:
-    """GAE of the informed values, whose targets the meta-loss then holds them to."""
+    """GAE of the privileged values, whose targets the meta-loss then holds them to."""
     spec = make_spec(discrete=True, task_size=1)
     policy = make_policy(spec)
     weights = policy.numpy_weights()
     record = toy_rollouts(spec, weights, uneven(3, 2, 9), 2, 9)
     record = replace(record, tasks=tuple({"mass": float(i)} for i in range(3)))
-    config = MetaConfig(algorithm="rl2", inner_steps=0, baseline="informed", value_weight=1.0)
+    config = MetaConfig(algorithm="rl2", inner_steps=0, baseline="privileged", value_weight=1.0)
     batch = batch_for(policy, weights, record, config)
     inputs, resets = (torch.from_numpy(array) for array in critic_inputs(spec, record))
     known = torch.tensor([[0.0], [1.0], [2.0]])
@@ -150,7 +150,7 @@ def test_the_critic_bootstraps_on_what_it_is_told() -> None:
     for t in range(values.shape[1] - 1):
         if (here := record.valid[:, t]).any():
             level[:, t] = returns[:, t][here].mean()
-    raw, expected = advantages(record, config.discount, config.gae_lambda, "informed", values + level)
+    raw, expected = advantages(record, config.discount, config.gae_lambda, "privileged", values + level)
     np.testing.assert_allclose(batch.targets, raw + expected - level[:, :-1], atol=1e-5)
     np.testing.assert_allclose(batch.outer_advantages, normalized(raw, record.valid, (0, 1, 2)), atol=1e-5)
     parameters = tensors(weights)

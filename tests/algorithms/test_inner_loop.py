@@ -99,7 +99,7 @@ def test_adaptation_moves_each_task_to_what_is_rewarded(algorithm: str, form: An
         assert rewards[3][task] > 0.8
 
 
-@pytest.mark.parametrize("baseline", ["critic", "time", "informed"])
+@pytest.mark.parametrize("baseline", ["critic", "time", "privileged"])
 def test_what_a_task_adapts_by_does_not_depend_on_the_other_tasks(baseline: str) -> None:
     policy, _, record = recorded(5)
     config = MetaConfig(algorithm="rl2", baseline=baseline, inner_steps=1)

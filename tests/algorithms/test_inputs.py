@@ -50,5 +50,5 @@ def test_the_numbers_of_a_task() -> None:
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, [[1, 3, 1, 2.5], [0, 4, 5, 6]])
     for wrong in ([{"seed": 1}], [{"kind": "door"}], [{}], [{"a": [1]}, {"a": [1, 2]}], ["goal"], [{"a": None}]):
-        with pytest.raises(ValueError, match="informed baseline needs tasks that are numbers"):
+        with pytest.raises(ValueError, match="privileged baseline needs tasks that are numbers"):
             task_numbers(wrong)

@@ -77,7 +77,7 @@ def cases(draw: Any) -> tuple[PolicySpec, MetaConfig]:
         memory_slots=draw(st.sampled_from([0, 2])),
     )
     rollouts = toy_rollouts(spec, SSMPolicy(spec).numpy_weights(), toy_tasks(0), NUM_EPISODES, HORIZON)
-    return replace(spec, task_size=task_numbers(rollouts.tasks).shape[1] if baseline == "informed" else 0), config
+    return replace(spec, task_size=task_numbers(rollouts.tasks).shape[1] if baseline == "privileged" else 0), config
 
 
 @settings(max_examples=80)

@@ -84,3 +84,8 @@ def test_only_rl2_learns_without_inner_steps(algorithm: str) -> None:
     assert MetaConfig(algorithm="rl2", inner_steps=0).weights == (1.0,)
     with pytest.raises(ValueError, match="step_weights"):
         MetaConfig(algorithm="rl2", inner_steps=0, step_weights=(1.0, 1.0))
+
+
+def test_the_former_name_of_the_privileged_baseline_is_taken() -> None:
+    """Runs and checkpoints of version 0.1 have it."""
+    assert MetaConfig(algorithm="rl2", baseline="informed") == MetaConfig(algorithm="rl2", baseline="privileged")

@@ -96,7 +96,7 @@ def returns(run: Path, config: TrainConfig) -> float:
 
 @pytest.mark.usefixtures("look")
 @pytest.mark.parametrize(
-    "baseline", ["informed", *(pytest.param(other, marks=pytest.mark.slow) for other in ("critic", "time"))]
+    "baseline", ["privileged", *(pytest.param(other, marks=pytest.mark.slow) for other in ("critic", "time"))]
 )
 def test_a_trial_is_played_for_its_whole_return(tmp_path: Path, baseline: str) -> None:
     assert returns(tmp_path / "run", options(baseline=baseline)) > 0.9
@@ -133,7 +133,7 @@ def changed(**options: Any) -> dict[str, Any]:
     return TrainConfig.for_task("cartpole", **{**small, **options}).to_dict()
 
 
-@pytest.mark.parametrize(("inner_steps", "baseline"), [(0, "critic"), (1, "critic"), (1, "informed")])
+@pytest.mark.parametrize(("inner_steps", "baseline"), [(0, "critic"), (1, "critic"), (1, "privileged")])
 def test_going_on_from_a_checkpoint_is_going_on(tmp_path: Path, inner_steps: int, baseline: str) -> None:
     """Normaliser, learned step sizes and minibatches included, to the bit."""
     config = changed(inner_steps=inner_steps, learned_step_sizes=bool(inner_steps), baseline=baseline)
@@ -177,7 +177,7 @@ def test_a_policy_goes_on_with_another_critic(tmp_path: Path) -> None:
     """From one that is told the task to one that is not, and back, with the normaliser."""
     small = {name: value for name, value in changed().items() if name != "iterations"}
     last = None
-    for baseline, told in (("informed", True), ("critic", False), ("informed", True)):
+    for baseline, told in (("privileged", True), ("critic", False), ("privileged", True)):
         config = TrainConfig.from_dict({**small, "baseline": baseline, "iterations": 1, "outer_lr": 1e-12})
         checkpoint = train(config, tmp_path / f"{len(list(tmp_path.iterdir()))}", start=last).checkpoint
         found = load_checkpoint(checkpoint)

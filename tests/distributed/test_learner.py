@@ -155,7 +155,9 @@ def test_the_gradient_is_scaled_down_to_its_greatest_norm() -> None:
 def test_the_learning_rate_follows_its_schedule(schedule: str, expected: float) -> None:
     learner = make_learner(lr_schedule=schedule, outer_lr=0.004, epochs=1)
     before = learner.weights()
-    assert learner.update(experience(learner), done=0.25)["learning_rate"] == pytest.approx(0.004 * expected, rel=1e-5)
+    assert learner.update(experience(learner), progress=0.25)["learning_rate"] == pytest.approx(
+        0.004 * expected, rel=1e-5
+    )
     # Adam's first step is as long as the learning rate, where the gradient is not tiny.
     moved = max(np.abs(value - before[name]).max() for name, value in learner.weights().items())
     assert moved == pytest.approx(0.004 * expected, rel=1e-2)

@@ -220,7 +220,7 @@ def test_the_real_trainer_survives_a_kill(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_starts_from_a_checkpoint(tmp_path: Path) -> None:
     """Whatever critic it has."""
-    config = TrainConfig.for_task("navigation-2d", iterations=1, baseline="informed", **REAL)
+    config = TrainConfig.for_task("navigation-2d", iterations=1, baseline="privileged", **REAL)
     start = train(config, tmp_path / "start").checkpoint
     state = real(tmp_path / "run", start=start, generations=1, survivors=1).state
     first = [event["composite"] for event in kinds(tmp_path / "run", "training") if event["generation"] == 0]
