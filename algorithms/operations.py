@@ -2,7 +2,7 @@
 
 Derived operation by operation, as autograd does it, a meta-gradient reads and writes whole sequences some ninety times,
 which costs more than its matrix products. Here a few thousand rows go through several steps while they are in the
-cache, and sums are taken in place. The functions can be differentiated any number of times and work under ``vmap``.
+cache, and sums are taken in place. The functions can be differentiated any number of times.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_metarl.algorithms.scan import batched, row_parts
+from ssm_metarl.algorithms.scan import row_parts
 
 NARROW = 16
 """Least columns of a product. With one to eight a BLAS takes two to five times as long as with sixteen (MKL with AVX2,
@@ -71,16 +71,11 @@ def gated_residual(y: Tensor, x: Tensor, skip: Tensor, weight: Tensor, bias: Ten
 
 
 class _Function(torch.autograd.Function):
-    """Over rows [*L, R, H] with vectors [*L, 1, H]: what ``vmap`` maps becomes another leading axis."""
+    """Over rows [*L, R, H] with vectors [*L, 1, H]."""
 
     def __init_subclass__(cls) -> None:
         # Otherwise ``apply`` works it out anew in every call, in a tenth of a millisecond.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-
-    @classmethod
-    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        out = cls.apply(*batched(info.batch_size, in_dims, args))
-        return out, 0 if isinstance(out, Tensor) else tuple(None if x is None else 0 for x in out)
 
 
 def _plus_product(out: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:

@@ -109,16 +109,6 @@ class SSMPolicy(nn.Module):
             after += last
         return PolicyOutput(self._distribution(hidden), self._values(hidden, task_features), after)
 
-    def step(self, inputs: Tensor, state: list[Tensor]) -> PolicyOutput:
-        """Run over one step: as :meth:`forward` with inputs [M, K, I], distributions and values over [M, K]."""
-        hidden = tanh(self.encoder(self._normalized(inputs)))
-        after: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            assert isinstance(block, SSMBlock)
-            hidden, last = block.step(hidden, self._of_block(i, state))
-            after += last
-        return PolicyOutput(self._distribution(hidden), self._values(hidden, None), after)
-
     def _values(self, hidden: Tensor, task_features: Tensor | None) -> Tensor:
         values = self.value(hidden)
         if self.spec.task_size:

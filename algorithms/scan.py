@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,11 +90,6 @@ class _Scan(torch.autograd.Function):
                     grad_a += (earlier[part].conj() * later[part]).sum((-3, -2))
         return grad_a, grad_b, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        a, b, keep = batched(info.batch_size, in_dims, args[:3])
-        return _Scan.apply(a, b, keep, args[3]), 0
-
 
 _SMALL = 4096
 """Numbers a step below which its work is less than the start of its operations, and chunks are worth a second pass."""
@@ -155,17 +149,6 @@ def _chunked(a: Tensor, b: Tensor, keep: Tensor | None, out: Tensor, length: int
             before = chunks[i].select(-3, end)
     states.addcmul_(powers, entering.unsqueeze(-3))
     return out.select(-3, end)
-
-
-def batched(size: int, dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Any]:
-    """For a ``vmap`` rule: tensors with the mapped axis in front, those that have none (dim None) expanded."""
-
-    def front(x: Any, dim: int | None) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-
-    return [front(x, dim) for x, dim in zip(tensors, dims, strict=False)]
 
 
 def row_parts(x: Tensor, dim: int) -> list[tuple[Any, ...]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssm_metarl.algorithms.affine import Affine, along, normal
+from ssm_metarl.algorithms.affine import Affine, normal
 from ssm_metarl.algorithms.operations import gated_residual, linear, skip_tanh
 from ssm_metarl.algorithms.parameters import MAX_NU, MIN_DECAY
 from ssm_metarl.algorithms.scan import scan
@@ -111,22 +111,3 @@ class SSMBlock(nn.Module):
             recalled, contents = self.memory(sequence, resets, None if state is None else state[1])
             after.append(contents)
         return self._output(h, recalled, sequence), after
-
-    def step(self, x: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Run over one step; equals :meth:`forward` on a sequence of one step without reset.
-
-        Args:
-            x: [M, K, H] (or [K, H]).
-            state: as of :meth:`forward`.
-
-        Returns:
-            Output [M, K, H] and the new state.
-        """
-        a, gain = self.modes()
-        h = torch.addcmul(self._driven(x, gain), along(a, x), torch.view_as_complex(state[0]))
-        after, recalled = [torch.view_as_real(h)], None
-        if self.memory is not None:
-            recalled, contents = self.memory(x.unsqueeze(-3), None, state[1])
-            recalled = recalled.squeeze(-3)
-            after.append(contents)
-        return self._output(h, recalled, x), after

@@ -94,21 +94,6 @@ def tensors(weights: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> d
     return {name: torch.tensor(value, dtype=dtype).requires_grad_() for name, value in weights.items()}
 
 
-class _Step(torch.nn.Module):
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.module.step(*arguments)
-
-
-def step_with(module: Any, parameters: Mapping[str, torch.Tensor], *arguments: Any) -> Any:
-    """``module.step(*arguments)`` with other parameters, as ``functional_call`` is to ``forward``."""
-    named = {f"module.{name}": value for name, value in parameters.items()}
-    return torch.func.functional_call(_Step(module), named, arguments)
-
-
 # --- The toy environment ----------------------------------------------------------------------------------
 
 

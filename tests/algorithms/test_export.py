@@ -38,7 +38,7 @@ def reference(spec: PolicySpec, num_episodes: int) -> tuple[Any, list[Any], list
     return policy, list(inputs), heads, [each[0] for each in state]
 
 
-@pytest.mark.parametrize("episode slots", [1, 5])
+@pytest.mark.parametrize("num_episodes", [1, 5])
 @pytest.mark.parametrize("name", SPECS)
 def test_torch_export(name: str, num_episodes: int) -> None:
     spec = SPECS[name]

@@ -46,14 +46,14 @@ def test_a_normalised_policy_acts_alike_in_numpy_and_torch(inputs: str) -> None:
     seen = policy_inputs(spec, record)[:, 0]
     head, _ = NumpyPolicy(spec, weights).head(seen, NumpyPolicy(spec, weights).initial_state(3, 2))
     with torch.no_grad():
-        expected = policy.step(torch.from_numpy(seen), policy.initial_state(3, 2)).actions.mean.numpy()
+        expected = policy(torch.from_numpy(seen)[:, None]).actions.mean[:, 0].numpy()
     np.testing.assert_allclose(head, expected, atol=1e-5)
     # By hand: a policy without a normaliser that reads normalised inputs.
     same = SSMPolicy(plain)
     same.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items() if name not in arrays})
     scaled = (seen - arrays["input_mean"]) / arrays["input_scale"]
     with torch.no_grad():
-        by_hand = same.step(torch.from_numpy(scaled), same.initial_state(3, 2)).actions.mean.numpy()
+        by_hand = same(torch.from_numpy(scaled)[:, None]).actions.mean[:, 0].numpy()
     np.testing.assert_allclose(by_hand, expected, atol=1e-6)
     observations = record.observations[record.valid]
     np.testing.assert_allclose(arrays["input_mean"][:3], observations.mean(0), rtol=1e-5)

@@ -103,21 +103,6 @@ def test_nothing_given_changes_and_gradients_are_given_too(
         torch.testing.assert_close(ours + torch.zeros_like(theirs), theirs + torch.zeros_like(ours))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_vmap_over_any_argument(name: str) -> None:
-    own, plain, _ = CASES[name]
-    shared = [x.detach() for x in arguments(name)]
-
-    def gradients(function: Any) -> Any:
-        return torch.func.grad(lambda *inputs: function(*inputs).square().sum(), tuple(range(len(shared))))
-
-    for batched in range(len(shared)):
-        inputs = [torch.stack([x, 2 * x]) if i == batched else x for i, x in enumerate(shared)]
-        dims = tuple(0 if i == batched else None for i in range(len(shared)))
-        together = torch.func.vmap(gradients(own), dims)(*inputs)
-        torch.testing.assert_close(together, torch.func.vmap(gradients(plain), dims)(*inputs))
-
-
 def test_tanh_is_exact_to_rounding() -> None:
     x = torch.linspace(-20, 20, 4001)[:, None]
     torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=0, atol=2e-7)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from builders import make_policy, make_spec, seeds, specs, step_with, task_weights, tensors
+from builders import make_policy, make_spec, seeds, specs, task_weights, tensors
 from ssm_metarl.algorithms.policy import SSMPolicy
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -53,7 +53,7 @@ def test_sequence_splits_and_steps_agree(spec: Any, seed: int, lengths: Any, den
     state = start
     for t in range(steps):
         state = [torch.where(resets[:, t, :, None, None], 0.0, h) for h in state]
-        output = step_with(policy, parameters, inputs[:, t], state)
+        output = run(inputs[:, t : t + 1], None, state)
         state = output.state
         stepped.append(heads(output)[: -len(start) or None])
     pieces: list[Any] = []
@@ -63,7 +63,7 @@ def test_sequence_splits_and_steps_agree(spec: Any, seed: int, lengths: Any, den
         carried = output.state
         pieces.append(heads(output)[: -len(start) or None])
     for i, expected in enumerate([*whole, values]):
-        torch.testing.assert_close(torch.stack([step[i] for step in stepped], 1), expected, **CLOSE)
+        torch.testing.assert_close(torch.cat([step[i] for step in stepped], 1), expected, **CLOSE)
         torch.testing.assert_close(torch.cat([piece[i] for piece in pieces], 1), expected, **CLOSE)
     for i, expected in enumerate(end):
         torch.testing.assert_close(state[i], expected, **CLOSE)

@@ -83,36 +83,3 @@ def test_first_and_second_derivatives(dtype: Any, kept: bool, started: bool, ste
 
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batched", [(0,), (1,), (2,), (3,), (0, 3), (0, 1, 2, 3)])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_vmap_over_any_argument(dtype: Any, batched: tuple[int, ...], axis: int) -> None:
-    """Values and gradients of vmap are those of a loop over the batch."""
-    examples = [arguments(dtype, 10 * i, 4, (), True, True) for i in range(3)]
-    dims = tuple(axis if i in batched else None for i in range(4))
-    args = [
-        torch.stack([example[i].detach() for example in examples], axis) if i in batched else examples[0][i].detach()
-        for i in range(4)
-    ]
-
-    def gradients(a: Any, b: Any, keep: Any, state: Any) -> Any:
-        def loss(a: Any, b: Any, state: Any) -> Any:
-            h = scan(a, b, keep, state)
-            return (h * h * (1 + h)).sum().real
-
-        return torch.func.grad(loss, (0, 1, 2))(a, b, state)
-
-    for function in (scan, gradients):
-        together = torch.func.vmap(function, dims)(*args)
-        for i, example in enumerate(examples):
-            own = [example[j].detach() if j in batched else args[j] for j in range(4)]
-            alone = function(*own)
-            torch.testing.assert_close(together[i] if function is scan else tuple(x[i] for x in together), alone)
-
-
-def test_vmap_without_keep_or_state() -> None:
-    a, b, *_ = arguments(torch.complex128, 0, 4, (3,), False, False)
-    torch.testing.assert_close(torch.func.vmap(scan)(a, b), loop(a, b))
-    torch.testing.assert_close(torch.func.vmap(scan, (None, 0))(a[0], b), loop(a[0].expand(3, -1), b))

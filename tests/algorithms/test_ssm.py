@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
-from builders import seeds, step_with
+from builders import seeds
 from ssm_metarl.algorithms import slot_memory
 from ssm_metarl.algorithms.ssm import SSMBlock
 
@@ -49,19 +49,20 @@ def empty_state(block: SSMBlock, *lead: int) -> list[Any]:
 
 
 def stepwise(block: SSMBlock, sequence: Any, resets: Any, state: Any) -> tuple[Any, Any]:
-    """The sequence through ``step``, with the state zeroed where it is reset."""
+    """The sequence a step at a time, with the state zeroed where it is reset."""
     outputs = []
     for x, reset in zip(sequence.unbind(-3), resets.unbind(-2), strict=True):
-        y, state = block.step(x, [torch.where(reset[..., None, None], 0.0, each) for each in state])
+        state = [torch.where(reset[..., None, None], 0.0, each) for each in state]
+        y, state = block(x.unsqueeze(-3), None, state)
         outputs.append(y)
-    return torch.stack(outputs, -3), state
+    return torch.cat(outputs, -3), state
 
 
 def moduli(block: SSMBlock) -> Any:
     """|a|, seen from outside: what is left after a step of a state of 1 when nothing comes in."""
     state = torch.zeros(1, len(block.nu), 2)
     state[..., 0] = 1.0
-    return block.step(torch.zeros(1, len(block.D)), [state])[1][0].norm(dim=-1)
+    return block(torch.zeros(1, 1, len(block.D)), None, [state])[1][0].norm(dim=-1)
 
 
 blocks = st.builds(
@@ -172,7 +173,7 @@ def test_every_mode_is_stable_after_any_update(sign: float, learning_rate: float
 @settings(max_examples=20)
 @given(block=blocks, seed=seeds, tasks=st.integers(1, 3), with_state=st.booleans())
 def test_parameters_of_each_task_equal_a_loop_over_tasks(block: Any, seed: int, tasks: int, with_state: bool) -> None:
-    """Forward, step and gradients."""
+    """Values and gradients."""
     parameters = {
         name: (value + 0.3 * draw(seed + i, tasks, *value.shape)).detach().requires_grad_()
         for i, (name, value) in enumerate(block.named_parameters())
@@ -180,9 +181,7 @@ def test_parameters_of_each_task_equal_a_loop_over_tasks(block: Any, seed: int, 
     sequence = draw(seed, tasks, 4, 3, len(block.D))
     resets = draw(seed + 1, tasks, 4, 3) > 1.0
     state = some_state(block, seed + 2, tasks, 3) if with_state else None
-    start = some_state(block, seed + 3, tasks, 3)
     output, end = functional_call(block, parameters, (sequence, resets, state))
-    stepped = step_with(block, parameters, sequence[:, 0], start)
     gradients = torch.autograd.grad(output.square().sum(), list(parameters.values()))
     for task in range(tasks):
         own = {name: value[task] for name, value in parameters.items()}
@@ -191,9 +190,6 @@ def test_parameters_of_each_task_equal_a_loop_over_tasks(block: Any, seed: int, 
         )
         torch.testing.assert_close(output[task], alone, rtol=1e-5, atol=1e-5)
         for ours, theirs in zip(end, alone_end, strict=True):
-            torch.testing.assert_close(ours[task], theirs, rtol=1e-5, atol=1e-5)
-        first, after = step_with(block, own, sequence[task, 0], [each[task] for each in start])
-        for ours, theirs in zip((stepped[0], *stepped[1]), (first, *after), strict=True):
             torch.testing.assert_close(ours[task], theirs, rtol=1e-5, atol=1e-5)
         own_gradients = torch.autograd.grad(alone.square().sum(), list(own.values()))
         for together, single in zip(gradients, own_gradients, strict=True):
@@ -284,29 +280,3 @@ def test_gradients_of_long_sequences_equal_those_with_a_graph(
     at_once = torch.autograd.grad(output, wanted, above, create_graph=True)
     for piece, whole in zip(in_pieces, at_once, strict=True):
         torch.testing.assert_close(piece, whole)
-
-
-@FORMS
-def test_vmap_over_any_argument(gated: bool, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients of vmap, with one parameter or the input alone batched, are those of a loop."""
-    monkeypatch.setattr(slot_memory, "CHUNK", 3)
-    block = make_block(0, gated=gated, slots=slots, dtype=torch.float64)
-    shared = {name: value.detach() for name, value in block.named_parameters()}
-    sequence = draw(1, 7, 4, 3, dtype=torch.float64)
-
-    def gradients(values: Any, x: Any) -> Any:
-        loss = lambda values, x: functional_call(block, values, (x,))[0].square().mean()  # noqa: E731
-        return torch.func.grad_and_value(loss, (0, 1))(values, x)
-
-    for batched in (*shared, None):
-        values = {n: v + draw(2, 3, *v.shape, dtype=v.dtype) / 10 if n == batched else v for n, v in shared.items()}
-        x = draw(4, 3, *sequence.shape, dtype=torch.float64) if batched is None else sequence
-        dims = ({n: 0 if n == batched else None for n in values}, 0 if batched is None else None)
-        together = torch.func.vmap(gradients, dims)(values, x)
-        for i in range(3):
-            own = {n: v[i] if n == batched else v for n, v in values.items()}
-            (grads, by_x), value = gradients(own, x[i] if batched is None else x)
-            (all_grads, all_by_x), all_values = together
-            torch.testing.assert_close(all_values[i], value)
-            torch.testing.assert_close(all_by_x[i], by_x)
-            torch.testing.assert_close({n: v[i] for n, v in all_grads.items()}, grads)

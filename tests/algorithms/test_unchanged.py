@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from builders import make_policy, make_spec, seeds, specs, step_with
+from builders import make_policy, make_spec, seeds, specs
 from ssm_metarl import load_pretrained
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.operations import gated_residual, linear, skip_tanh, tanh
@@ -75,13 +75,8 @@ def test_a_policy_leaves_parameters_inputs_and_state_as_they_are(
         head = output.actions.logits if spec.discrete else output.actions.base_dist.loc
         return [head, output.values, *output.state]
 
-    def step(parameters: Any, inputs: Any, state: Any) -> Any:
-        output = step_with(policy, parameters, inputs[:, 0], state)
-        head = output.actions.logits if spec.discrete else output.actions.base_dist.loc
-        return [head, output.values, *output.state]
-
     check_unchanged(forward, parameters, inputs, resets, state, grad=grad)
-    check_unchanged(step, parameters, inputs, state, grad=grad)
+    check_unchanged(forward, parameters, inputs[:, :1] if lead else inputs[:1], None, state, grad=grad)
 
 
 @settings(max_examples=60)
@@ -110,13 +105,13 @@ def test_one_row_is_what_two_equal_rows_are() -> None:
     policy = make_policy(make_spec(num_layers=2, memory_slots=2))
     inputs = torch.randn(1, 1, policy.spec.input_size)
     with torch.no_grad():
-        one = policy.step(inputs, policy.initial_state(1, 1))
-        two = policy.step(inputs.expand(1, 2, -1), policy.initial_state(1, 2))
-    torch.testing.assert_close(one.actions.base_dist.loc[0, 0], two.actions.base_dist.loc[0, 1])
-    torch.testing.assert_close(one.values[0, 0], two.values[0, 1])
+        one = policy(inputs[:, None])
+        two = policy(inputs[:, None].expand(1, 1, 2, -1))
+    torch.testing.assert_close(one.actions.base_dist.loc[0, 0, 0], two.actions.base_dist.loc[0, 0, 1])
+    torch.testing.assert_close(one.values[0, 0, 0], two.values[0, 0, 1])
 
 
-@pytest.mark.parametrize("episode slots", [1, 2])
+@pytest.mark.parametrize("num_episodes", [1, 2])
 def test_500_steps_of_acting_are_those_of_the_numpy_policy(num_episodes: int) -> None:
     policy, _ = load_pretrained("cartpole")
     weights = policy.numpy_weights()
@@ -126,10 +121,10 @@ def test_500_steps_of_acting_are_those_of_the_numpy_policy(num_episodes: int) ->
     with torch.no_grad():
         for _ in range(500):
             inputs = rng.normal(size=(1, num_episodes, policy.spec.input_size)).astype(np.float32)
-            output = policy.step(torch.from_numpy(inputs), state)
+            output = policy(torch.from_numpy(inputs)[:, None], None, state)
             state = output.state
             head, other = acting.head(inputs, other)
             expected = head - np.log(np.exp(head).sum(-1, keepdims=True))
-            np.testing.assert_allclose(output.actions.logits.numpy(), expected, atol=1e-4)
+            np.testing.assert_allclose(output.actions.logits[:, 0].numpy(), expected, atol=1e-4)
     for name, value in policy.numpy_weights().items():
         np.testing.assert_array_equal(value, weights[name])

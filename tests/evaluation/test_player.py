@@ -48,7 +48,7 @@ def player_for(spec: PolicySpec, **options: Any) -> Player:
     return Player(spec, make_policy(spec).numpy_weights(), noise=noise, **options)
 
 
-@pytest.mark.parametrize("episode slots", [1, 3])
+@pytest.mark.parametrize("num_episodes", [1, 3])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("family", ["navigation-2d", "cartpole", "bandit"])
 @pytest.mark.parametrize("inputs", ["full", "observation"])
