@@ -105,32 +105,55 @@ def train(
             trainer.start_from(first)
         checkpoint = last or _save(trainer, run, [])
         saved = trainer.meta_iteration
-        recent = cut_metrics(run / "metrics.jsonl", saved)[-config.checkpoint_every :]
-        with (
-            interrupts() as interrupted,
-            (run / "metrics.jsonl").open("a") as log,
-            SummaryWriter(str(run), purge_step=saved + 1, filename_suffix=f".{saved}") as board,
-        ):
+        with interrupts() as interrupted, _RunLog(run, saved, config.checkpoint_every) as log:
             while trainer.meta_iteration < config.iterations and not interrupted:
                 metrics = trainer.step()
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
-                for name, value in _scalars(metrics):
-                    board.add_scalar(name, value, trainer.meta_iteration)
-                recent.append(metrics["return_by_step"][-1])
+                log.add(metrics)
                 if on_iteration:
                     on_iteration(metrics)
                 if trainer.meta_iteration % config.checkpoint_every == 0:
-                    checkpoint, saved = _save(trainer, run, recent[-config.checkpoint_every :]), trainer.meta_iteration
+                    checkpoint, saved = _save(trainer, run, log.recent), trainer.meta_iteration
                     if copy:
                         copy.push()
             if saved < trainer.meta_iteration:
-                checkpoint = _save(trainer, run, recent[-config.checkpoint_every :])
+                checkpoint = _save(trainer, run, log.recent)
         if copy:
             copy.push()
     finally:
         trainer.stop()
     return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)
+
+
+class _RunLog:
+    """A run's metrics, iteration by iteration: metrics.jsonl, TensorBoard's events, and the last returns.
+
+    Args:
+        run: the folder.
+        iteration: of the checkpoint that the run resumes from; what was logged after it is taken back.
+        window: iterations whose returns are kept.
+    """
+
+    def __init__(self, run: Path, iteration: int, window: int) -> None:
+        path = run / "metrics.jsonl"
+        self._window = window
+        self.recent = cut_metrics(path, iteration)[-window:]
+        self._lines = path.open("a")
+        self._board = SummaryWriter(str(run), purge_step=iteration + 1, filename_suffix=f".{iteration}")
+
+    def __enter__(self) -> _RunLog:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._board.close()
+        self._lines.close()
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Write an iteration's metrics."""
+        self._lines.write(json.dumps(metrics) + "\n")
+        self._lines.flush()
+        for name, value in _scalars(metrics):
+            self._board.add_scalar(name, value, metrics["iteration"])
+        self.recent = [*self.recent, metrics["return_by_step"][-1]][-self._window :]
 
 
 def trainer_class(config: TrainConfig) -> type[Trainer]:
