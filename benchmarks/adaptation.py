@@ -28,7 +28,7 @@ TASKS = 200
 """Held-out tasks of a comparison."""
 
 EPISODES = (1, 2, 5, 10)
-"""Episodes a task and adaptation step in the comparison of modes."""
+"""Episodes a task and adaptation step in the comparison of modes, which takes three steps."""
 
 HALFCHEETAH: dict[str, Any] = {"iterations": 150, "replay_episodes": 200, "task_options": {"horizon": 100}}
 """What halfcheetah-dir is trained with before its modes are compared, since no such model is shipped."""
@@ -59,7 +59,10 @@ class Options:
 def show_pretrained() -> dict[str, Any]:
     """Cartpole after adaptation, and navigation by MAML's protocol: 40 episodes a step, three steps."""
     cartpole = compare_modes(
-        "pretrained:cartpole", ("none", "standard", "hybrid"), options=AdaptOptions(episodes=10), num_tasks=TASKS
+        "pretrained:cartpole",
+        ("none", "standard", "hybrid"),
+        options=AdaptOptions(steps=3, episodes=10),
+        num_tasks=TASKS,
     )
     navigation = evaluate_checkpoint("pretrained:navigation-2d", num_tasks=TASKS, steps=3, episodes=40)
     return {"cartpole": cartpole.summary(), "navigation-2d": navigation.summary()}
@@ -74,7 +77,7 @@ def show_modes(options: Options) -> dict[str, Any]:
             log(f"{task}: {episodes} episodes a step")
             # There are two directions: more tasks are more chance alone, and a simulated step is dear.
             tasks = 40 if task == "halfcheetah-dir" else TASKS
-            found = compare_modes(source, MODES, options=AdaptOptions(episodes=episodes), num_tasks=tasks)
+            found = compare_modes(source, MODES, options=AdaptOptions(steps=3, episodes=episodes), num_tasks=tasks)
             result.setdefault(task, {})[str(episodes)] = found.summary()
     return result
 
