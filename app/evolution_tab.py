@@ -71,7 +71,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
         generations = read_state(run)["generation"] + int(cycles)
         command = ["evolve", "--resume", "--run-dir", str(run), "--generations", str(generations)]
         start_job(workspace, command, progress)
-        return line_html(name, f"goes on to cycle {generations}")
+        return line_html(name, f"resumes, to cycle {generations}")
 
     @readable
     def back(name: str | None, checkpoint: str | None) -> str:

@@ -75,7 +75,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
 
 
 def serve(host: str, port: int, runs: Path, address: str | None, say: Callable[[str], None]) -> None:
-    """Open the page and serve it until interrupted; jobs that it started go on.
+    """Open the page and serve it until interrupted; jobs that it started continue.
 
     Args:
         host, port: to listen on.
@@ -89,7 +89,7 @@ def serve(host: str, port: int, runs: Path, address: str | None, say: Callable[[
     runs.mkdir(parents=True, exist_ok=True)
     page = build(Workspace(runs.resolve(), address))
     launch(page, host, port)
-    say(f"The page is at http://{host}:{port} (Ctrl-C ends it; jobs go on, and `job shutdown` ends them).")
+    say(f"The page is at http://{host}:{port} (Ctrl-C ends it; jobs continue, and `job shutdown` ends them).")
     if not host.startswith(LOOPBACK):
         say("Whoever reaches this address can start work on this machine: there is no password.")
     try:

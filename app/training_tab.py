@@ -1,4 +1,4 @@
-"""Tab Meta-training: a run as a job, and its curves while it goes on."""
+"""Tab Meta-training: a run as a job, and its curves while it runs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
             raise ValueError(f"There is no checkpoint in {name} to go on from.")
         total = load_checkpoint(saved[-1]).progress["iteration"] + int(iterations)
         start_job(workspace, ["train", "--resume", "--run-dir", str(run), "--iterations", str(total)], progress)
-        return line_html(name, f"goes on to iteration {total}")
+        return line_html(name, f"resumes, to iteration {total}")
 
     with gr.Row():
         with gr.Column(scale=1):
@@ -209,7 +209,7 @@ def _status(run: Path, name: str, job: dict[str, Any] | None, lines: list[dict[s
     last = lines[-1]
     steps = last["env_steps"] - (lines[-2]["env_steps"] if len(lines) > 1 else 0)
     saved = checkpoints(run)
-    # A run that goes on may have a new goal before it has a checkpoint that knows it.
+    # A running run may have a new goal before it has a checkpoint that knows it.
     asked = re.search(r"--iterations[ =](\d+)", job["command"]) if job else None
     total = asked[1] if asked else load_checkpoint(saved[-1]).config.get("iterations") if saved else None
     returns = " → ".join(f"{value:.1f}" for value in last["return_by_step"])

@@ -200,7 +200,7 @@ def model_choice(label: str, **options: Any) -> gr.Dropdown:
 
 def run_choice(**options: Any) -> gr.Dropdown:
     """A list of runs; a name is checked when it is used, for a page can be older than the server that it asks."""
-    words = "a job goes on when this page is closed"
+    words = "a job continues when this page is closed"
     return gr.Dropdown([], label="Run", info=words, allow_custom_value=True, **options)
 
 

@@ -116,7 +116,7 @@ class Workspace:
         words, run_dir = prepared(command, str(self.runs.resolve()))
         assert run_dir is not None
         if job := job_of(running, Path(run_dir)):
-            raise ValueError(f"{Path(run_dir).name} goes on already, as {job['job']}: stop it first, or wait.")
+            raise ValueError(f"{Path(run_dir).name} is running already, as {job['job']}: stop it first, or wait.")
         jobs.submit(words, run_dir, self.address)
         return str(Path(run_dir).relative_to(self.runs.resolve()))
 

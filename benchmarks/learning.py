@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --target navigation-2d --seeds 0 1 2
 
-Started again after an interruption, it goes on where it stopped: a seed's training from its last checkpoint,
+Started again after an interruption, it resumes where it stopped: a seed's training from its last checkpoint,
 and a seed that is done is read from its ``result.json`` under ``--out``. To measure a seed anew, delete its
 folder.
 """
@@ -313,7 +313,7 @@ def train_seed(config: TrainConfig, run: Path) -> float:
         (run / "metrics.jsonl").unlink(missing_ok=True)
     result = train(config, run, resume=resume, on_iteration=progress)
     if result.signal is not None:
-        log(f"seed {config.seed}: interrupted; the same command goes on from {result.checkpoint}")
+        log(f"seed {config.seed}: interrupted; the same command resumes from {result.checkpoint}")
         raise SystemExit(128 + result.signal)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return max(result.seconds, sum(json.loads(line)["seconds"]["total"] for line in lines))

@@ -435,9 +435,9 @@ def straggler(options: Options) -> dict[str, Any]:
     with Pool(family, spec, num_workers=workers, name="scaling/timeout", sample_timeout_s=limit) as pool:
         started(pool)
         for row in rows:
-            missing, restarts = pool.missing, pool.restarts
+            missing, restarts = pool.timed_out, pool.restarts
             late = straggling(pool, weights, family, row["tasks"], options)
-            lost = {"missing_tasks": pool.missing - missing, "restarts": pool.restarts - restarts}
+            lost = {"timed_out_tasks": pool.timed_out - missing, "restarts": pool.restarts - restarts}
             row["with_timeout"] = {"sample_timeout_s": limit, **late, **lost}
     return {"times_slower": STRAGGLER, "rows": rows}
 
@@ -530,7 +530,7 @@ def deaths(options: Options) -> dict[str, Any]:
         "weights_equal": all(
             value.tobytes() == undisturbed.weights[name].tobytes() for name, value in disturbed.weights.items()
         ),
-        "lost_tasks": sum(len(each["dropped_tasks"]) + each["missing_tasks"] for each in disturbed.metrics),
+        "lost_tasks": sum(len(each["dropped_tasks"]) + each["timed_out_tasks"] for each in disturbed.metrics),
         "steps_per_second": {"disturbed": disturbed.steps_per_second, "undisturbed": undisturbed.steps_per_second},
         "throughput_ratio": undisturbed.seconds / disturbed.seconds,
         "seconds_per_death": (disturbed.seconds - undisturbed.seconds) / max(killer.kills, 1),

@@ -1,4 +1,4 @@
-"""Rollouts of a pool, with a limit on how many of them an environment may spoil."""
+"""Rollouts of a pool, with a limit on invalid ones."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.tasks import Task
 
-BAD_EPISODES_ALLOWED = 0.1
-"""Share of a collection's episodes that may be lost to a faulty environment before the run stops."""
+INVALID_EPISODES_ALLOWED = 0.1
+"""Share of a collection's episodes that may be invalid before the run stops."""
 
 
 class EnvironmentFailure(RuntimeError):
-    """Too many episodes were lost to the environment; the message carries its own traceback."""
+    """Too many episodes are invalid; the message carries its own traceback."""
 
 
 class StageCollector:
@@ -32,7 +32,7 @@ class StageCollector:
         deterministic: take the most likely actions.
 
     Attributes:
-        bad_episodes: that the environment spoiled so far.
+        invalid_episodes: that were invalid so far.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StageCollector:
         self._pool, self._tasks = pool, tasks
         self._seeds, self._label, self._deterministic = seeds, label, deterministic
         self._played = np.ones(len(tasks), bool)
-        self.bad_episodes = 0
+        self.invalid_episodes = 0
 
     def __call__(self, weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
         """The record of all M tasks.
@@ -58,12 +58,12 @@ class StageCollector:
             step: stage of adaptation, from 0.
 
         Raises:
-            EnvironmentFailure: the environment spoiled too many episodes.
+            EnvironmentFailure: too many episodes are invalid.
         """
         index = np.flatnonzero(self._played).tolist()
         everything = len(index) == len(self._tasks)
         pool, seeds = self._pool, self._seeds(step)
-        lost = len(pool.dropped) + pool.missing
+        lost = len(pool.dropped) + pool.timed_out
         rollouts = pool.collect(
             weights if everything else {name: value[index] for name, value in weights.items()},
             [self._tasks[i] for i in index],
@@ -73,12 +73,12 @@ class StageCollector:
             deterministic=self._deterministic,
         )
         # A task that the pool lost has a sentence in errors, but not the environment's.
-        bad = len(rollouts.errors) - (len(pool.dropped) + pool.missing - lost)
-        if bad > BAD_EPISODES_ALLOWED * len(index) * episodes:
+        bad = len(rollouts.errors) - (len(pool.dropped) + pool.timed_out - lost)
+        if bad > INVALID_EPISODES_ALLOWED * len(index) * episodes:
             first = max(rollouts.errors, key=lambda error: "Traceback" in error)
             share = f"{bad} of {len(index) * episodes} episodes ({self._label(step)})"
             raise EnvironmentFailure(f"{share} were lost; the first error:\n{first}")
-        self.bad_episodes += bad
+        self.invalid_episodes += bad
         if not everything:
             parts = [Rollouts.empty([task], episodes, rollouts) for task in self._tasks]
             for row, i in enumerate(index):

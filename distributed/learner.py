@@ -220,7 +220,7 @@ class Learner:
             group["lr"] = self.config.outer_lr
 
     def check_rates(self, inner_lr: float, outer_lr: float) -> None:
-        """Refuse to go on with other learning rates than these; called after a restore, where others lose them.
+        """Refuse to continue with other learning rates than these; called after a restore, where others lose them.
 
         Raises:
             RuntimeError: the optimiser's or the inner step's learning rate is another one.

@@ -54,7 +54,7 @@ class Pool:
     Attributes:
         restarts: workers that died or were replaced so far.
         dropped: tasks dropped so far because they killed ``MAX_DEATHS`` workers.
-        missing: number of tasks given up so far because of ``sample_timeout_s``.
+        timed_out: number of tasks given up so far because of ``sample_timeout_s``.
         ray_seconds: seconds that ``collect`` took so far, less its slowest worker's own sampling; 0 in
             process. Waiting for workers that start is part of it.
 
@@ -78,7 +78,7 @@ class Pool:
             raise ValueError(f"sample_timeout_s must be a positive number or None, not {sample_timeout_s}.")
         self.restarts = 0
         self.dropped: list[Task] = []
-        self.missing = 0
+        self.timed_out = 0
         self.ray_seconds = 0.0
         self._distribution = distribution
         self._spec = spec
@@ -118,11 +118,11 @@ class Pool:
 
         Returns:
             One record of the M tasks in their order, in writable C-contiguous arrays. A task that was dropped
-            or is missing has no valid step, and a sentence in ``errors`` names it.
+            or timed out has no valid step, and a sentence in ``errors`` names it.
 
         Raises:
             ValueError: without a task, or with another number of seeds than tasks.
-            RuntimeError: when every task was dropped or is missing; when the pool is closed.
+            RuntimeError: when every task was dropped or timed out; when the pool is closed.
         """
         if self._closed:
             raise RuntimeError("This pool is closed: its workers are gone.")
@@ -244,7 +244,7 @@ class Pool:
             part = held.pop(worker)
             worker.restart()
             self.restarts += 1
-            self.missing += len(part.tasks)
+            self.timed_out += len(part.tasks)
             for i in part.tasks:
                 batch.lose(i, f"took longer than sample_timeout_s = {self._timeout_s:g}")
 

@@ -24,7 +24,7 @@ class Stopwatch:
 
     def __init__(self, pool: Pool) -> None:
         self._pool, self._begin = pool, time.perf_counter()
-        self._ray, self._dropped, self._missing = pool.ray_seconds, len(pool.dropped), pool.missing
+        self._ray, self._dropped, self._timed_out = pool.ray_seconds, len(pool.dropped), pool.timed_out
         self._seconds = {"sample": 0.0, "adapt": 0.0, "update": 0.0}
 
     @contextmanager
@@ -41,9 +41,9 @@ class Stopwatch:
         return {**self._seconds, "sample": sample, "ray": ray, "total": time.perf_counter() - self._begin}
 
     def losses(self) -> dict[str, Any]:
-        """``restarts`` of workers so far, and the iteration's ``dropped_tasks`` and number of ``missing_tasks``."""
+        """``restarts`` of workers so far, and the iteration's ``dropped_tasks`` and number of ``timed_out_tasks``."""
         return {
             "restarts": self._pool.restarts,
             "dropped_tasks": self._pool.dropped[self._dropped :],
-            "missing_tasks": self._pool.missing - self._missing,
+            "timed_out_tasks": self._pool.timed_out - self._timed_out,
         }

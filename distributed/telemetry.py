@@ -15,8 +15,8 @@ COUNTERS = {
     "ssm_metarl_iterations": "meta-iterations",
     "ssm_metarl_env_steps": "environment steps of training",
     "ssm_metarl_worker_restarts": "rollout workers that died or were replaced",
-    "ssm_metarl_lost_tasks": "tasks dropped or missing",
-    "ssm_metarl_bad_episodes": "episodes that the environment spoiled",
+    "ssm_metarl_lost_tasks": "tasks dropped or timed out",
+    "ssm_metarl_invalid_episodes": "invalid episodes",
     "ssm_metarl_kept": "mutations kept",
     "ssm_metarl_rollbacks": "mutations rolled back, and returns to the best ever",
     "ssm_metarl_failures": "failures of trials",
@@ -63,8 +63,8 @@ class Telemetry:
         self._count("ssm_metarl_env_steps", env_steps)
         self._count("ssm_metarl_worker_restarts", metrics["restarts"] - self._restarts)
         self._restarts = metrics["restarts"]
-        self._count("ssm_metarl_lost_tasks", len(metrics["dropped_tasks"]) + metrics["missing_tasks"])
-        self._count("ssm_metarl_bad_episodes", metrics["bad_episodes"])
+        self._count("ssm_metarl_lost_tasks", len(metrics["dropped_tasks"]) + metrics["timed_out_tasks"])
+        self._count("ssm_metarl_invalid_episodes", metrics["invalid_episodes"])
         for step, value in enumerate(metrics["return_by_step"]):
             self._show("ssm_metarl_return", value, adaptation_step=str(step))
         for phase, seconds in metrics["seconds"].items():

@@ -68,7 +68,7 @@ def train(
         run_dir: folder of the run, new or empty unless ``resume``.
         start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with, whatever the
             algorithm that made them; None: initial weights.
-        resume: go on from the folder's last checkpoint, exactly as if the run had not stopped.
+        resume: resume from the folder's last checkpoint, exactly as if the run had not stopped.
         on_iteration: called with each iteration's metrics.
         distribution: the family itself, instead of the registered one that ``config.task`` names.
         mirror: URI at which the folder is copied with every checkpoint; a run is resumed from the copy if there is one.
@@ -76,7 +76,7 @@ def train(
     Raises:
         ValueError: the folder is not empty or cannot be made, or has no run to resume; or no storage is at the URI.
         CheckpointError: the checkpoint to resume or to start from is damaged or of other sizes.
-        EnvironmentFailure: the environment spoils more than a tenth of the episodes.
+        EnvironmentFailure: more than a tenth of the episodes are invalid.
     """
     begin = time.perf_counter()
     run = Path(run_dir)
@@ -164,7 +164,7 @@ def trainer_class(config: TrainConfig) -> type[Trainer]:
 
 
 def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
-    """Make the run's folder, unless it is there; return the checkpoint to go on from, None for a new run.
+    """Make the run's folder, unless it is there; return the checkpoint to resume from, None for a new run.
 
     Raises:
         ValueError: nothing to resume, a folder that is not empty otherwise, or one that cannot be made.

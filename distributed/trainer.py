@@ -96,10 +96,10 @@ class MetaTrainer(tune.Trainable):
         Returns:
             ``iteration``, ``env_steps`` (all so far), ``return_by_step`` (mean undiscounted return after 0..S inner
             steps), ``episode_length_by_step``, ``seconds`` by phase, ``restarts``, ``dropped_tasks``,
-            ``missing_tasks``, ``bad_episodes`` and the learner's statistics.
+            ``timed_out_tasks``, ``invalid_episodes`` and the learner's statistics.
 
         Raises:
-            EnvironmentFailure: more than a tenth of the support's or the query's episodes were lost to the environment.
+            EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
         """
         config, learner, watch = self.train_config, self.learner, Stopwatch(self.pool)
         collector = self._collector()
@@ -133,7 +133,7 @@ class MetaTrainer(tune.Trainable):
             ],
             "seconds": watch.seconds(),
             **watch.losses(),
-            "bad_episodes": collector.bad_episodes,
+            "invalid_episodes": collector.invalid_episodes,
             **statistics,
             **({"replay_bytes": self.replay.nbytes} if self.replay is not None else {}),
         }

@@ -154,7 +154,7 @@ def adapt_checkpoint(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         ValueError: an impossible option, task or parameter, or a mode that needs a replay without one.
-        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
+        EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
     options, source = options or AdaptOptions(), source or TaskSource()
     check_count("seed", seed, 0)

@@ -95,7 +95,7 @@ def compare_modes(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         ValueError: an impossible option, or a mode that needs a replay without one.
-        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
+        EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
     options, source = options or AdaptOptions(), source or TaskSource()
     check_count("num_tasks", num_tasks, 1)

@@ -106,7 +106,7 @@ def evaluate_checkpoint(
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         ValueError: an unknown task or split, an impossible number, or a family whose spaces the policy does not fit.
-        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
+        EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
     counts = {"num_tasks": (num_tasks, 1), "seed": (seed, 0)}
     counts |= {"steps": (0 if steps is None else steps, 0), "episodes": (1 if episodes is None else episodes, 1)}
@@ -146,7 +146,7 @@ def evaluate_policy(
 
     Raises:
         ValueError: an unknown split.
-        EnvironmentFailure: the environment spoils more than a tenth of a step's episodes.
+        EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
     tasks = sample_split(family, split, num_tasks, seed)
     collect = collect_split(pool, tasks, split, seed, deterministic=deterministic)

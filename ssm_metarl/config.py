@@ -77,7 +77,6 @@ class TrainConfig(MetaConfig, PolicyConfig):
         for name, value in ALGORITHMS[self.algorithm].fixed.items():
             if getattr(self, name) != value:
                 raise ValueError(f"{name} must be {value!r} for {self.algorithm}, not {getattr(self, name)!r}.")
-        self.family()
 
     def family(self) -> TaskDistribution:
         """A new instance of the task family.

@@ -21,7 +21,7 @@ def is_uri(place: object) -> bool:
 class Mirror:
     """The copy of a local folder at a URI of any kind that Arrow knows (s3, gs, hdfs, file).
 
-    Whoever writes the folder brings the copy up to date; whoever goes on with the run elsewhere fetches it::
+    Whoever writes the folder brings the copy up to date; whoever resumes the run elsewhere fetches it::
 
         mirror = Mirror(run, "s3://bucket/runs/run")
         if resume:
@@ -50,7 +50,7 @@ class Mirror:
         """Copy what is new or changed, then delete what is gone.
 
         A checkpoint's manifest is copied after its other files, and everything that names checkpoints after these: at
-        any moment the copy is one from which a run can go on.
+        any moment the copy is one from which a run can resume.
 
         Raises:
             OSError: the storage refuses.

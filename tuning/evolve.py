@@ -99,7 +99,7 @@ def evolve(
             validation, which cannot change.
         run_dir: folder of the run, new or empty unless ``resume``.
         start: a checkpoint, or a run for its best one, that all trials start from; None: initial weights.
-        resume: go on from the last decision on disk.
+        resume: resume from the last decision on disk.
         distribution: the family itself, instead of the registered one that ``config.task`` names.
         trainable: the trial's class.
         mirror: URI of storage that all nodes reach, where the run is copied with every decision and resumed from;

@@ -32,7 +32,7 @@ from ssm_metarl.tasks import TaskDistribution
 
 
 class EpisodicPPO(PPO):
-    """RLlib's PPO, which also says what its last iteration did, and leaves out episodes that the environment spoiled.
+    """RLlib's PPO, which also says what its last iteration did, and leaves out invalid episodes.
 
     Attributes:
         finished: infos of the last steps of the iteration's finished episodes, see ``TaskEnv``.
@@ -108,7 +108,7 @@ def ppo_config(
     Args:
         config: of the run, with the algorithm "policy-gradient".
         distribution: the family.
-        begin: iterations already done: chance and the learning rate's schedule go on from there.
+        begin: iterations already done: chance and the learning rate's schedule continue from there.
         reward_scale: what rewards are divided by for the critic.
     """
     spec = config.policy_spec(distribution)

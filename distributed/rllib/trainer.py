@@ -21,7 +21,7 @@ from ssm_metarl.algorithms.registry import SCHEDULES
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
-from ssm_metarl.distributed.collection import BAD_EPISODES_ALLOWED, EnvironmentFailure
+from ssm_metarl.distributed.collection import INVALID_EPISODES_ALLOWED, EnvironmentFailure
 from ssm_metarl.distributed.learner import load_state, optimizer_arrays
 from ssm_metarl.distributed.rllib.module import SSMModule
 from ssm_metarl.distributed.rllib.ppo import EpisodicPPO, build, ppo_config
@@ -71,7 +71,7 @@ class PolicyGradientTrainer:
             over the episodes that ended in the iteration; of the learner's statistics those that RLlib has.
 
         Raises:
-            EnvironmentFailure: more than a tenth of the episodes were lost to the environment.
+            EnvironmentFailure: more than a tenth of the episodes are invalid.
             RuntimeError: no worker returned anything.
         """
         begin = time.perf_counter()
@@ -81,7 +81,7 @@ class PolicyGradientTrainer:
         results = ppo.train()
         finished = [infos for infos in ppo.finished if not infos["error"]]
         errors = [infos["error"] for infos in ppo.finished if infos["error"]]
-        if len(errors) > BAD_EPISODES_ALLOWED * len(ppo.finished):
+        if len(errors) > INVALID_EPISODES_ALLOWED * len(ppo.finished):
             share = f"{len(errors)} of {len(ppo.finished)} episodes"
             raise EnvironmentFailure(f"{share} were lost; the first error:\n{errors[0]}")
         steps = int(results[ENV_RUNNER_RESULTS].get(NUM_ENV_STEPS_SAMPLED, 0))
@@ -100,8 +100,8 @@ class PolicyGradientTrainer:
             "seconds": {**ppo.seconds, "adapt": 0.0, "total": time.perf_counter() - begin},
             "restarts": ppo.env_runner_group.num_remote_worker_restarts(),
             "dropped_tasks": [],
-            "missing_tasks": 0,
-            "bad_episodes": len(errors),
+            "timed_out_tasks": 0,
+            "invalid_episodes": len(errors),
             "loss": float(learned["total_loss"]),
             "entropy": float(learned["entropy"]),
             "grad_norm": float(learned["gradients_default_optimizer_global_norm"]),

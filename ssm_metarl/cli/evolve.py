@@ -40,7 +40,7 @@ def run_evolve(options: Evolve) -> int:
     if options.json:
         print(json.dumps(summary))
     if result.signal is not None:
-        say(f"Interrupted; go on with: evolve --resume --run-dir {shlex.quote(str(run_dir))}")
+        say(f"Interrupted; resume with: evolve --resume --run-dir {shlex.quote(str(run_dir))}")
         return 128 + result.signal
     return 0 if result.state["finished"] == all_generations(result.state["config"]["generations"]) else 1
 

@@ -95,7 +95,7 @@ class JobStart:
 
     Usage: ``job start [options] [-- train … | evolve …]``.
 
-    Without a command, self-improvement goes on from the best checkpoint until it is stopped: the newest run of evolve
+    Without a command, self-improvement resumes from the best checkpoint until it is stopped: the newest run of evolve
     in --storage is resumed, or a new one starts from the newest trained run, or from initial weights. Without a
     cluster, a Ray head is started on this machine's loopback address.
 
@@ -213,7 +213,7 @@ class Train:
         storage: parent of the run folders; or a URI such as s3://bucket/runs, where they are copied with every
             checkpoint and resumed from.
         address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
-        resume: go on from the last checkpoint in --run-dir, with the options it was started with unless given anew.
+        resume: resume from the last checkpoint in --run-dir, with the options it was started with unless given anew.
         eval_tasks: held-out tasks of the final evaluation.
         json: print the final summary as one JSON object.
     """
@@ -248,7 +248,7 @@ class Evolve:
         storage: parent of the run folders, on a cluster a path that its machines share; or a URI such as
             s3://bucket/runs, where they are copied with every decision and resumed from.
         address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
-        resume: go on from the last decision in --run-dir.
+        resume: resume from the last decision in --run-dir.
         cycles: instead of --population and --generations: as many cycles of one incumbent and its challengers.
         proposals: challengers of a cycle.
         json: print the final summary as one JSON object.
@@ -271,7 +271,7 @@ class Rollback:
     """Make a kept checkpoint the best and the parent of a self-improving run's next generation.
 
     Attributes:
-        run: the run's folder, of a run that goes on or that will be resumed.
+        run: the run's folder, of a run that is running or will be resumed.
         checkpoint: name of a folder in its rsi/checkpoints.
         storage: the URI that was given to evolve, if one was.
     """
@@ -365,7 +365,7 @@ def parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Ad
     peek.add_argument("--from", nargs="?", type=Path, dest="start")
     known, _ = peek.parse_known_args(arguments)
     if arguments[0] in ("train", "evolve") and known.resume and known.run_dir is None:
-        raise ValueError("--resume needs --run-dir, the folder of the run to go on with.")
+        raise ValueError("--resume needs --run-dir, the folder of the run to resume.")
     if known.resume and known.run_dir is not None and is_uri(known.storage):
         Mirror(known.run_dir, copy_of(known.storage, known.run_dir) or "").pull()
     config = TrainConfig()

@@ -27,7 +27,7 @@ _LEGEND = (
 
 
 class PopulationView:
-    """Shows a run while it goes on: a live table in a terminal, a line a decision elsewhere::
+    """Shows a run while it runs: a live table in a terminal, a line a decision elsewhere::
 
         with PopulationView(run_dir, console):
             evolve(config, rules, run_dir)

@@ -94,7 +94,7 @@ def run_train(options: Train) -> int:
     if options.json:
         print(json.dumps(summary))
     if result.signal is not None:
-        say(f"Interrupted; go on with: train --resume --run-dir {shlex.quote(str(run_dir))}")
+        say(f"Interrupted; resume with: train --resume --run-dir {shlex.quote(str(run_dir))}")
         return 128 + result.signal
     return 0
 

@@ -97,7 +97,7 @@ def test_more_jobs_than_the_limit_are_refused(workspace: Workspace, monkeypatch:
         workspace.start(["train"])
     point = str(workspace.runs.resolve() / "point")
     running[:] = [{"job": "job-2", "status": "RUNNING", "run_dir": point, "command": "train"}]
-    with pytest.raises(ValueError, match="point goes on already, as job-2"):
+    with pytest.raises(ValueError, match="point is running already, as job-2"):
         workspace.start(["train", "--resume", "--run-dir", point])
     running.clear()
     with pytest.raises(ValueError, match="No job of point is running"):

@@ -179,7 +179,7 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on(
     assert summary["interrupted"] is True
     assert summary["checkpoint"] == str(run / iteration)
     # The last line says how to go on.
-    said = lines[-1].partition("go on with: ")[2]
+    said = lines[-1].partition("resume with: ")[2]
     assert shlex.split(said) == ["train", "--resume", "--run-dir", str(run)]
     outcome = command(*shlex.split(said), "--iterations", str(count + 3), "--num-workers", "0", "--eval-tasks", "2")
     assert outcome.code == 0, outcome.err

@@ -103,7 +103,7 @@ def test_in_process_needs_no_workers() -> None:
     with Pool(FAULTY, NAVIGATION, num_workers=0) as pool:
         collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 2))
         assert pool.processes() == []
-        assert (pool.restarts, pool.dropped, pool.missing, pool.ray_seconds) == (0, [], 0, 0.0)
+        assert (pool.restarts, pool.dropped, pool.timed_out, pool.ray_seconds) == (0, [], 0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -316,14 +316,14 @@ def test_a_worker_that_takes_too_long_is_replaced_and_its_tasks_are_missing(ray_
         rollouts = collect(pool, weights, hanging)
         assert_equal(rollouts, expected, [0, 1])
         assert not rollouts.kept()[2:].any()
-        assert pool.missing == 2
+        assert pool.timed_out == 2
         assert pool.restarts == 1
         assert pool.dropped == []
         assert len(rollouts.errors) == 2
         assert "sample_timeout_s = 5" in rollouts.errors[1]
         assert str(tasks[3]["goal"]) in rollouts.errors[1]
         assert_equal(collect(pool, weights, tasks), expected)
-        assert pool.missing == 2
+        assert pool.timed_out == 2
 
 
 def test_an_interrupted_call_leaves_the_pool_usable(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:

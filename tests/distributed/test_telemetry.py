@@ -48,20 +48,20 @@ def values(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 
 
 def metrics(restarts: int, **changes: Any) -> dict[str, Any]:
-    quiet = {"dropped_tasks": [], "missing_tasks": 0, "bad_episodes": 0, "return_by_step": [-40.0, -20.0]}
+    quiet = {"dropped_tasks": [], "timed_out_tasks": 0, "invalid_episodes": 0, "return_by_step": [-40.0, -20.0]}
     return {**quiet, "seconds": {"sample": 0.5, "update": 2.0}, "restarts": restarts, **changes}
 
 
 def test_an_iteration_counts_what_is_new(values: dict[tuple[str, ...], float]) -> None:
     telemetry = Telemetry("trial", "task")
     telemetry.iteration(metrics(1), 800)
-    telemetry.iteration(metrics(3, dropped_tasks=["a"], missing_tasks=2, bad_episodes=5), 700)
+    telemetry.iteration(metrics(3, dropped_tasks=["a"], timed_out_tasks=2, invalid_episodes=5), 700)
     telemetry.iteration(metrics(3, return_by_step=[-39.0, -18.0]), 600)
     assert values[("ssm_metarl_env_steps",)] == 2100
     assert values[("ssm_metarl_iterations",)] == 3
     assert values[("ssm_metarl_worker_restarts",)] == 3
     assert values[("ssm_metarl_lost_tasks",)] == 3
-    assert values[("ssm_metarl_bad_episodes",)] == 5
+    assert values[("ssm_metarl_invalid_episodes",)] == 5
     assert values[("ssm_metarl_return", "1")] == -18.0
     assert values[("ssm_metarl_phase_seconds", "update")] == 2.0
 

@@ -162,7 +162,7 @@ def test_metrics_say_what_was_collected() -> None:
         returns = [np.mean((stage.rewards * stage.valid).sum(1, dtype=float)) for stage in stages]
         assert line["return_by_step"] == pytest.approx(returns)
         assert line["episode_length_by_step"] == pytest.approx([stage.valid.sum(1).mean() for stage in stages])
-        assert (line["dropped_tasks"], line["missing_tasks"], line["bad_episodes"]) == ([], 0, 0)
+        assert (line["dropped_tasks"], line["timed_out_tasks"], line["invalid_episodes"]) == ([], 0, 0)
 
 
 # --- Deaths and faults ------------------------------------------------------------------------------------
@@ -216,14 +216,14 @@ def test_a_task_that_kills_its_workers_is_dropped_after_three_and_named_and_the_
     assert dropped == {"goal": records[0].tasks[1]["goal"], "fault": "kill"}
     assert [line["restarts"] for line in (first, second)] == [3, 3], "it is not played again for the query"
     assert second["dropped_tasks"] == []
-    assert [line["bad_episodes"] for line in (first, second)] == [0, 0]
+    assert [line["invalid_episodes"] for line in (first, second)] == [0, 0]
     assert [record.num_tasks for record in records] == [4, 3, 4, 4]
     assert first["env_steps"] == sum(record.num_steps for record in records[:2]) == 2 * 3 * 3 * 20
     assert_numbers(first)
     assert_numbers(second)
 
 
-def test_bad_episodes_are_dropped_and_counted_and_the_run_goes_on() -> None:
+def test_invalid_episodes_are_dropped_and_counted_and_the_run_goes_on() -> None:
     def spoiled(iteration: int, tasks: list[Task]) -> None:
         if iteration == 0:
             tasks[3] |= {"fault": "nan"}  # its first episode: 1 of 30 in the support and in the query
@@ -233,7 +233,7 @@ def test_bad_episodes_are_dropped_and_counted_and_the_run_goes_on() -> None:
     with running(options(meta_batch=10), faulty(spoiled)) as trainer:
         records = recorded(trainer)
         metrics = [trainer.step() for _ in range(3)]
-    assert [line["bad_episodes"] for line in metrics] == [2, 3, 0]
+    assert [line["invalid_episodes"] for line in metrics] == [2, 3, 0]
     assert [record.num_tasks for record in records] == [10, 10, 10, 9, 10, 10]
     kept = [int(record.kept().sum()) for record in records]
     assert [kept[0] + kept[1], kept[2] + kept[3], kept[4] + kept[5]] == [58, 54, 60]
@@ -245,7 +245,7 @@ def test_bad_episodes_are_dropped_and_counted_and_the_run_goes_on() -> None:
 
 
 @pytest.mark.parametrize(("fault", "count"), [("raise", 2), ("raise", 10), ("nan", 10)])
-def test_too_many_bad_episodes_stop_the_run_with_the_environments_own_words(fault: str, count: int) -> None:
+def test_too_many_invalid_episodes_stop_the_run_with_the_environments_own_words(fault: str, count: int) -> None:
     def spoiled(iteration: int, tasks: list[Task]) -> None:
         for task in tasks[:count] if iteration == 1 else []:
             task |= {"fault": fault}

@@ -1,4 +1,4 @@
-"""A run's copy at a URI: complete at any moment, and enough to go on from."""
+"""A run's copy at a URI: complete at any moment, and enough to resume from."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_a_family_that_spoils_its_episodes_stops_the_run() -> None:
         often = 0.03
 
     with training(config(meta_batch=20, seed=2), Seldom()) as trainer:
-        bad = sum(trainer.step()["bad_episodes"] for _ in range(3))
+        bad = sum(trainer.step()["invalid_episodes"] for _ in range(3))
         assert 0 < bad < 6
     with training(config(meta_batch=20), Faulty()) as trainer, pytest.raises(EnvironmentFailure, match="fell over"):
         trainer.step()
