@@ -55,10 +55,9 @@ def collect(
     size = spec.observation_size
     inputs = np.zeros((*shape, spec.input_size), np.float32)
     full = spec.inputs == "full"
+    one_hot = np.eye(spec.action_size, dtype=np.float32)
     if full:
         inputs[..., -1] = 1.0  # start flag
-        one_hot = np.eye(spec.action_size, dtype=np.float32)
-
     # a seed an episode slot, as SyncVectorEnv takes them; the base class declares one integer
     observation = env.reset(seed=env_seeds)[0].reshape(*shape, size)  # type: ignore[arg-type]
     observation, reward = record.screen(observation, np.zeros(shape, np.float32), 0)
@@ -68,9 +67,8 @@ def collect(
         action, log_prob, state = policy.act(inputs, state, None if deterministic else noise[steps])
         action, log_prob = record.screen_policy(action, log_prob, steps)
         record.before(steps, observation, action, log_prob)
-        observation, step_reward, ended, cut, info = env.step(
-            spec.env_actions(action).reshape(env.num_envs, *action.shape[2:])
-        )
+        moves = spec.env_actions(action).reshape(env.num_envs, *action.shape[2:])
+        observation, step_reward, ended, cut, info = env.step(moves)
         observation = observation.reshape(*shape, size)
         reward = np.asarray(step_reward, np.float32).reshape(shape)
         ended, done = ended.reshape(shape), (ended | cut).reshape(shape)

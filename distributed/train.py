@@ -22,6 +22,7 @@ from ssm_metarl.distributed.learner import check_device
 from ssm_metarl.distributed.signals import interrupts
 from ssm_metarl.distributed.trainer import check_sizes, with_critic
 from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.storage.mirror import Mirror
 from ssm_metarl.storage.run_folder import checkpoints, cut_metrics, mark_best, prepare_run, prune, resolve_checkpoint
 from ssm_metarl.tasks import TaskDistribution
@@ -86,10 +87,8 @@ def train(
     copy = Mirror(run, mirror) if mirror else None
     if copy and resume:
         copy.pull()
-    first = None if start is None or resume else with_critic(load_checkpoint(resolve_checkpoint(start)), spec)
-    if first:
-        check_sizes(str(start), first.spec, spec)
-    elif not kind.learns_normalizer and spec.normalizes and not resume:
+    first = None if start is None or resume else _first(start, spec)
+    if not (first or resume or kind.learns_normalizer) and spec.normalizes:
         raise ValueError(
             f"{config.algorithm} keeps the normaliser of the checkpoint that it starts from and learns none: "
             "normalize_observations and scale_rewards must be False without one."
@@ -161,6 +160,17 @@ def trainer_class(config: TrainConfig) -> type[Trainer]:
     module, _, name = ALGORITHMS[config.algorithm].trainer.partition(":")
     found: type[Trainer] = getattr(import_module(module), name)
     return found
+
+
+def _first(start: str | Path, spec: PolicySpec) -> Checkpoint:
+    """The checkpoint whose weights a run begins with, with a critic as the run's baseline has it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or of other sizes.
+    """
+    checkpoint = with_critic(load_checkpoint(resolve_checkpoint(start)), spec)
+    check_sizes(str(start), checkpoint.spec, spec)
+    return checkpoint
 
 
 def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:

@@ -113,40 +113,21 @@ class Player:
         if not first and (num_episodes, np.ndim(observation) == 1) != (self._num_episodes, self._single):
             raise ValueError(
                 f"The player is in the middle of {self._num_episodes} episode(s) and got {num_episodes} "
-                "observation(s): "
-                "call reset() before other environments."
+                "observation(s): call reset() before other environments."
             )
-        full = spec.inputs == "full"
+        if first and reward is not None:
+            raise ValueError("The first observation after reset() has no reward: leave it out.")
         if first:
-            if reward is not None:
-                raise ValueError("The first observation after reset() has no reward: leave it out.")
-            inputs = np.zeros((1, num_episodes, spec.input_size), np.float32)
-            state = self._policy.initial_state(1, num_episodes)
-            ended = np.zeros(num_episodes, np.int64)
-            if full:
-                inputs[..., -1] = 1.0
+            inputs, state, ended = self._started(num_episodes)
         else:
-            if reward is None and full:
-                raise ValueError("This policy reads the reward of the last step: act(observation, reward=...).")
-            rewards = _numbers("reward", 0.0 if reward is None else reward, num_episodes)
-            done = _flags("terminated", terminated, num_episodes) | _flags("truncated", truncated, num_episodes)
-            inputs, state = self._inputs.copy(), [each.copy() for each in self._state]
-            ended = self._ended + done
-            if full:
-                inputs[0, :, -2], inputs[0, :, -1] = rewards, done
-            new = ended >= self.trial_episodes  # another trial begins
-            ended[new] = 0
-            for each in state:
-                each[0, new] = 0.0
-            if full:
-                inputs[0, new, size:-1] = 0.0
+            inputs, state, ended = self._continued(num_episodes, reward, terminated, truncated)
         inputs[0, :, :size] = observations
         actions, log_probs, state = self._policy.act(inputs, state, self._draw(num_episodes))
         if not (np.isfinite(actions).all() and np.isfinite(log_probs).all()):
             raise FloatingPointError("The policy's action is not finite: its weights or its memory have diverged.")
         self._num_episodes, self._single = num_episodes, np.ndim(observation) == 1
         self._state, self._ended, self._inputs = state, ended, inputs
-        if full:
+        if spec.inputs == "full":
             one_hot = np.eye(spec.action_size, dtype=np.float32)
             inputs[..., size:-2] = one_hot[actions] if spec.discrete else actions
         found = spec.env_actions(actions)[0]
@@ -215,6 +196,33 @@ class Player:
         )
         adapted.adaptation = found
         return adapted
+
+    def _started(self, num_episodes: int) -> tuple[Array, list[Array], Array]:
+        """Inputs, without the observations, state and ended episodes of each trial, at the start of trials."""
+        inputs = np.zeros((1, num_episodes, self.spec.input_size), np.float32)
+        if self.spec.inputs == "full":
+            inputs[..., -1] = 1.0
+        return inputs, self._policy.initial_state(1, num_episodes), np.zeros(num_episodes, np.int64)
+
+    def _continued(
+        self, num_episodes: int, reward: Any, terminated: Any, truncated: Any
+    ) -> tuple[Array, list[Array], Array]:
+        """The same after a step; a slot whose last episode of a trial ended begins another trial."""
+        size, full = self.spec.observation_size, self.spec.inputs == "full"
+        if reward is None and full:
+            raise ValueError("This policy reads the reward of the last step: act(observation, reward=...).")
+        rewards = _numbers("reward", 0.0 if reward is None else reward, num_episodes)
+        done = _flags("terminated", terminated, num_episodes) | _flags("truncated", truncated, num_episodes)
+        inputs, state = self._inputs.copy(), [each.copy() for each in self._state]
+        ended = self._ended + done
+        new = ended >= self.trial_episodes
+        ended[new] = 0
+        for each in state:
+            each[0, new] = 0.0
+        if full:
+            inputs[0, :, -2], inputs[0, :, -1] = rewards, done
+            inputs[0, new, size:-1] = 0.0
+        return inputs, state, ended
 
     def _observations(self, observation: Any) -> Array:
         """[N, O] float32, finite."""

@@ -138,7 +138,7 @@ def test_a_config_is_checked_when_it_is_built(options: dict[str, Any], sentence:
 
 def test_an_unknown_family_is_refused_with_the_valid_ones() -> None:
     sentence = r"^There is no task family 'cart-pole', did you mean 'cartpole'\? \(valid: ant-dir, .*cartpole, .*\)\.$"
-    for build in (TrainConfig.for_task, lambda task: TrainConfig(task=task)):
+    for build in (TrainConfig.for_task, lambda task: TrainConfig(task=task).family()):
         with pytest.raises(ValueError, match=sentence):
             build("cart-pole")
 
