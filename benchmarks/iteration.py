@@ -27,6 +27,7 @@ LEARNING: Mapping[str, Any] = {
     "meta_batch": 20,
     "episodes": 20,
     "inner_steps": 1,
+    "step_weights": (),
     "epochs": 5,
 }
 SMALL = PolicyConfig(num_layers=1, hidden_dim=64, state_dim=32, gated=False, inputs="full")
