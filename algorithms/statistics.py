@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from scipy import stats
+from scipy import special  # stats takes a second to import, in every process
 
 from ssm_metarl.algorithms.rollouts import Array
 
@@ -27,7 +27,7 @@ def confidence_interval(samples: Array, level: float = 0.95) -> tuple[Array, Arr
     count = np.sum(np.isfinite(samples), 0)
     mean = np.nanmean(samples, 0)
     spread = np.nanstd(samples, 0) * np.sqrt(count / np.maximum(count - 1, 1))
-    half = stats.t.ppf(0.5 + level / 2, np.maximum(count - 1, 1)) * spread / np.sqrt(count)
+    half = special.stdtrit(np.maximum(count - 1, 1), 0.5 + level / 2) * spread / np.sqrt(count)
     half = np.where(count > 1, half, np.nan)
     return mean, mean - half, mean + half
 
@@ -100,7 +100,7 @@ def percentile_interval(drawn: Array, value: float, count: int, level: float = 0
         Lower and upper bound.
     """
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
-    scale = stats.t.ppf(tails[1], count - 1) / stats.norm.ppf(tails[1]) * np.sqrt(count / (count - 1))
+    scale = special.stdtrit(count - 1, tails[1]) / special.ndtri(tails[1]) * np.sqrt(count / (count - 1))
     # Plotting positions k / (R + 1): as many resamples lie beyond a bound as the level says, also of few.
     low, high = value + scale * (np.quantile(drawn, tails, method="weibull") - value)
     return float(low), float(high)
