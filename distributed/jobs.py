@@ -250,7 +250,7 @@ def missing_requirements(client: JobSubmissionClient) -> list[str]:
         if requirement.marker is None and requirement.name != "ray":
             wanted[requirement.name] = text
     job = client.submit_job(entrypoint=shlex.join(["python", "-c", _PROBE, *wanted]))
-    status = wait(client, job)
+    status = await_end(client, job)
     lines = client.get_job_logs(job).strip().splitlines()
     client.delete_job(job)
     try:
@@ -290,7 +290,7 @@ def choose(client: JobSubmissionClient, job: str | None) -> JobDetails:
     raise JobError(f"The cluster has no job {job!r} of ssm-metarl; it has {names}.")
 
 
-def wait(client: JobSubmissionClient, job: str, timeout_s: float = STOP_WAIT_SECONDS + 30.0) -> str:
+def await_end(client: JobSubmissionClient, job: str, timeout_s: float = STOP_WAIT_SECONDS + 30.0) -> str:
     """Wait for a job's end; its status then.
 
     Raises:

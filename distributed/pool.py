@@ -195,7 +195,6 @@ class Pool:
 
     def _play(self, batch: _Batch) -> None:
         """Hand the batch's parts to free workers until none is left."""
-        from ssm_metarl.distributed.worker import wait
 
         held: dict[WorkerHandle, _Part] = {}
         try:
@@ -206,7 +205,7 @@ class Pool:
                         batch.submit(worker, held[worker])
                 # A worker that is starting or restarting matters only while something waits for it.
                 awaited = self._workers if batch.waiting else list(held)
-                done = wait(awaited, self._time_left(held))
+                done = ready_workers(awaited, self._time_left(held))
                 for worker in done:
                     self._receive(batch, worker, held.pop(worker, None))
                 if not done:

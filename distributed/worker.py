@@ -177,7 +177,7 @@ class WorkerHandle:
         self.await_process()
 
 
-def wait(workers: Sequence[WorkerHandle], timeout_s: float | None) -> list[WorkerHandle]:
+def ready_workers(workers: Sequence[WorkerHandle], timeout_s: float | None) -> list[WorkerHandle]:
     """Those of ``workers`` whose call has ended, or none when ``timeout_s`` passed before the first did."""
     by_call = {worker.call: worker for worker in workers}
     return [by_call[call] for call in ray.wait(list(by_call), num_returns=1, timeout=timeout_s)[0]]

@@ -48,7 +48,7 @@ def run_job(options: JobCommand, command: Sequence[str], console: Console) -> in
         return _logs(client, name, options.follow)
     client.stop_job(name)
     console.print(f"Waiting for {name} to write a checkpoint …", highlight=False)
-    console.print(f"{name}: {jobs.wait(client, name)}", highlight=False)
+    console.print(f"{name}: {jobs.await_end(client, name)}", highlight=False)
     return 0
 
 
@@ -140,7 +140,7 @@ def _shutdown(console: Console) -> int:
     for name in running:
         client.stop_job(name)
     for name in running:
-        console.print(f"{name}: {jobs.wait(client, name)}", highlight=False)
+        console.print(f"{name}: {jobs.await_end(client, name)}", highlight=False)
     jobs.end_head(head)
     console.print("The head has ended.")
     return 0
