@@ -195,6 +195,7 @@ class Pool:
 
     def _play(self, batch: _Batch) -> None:
         """Hand the batch's parts to free workers until none is left."""
+        from ssm_metarl.distributed.worker import ready_workers
 
         held: dict[WorkerHandle, _Part] = {}
         try:
