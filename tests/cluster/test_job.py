@@ -126,7 +126,7 @@ def test_a_stop_writes_a_checkpoint_and_a_resume_goes_on(home: Path, started: di
     )
     job(home, "stop")
     logged, _ = follower.communicate(timeout=60)
-    assert "Interrupted; go on with" in logged, "followed to the end"
+    assert "Interrupted; resume with" in logged, "followed to the end"
     assert status(home)["status"] == "STOPPED"
     done = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
     last = load_checkpoint(checkpoints(run)[-1])
