@@ -143,7 +143,24 @@ def main(options: Options) -> None:
                 variant: {key: min(one[key] for one in runs) for key in runs[0]} for variant, runs in found.items()
             }
             results.append({"case": case, "threads": threads, **figures})
-    report("operations", {"cases": results, "rounds": options.rounds, "iterations": options.iterations})
+    report("operations", {**table(results), "rounds": options.rounds, "iterations": options.iterations})
+
+
+def table(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds and peak memory by case and variant."""
+    kinds = {"s": "seconds", "MiB": "peak_mib"}
+    return {
+        "title": "Operations with derivatives of their own",
+        "columns": [f"{variant}, {unit}" for unit in kinds for variant in VARIANTS],
+        "rows": [
+            {
+                "name": f"{found['case']}, {found['threads']} thread{'s' if found['threads'] > 1 else ''}",
+                "cells": [found[variant][key] for key in kinds.values() for variant in VARIANTS],
+            }
+            for found in results
+        ],
+        "notes": ["Adaptation and meta-update of `navigation-2d`, median of a run's iterations, least of the rounds."],
+    }
 
 
 if __name__ == "__main__":
