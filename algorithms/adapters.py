@@ -288,10 +288,11 @@ class HybridAdapter(StandardAdapter):
         effective, played = effective_sample_size(propensity), rollouts.kept().sum(1)
         # A task without an episode of its own does not move.
         ratio = np.where(played > 0, effective / np.maximum(effective + played, 1), 0.0) * propensity.max(1)
-        gain = np.where(replayed.kept(), replayed.returns() - _task_means(rollouts.returns())[:, None], 0.0)
+        # Nothing can be said of a task, or a stored episode, without a return.
+        gain = np.nan_to_num(replayed.returns() - _task_means(rollouts.returns())[:, None])
         scale = np.sqrt((propensity * gain**2).sum(1) / np.maximum(propensity.sum(1), np.finfo(np.float64).tiny))
         self._scale = scale if step == 0 else np.maximum(self._scale, scale)
-        advantages = np.nan_to_num(gain) / np.where(self._scale > 0, self._scale, 1.0)[:, None]
+        advantages = gain / np.where(self._scale > 0, self._scale, 1.0)[:, None]
         # Only steps of the current policy have a likelihood ratio: that of a stored episode is in its propensity.
         stored_batch = replayed_batch(self.policy.spec, replace(replayed, log_probs=own), advantages, propensity, ratio)
         return super()._batch(weights, rollouts, step)[0].beside(stored_batch), effective

@@ -6,7 +6,7 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -328,7 +328,6 @@ class Table:
         notes: what a reader has to know to compare the rows.
         curves: by name.
         curve_columns: headings of the curves' returns.
-        digits: after the point.
     """
 
     title: str
@@ -337,10 +336,9 @@ class Table:
     notes: tuple[str, ...] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
     curve_columns: tuple[str, ...] = ()
-    digits: int = 1
 
     def make(self, bench: Bench) -> dict[str, Any]:
-        """All of it as JSON values, for :func:`markdown`."""
+        """All of it as JSON values, for ``render.section``."""
         rows = [(row, [figure and figure(bench) for figure in row.figures]) for row in self.rows]
         goals = [
             {"row": row.name, "column": column, "bound": goal.bound, "most": goal.most, **cell, "met": goal.met(cell)}
@@ -358,52 +356,4 @@ class Table:
             "curves": {name: curve(bench) for name, curve in self.curves.items()},
             "took": bench.took,
             "notes": list(self.notes),
-            "digits": self.digits,
         }
-
-
-def markdown(table: Mapping[str, Any]) -> str:
-    """What ``Table.make`` gives as Markdown: figures, goals, curves, and what the trainings took."""
-    digits = table["digits"]
-    figures = ((row["name"], *(_shown(cell, digits) for cell in row["cells"])) for row in table["rows"])
-    goals = (_goal_line(goal, digits) for goal in table["goals"])
-    points = (_point_line(name, point, digits) for name, curve in table["curves"].items() for point in curve)
-    trainings = (_training_line(name, took) for name, took in table["took"].items())
-    grids = (
-        _grid(("", *table["columns"]), figures),
-        _grid(("goal", "", "reached", "met"), goals),
-        _grid(("on the way", "steps", "minutes", *table["curve_columns"]), points),
-        _grid(("trained", "seeds", "steps a seed, at most", "seconds a seed, at most"), trainings),
-    )
-    return "\n\n".join([f"### {table['title']}", *table["notes"], *filter(None, grids)]) + "\n"
-
-
-def _goal_line(goal: Mapping[str, Any], digits: int) -> Sequence[str]:
-    bound = f"{'≤' if goal['most'] else '≥'} {goal['bound']:g}"
-    return f"{goal['row']}: {goal['column']}", bound, _shown(goal, digits), "yes" if goal["met"] else "**missed**"
-
-
-def _point_line(name: str, point: Point, digits: int) -> Sequence[str]:
-    values = (f"{value:,.{digits}f}" for value in point["returns"])
-    return name, f"{point['env_steps']:,.0f}", f"{point['seconds'] / 60:.1f}", *values
-
-
-def _training_line(name: str, took: Mapping[str, Any]) -> Sequence[str]:
-    seeds = ", ".join(map(str, took["seed"]))
-    return f"`{name}`", seeds, f"{max(took['env_steps']):,}", f"{max(took['seconds']):,.0f}"
-
-
-def _shown(cell: Mapping[str, Any] | None, digits: int) -> str:
-    """``78.7 ± 0.2``; empty where there is nothing to show."""
-    if cell is None:
-        return ""
-    if cell["mean"] is None:
-        return "never"
-    shown = f"{cell['mean']:,.{digits}f}"
-    return shown if cell["ci_low"] is None else f"{shown} ± {(cell['ci_high'] - cell['ci_low']) / 2:,.{digits}f}"
-
-
-def _grid(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A GitHub table; empty without lines."""
-    body = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([f"| {' | '.join(heading)} |", "| --- " * len(heading) + "|", *body]) if body else ""

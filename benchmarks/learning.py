@@ -389,7 +389,7 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
         "limits": {name: bound for name, (_, _, bound) in checks.items() if bound is not None},
         "untrained": untrained,
         "deviation": steadiness,
-        "return_by_step": [mean_interval(slot) for slot in per_seed.T],
+        "return_by_step": [mean_interval(of_step) for of_step in per_seed.T],
         "gain": gain,
         "seeds": [result["seed"] for result in results],
         "runs": [

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import learning
 import tyro
-from _report import log, machine, report
+from _report import command, log, machine, report
 from _table import (
     Bench,
     Row,
@@ -28,7 +28,6 @@ from _table import (
     Table,
     in_training,
     least,
-    markdown,
     most,
     ours,
     paired,
@@ -41,6 +40,7 @@ from _table import (
     seconds_to,
 )
 from learning import Target
+from render import section
 
 from ssm_metarl import presets
 from ssm_metarl.config import available_cores
@@ -233,7 +233,6 @@ TABLES: Mapping[str, Table] = {
         notes=(
             "`iteration.py`'s meta-iteration with a policy of 8,997 parameters; `ssm.py`'s forward and backward pass.",
         ),
-        digits=2,
         rows=(
             Row("pytorch-maml-rl, on such a machine", published(12.3, None, None)),
             Row(
@@ -260,7 +259,6 @@ TABLES: Mapping[str, Table] = {
     "popgym": Table(
         title="POPGym: return of an episode",
         columns=POPGYM,
-        digits=3,
         rows=(
             Row("the best of 13 memories (Morad et al. 2023)", published(*(TARGETS[name].goal for name in POPGYM))),
             Row(
@@ -278,7 +276,6 @@ TABLES: Mapping[str, Table] = {
         title="cartpole: PPO with memory, return of 500",
         columns=("return", "steps", "seconds of training"),
         notes=("On held-out tasks; the same inputs, constants of PPO and tasks for all three.",),
-        digits=0,
         rows=tuple(
             Row(name, tuple(reported(RLLIB, "contenders", key, what) for what in ("return", "env_steps", "seconds")))
             for name, key in CONTENDERS.items()
@@ -316,23 +313,14 @@ def main(options: Options) -> None:
     out = options.out / "quick" if quick else options.out
     how = {"num_workers": options.num_workers, "learner_threads": options.learner_threads}
     made = TABLES[options.table].make(Bench(TARGETS, seeds, out, quick=quick, **how))
-    facts = machine()
-    numbers = " ".join(map(str, seeds))
-    command = f"python benchmarks/tables.py --table {options.table} {'--quick ' if quick else ''}--seeds {numbers}"
-    if options.learner_threads != available_cores():
-        command += f" --learner-threads {options.learner_threads}"
-    source = f"Made by `{command}` on {facts['cpu_count']} cores ({facts['cpu']})."
-    if any(cell and cell["ci_low"] is not None for row in made["rows"] for cell in row["cells"]):
-        source += " 95 % intervals are over seeds, with one seed and for players and paired differences over held-out"
-        source += " trials."
     if quick:
-        source += " **A trial of the code: the figures say nothing.**"
-    written = f"{markdown(made)}\n{source}\n"
+        made["notes"].append("A trial of the code: the figures say nothing.")
+    result = {"table": options.table, "quick": quick, "seeds": list(seeds), **made}
     file = out / "tables" / f"{options.table}.md"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(written)
-    log(written)
-    report("tables", {"table": options.table, "quick": quick, "command": command, "seeds": list(seeds), **made})
+    file.write_text(section(options.table, {"command": command(), "machine": machine(), **result}) + "\n")
+    log(file.read_text())
+    report("tables", result)
 
 
 if __name__ == "__main__":

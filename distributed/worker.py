@@ -36,7 +36,7 @@ class RolloutWorker:
 
         actor = ray.remote(RolloutWorker).remote(distribution, spec)
         ray.get(actor.process.remote())  # it runs
-        rollouts, seconds = ray.get(actor.collect.remote(weights, tasks, seeds, episode slots, deterministic))
+        rollouts, seconds = ray.get(actor.collect.remote(weights, tasks, seeds, num_episodes, deterministic))
 
     Args:
         distribution: the family whose environments it makes.
@@ -97,7 +97,7 @@ class WorkerHandle:
 
         worker = WorkerHandle("run/rollout-worker-0", distribution, spec)
         worker.result()  # wait until it runs
-        worker.submit("collect support 7, 10 tasks", weights, tasks, seeds, episode slots, deterministic)
+        worker.submit("collect support 7, 10 tasks", weights, tasks, seeds, num_episodes, deterministic)
         rollouts, seconds = worker.result()
 
     Args:

@@ -67,14 +67,15 @@ def test_what_is_done_is_read_and_ours_stand_beside_the_players_on_the_same_tria
         raise AssertionError("trained again")
 
     monkeypatch.setattr(importlib.import_module("learning"), "train", refuse)
-    assert table.markdown(make()) == table.markdown(made)
+    assert make() == made
     assert json.loads(json.dumps(made)) == made
 
 
-def test_markdown_shows_intervals_goals_and_what_was_never_reached(table: ModuleType) -> None:
+def test_a_section_shows_intervals_goals_and_what_was_never_reached(tables: ModuleType) -> None:
     never = {"mean": None, "ci_low": None, "ci_high": None}
     reached = {"mean": -1234.56, "ci_low": -1235.56, "ci_high": -1233.56}
-    shown = table.markdown(
+    shown = importlib.import_module("render").section(
+        "two",
         {
             "title": "Two columns",
             "notes": ["A note."],
@@ -87,18 +88,21 @@ def test_markdown_shows_intervals_goals_and_what_was_never_reached(table: Module
             "curve_columns": ["return"],
             "curves": {"way": [{"env_steps": 2000.0, "seconds": 90.0, "returns": [0.25]}]},
             "took": {"target": {"seed": [0, 1], "env_steps": [1000, 2000], "seconds": [1.0, 9.0]}},
-            "digits": 1,
-        }
+            "command": "python benchmarks/two.py",
+            "seeds": [0, 1],
+        },
     )
     assert shown == (
-        "### Two columns\n\nA note.\n\n"
+        "## Two columns {#two}\n\n"
         "|  | first | second |\n| --- | --- | --- |\n"
-        "| theirs |  | -1,234.6 ± 1.0 |\n| ours | never | -1,234.6 ± 1.0 |\n\n"
-        "| goal |  | reached | met |\n| --- | --- | --- | --- |\n"
-        "| ours: first | ≤ 26 | never | **missed** |\n| ours: second | ≥ -2000 | -1,234.6 ± 1.0 | yes |\n\n"
-        "| on the way | steps | minutes | return |\n| --- | --- | --- | --- |\n| way | 2,000 | 1.5 | 0.2 |\n\n"
-        "| trained | seeds | steps a seed, at most | seconds a seed, at most |\n| --- | --- | --- | --- |\n"
-        "| `target` | 0, 1 | 2,000 | 9 |\n"
+        "| theirs |  | -1,234.6 (-1,235.6 … -1,233.6) |\n| ours | never | -1,234.6 (-1,235.6 … -1,233.6) |\n\n"
+        "| goal | limit | reached | met |\n| --- | --- | --- | --- |\n"
+        "| ours: first | ≤ 26 | never | **no** |\n"
+        "| ours: second | ≥ -2,000 | -1,234.6 (-1,235.6 … -1,233.6) | yes |\n\n"
+        "| on the way | steps | seconds | return |\n| --- | --- | --- | --- |\n| way | 2,000 | 90 | 0.25 |\n\n"
+        "| trained | steps a seed, at most | seconds a seed, at most |\n| --- | --- | --- |\n"
+        "| `target` | 2,000 | 9 |\n\n"
+        "- A note.\n\n```bash\npython benchmarks/two.py\n```\n\nseeds 0 1"
     )
 
 

@@ -12,12 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ssm_metarl.cli.console import RUNS, console, say
 from ssm_metarl.cli.job import run_name
-from ssm_metarl.cli.options import (
-    Evolve,
-    Train,
-    UncheckedConfig,
-    copy_of,
-)
+from ssm_metarl.cli.options import Evolve, Train, UncheckedConfig, copy_of
 from ssm_metarl.cli.plots import plot_run
 from ssm_metarl.cli.tables import evaluation_table
 from ssm_metarl.config import TrainConfig
@@ -33,6 +28,7 @@ def checked_config(config: UncheckedConfig, trials: int) -> TrainConfig:
     values = asdict(config)
     automatic = values["num_workers"] == "auto"
     checked = TrainConfig(**{**values, **({"num_workers": 0} if automatic else {})})
+    checked.family()  # refuses an unknown task, or impossible options of one
     check_device(checked.device)
     return replace(checked, num_workers=auto_workers(trials)) if automatic else checked
 

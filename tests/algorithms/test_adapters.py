@@ -329,6 +329,15 @@ class TestHybrid:
             better = weighted[..., 1] - other
             assert better.mean() > 3 * better.std() / np.sqrt(better.size)
 
+    def test_a_task_whose_first_episodes_are_all_dropped_gets_its_scale_from_the_next(self) -> None:
+        spec = make_spec(discrete=True)
+        policy, play = make_policy(spec), collector(spec, ADVENTURES)
+        weights = {name: np.stack([value] * 3) for name, value in policy.numpy_weights().items()}
+        adapter = HybridAdapter(policy, MetaConfig(), stored(spec, policy, ADVENTURES), steps=2, weighted=False)
+        adapter._batch(weights, drop(play(weights, 4, 0), 1), 0)
+        batch = adapter._batch(weights, play(weights, 4, 1), 1)[0]
+        np.testing.assert_allclose(batch.advantages[1, 0, 4:].square().mean().sqrt(), 1.0, rtol=1e-5)
+
     def test_none_and_empty_are_refused(self) -> None:
         for replay in (None, ReplayBuffer(3)):
             with pytest.raises(ValueError, match="needs a replay"):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from command_line import Command, join_ray
-from ssm_metarl.cli.options import parse
+from ssm_metarl.cli.options import UncheckedConfig, parse
+from ssm_metarl.cli.train import checked_config
 
 
 def written(folder: Path) -> dict[str, int]:
@@ -156,3 +157,10 @@ def test_the_algorithm_decides_on_the_other_options_defaults() -> None:
 
     assert (steps("--task", "bandit"), steps("--task", "bandit", "--algorithm", "promp")) == (0, 1)
     assert (steps("--task", "cartpole"), steps("--task", "cartpole", "--algorithm", "rl2")) == (1, 0)
+
+
+def test_an_unknown_task_is_refused_before_workers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting them may start Ray, or join a cluster."""
+    monkeypatch.setattr("ssm_metarl.cli.train.auto_workers", lambda trials: pytest.fail("workers were counted"))
+    with pytest.raises(ValueError, match="no task family 'cart-pole'"):
+        checked_config(UncheckedConfig(task="cart-pole"), trials=1)
