@@ -1,6 +1,6 @@
 """Test-time adaptation: a few policy-gradient steps on a new task, from its own episodes alone or with replay.
 
-The inner step is that of meta-training (``inner_loop.inner_step``). All tasks adapt in one call.
+The inner step is that of meta-training (`inner_loop.inner_step`). All tasks adapt in one call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Adaptation:
         returns: the adaptation curve: undiscounted return after 0..S steps, [M, S+1] float64, mean over a task's
             episodes; NaN where all of them were dropped.
         lengths: [M, S+1] float64, mean episode length.
-        best_step: [M] int64, after how many steps ``weights`` are; 0: no step helped, they are the meta-parameters.
+        best_step: [M] int64, after how many steps `weights` are; 0: no step helped, they are the meta-parameters.
         fractions: [M, S] float64, what the bound on the divergence left of each step; 1 without a bound.
         effective_episodes: [M, S] float64, effective number of replayed episodes behind each step; 0 without replay.
         environment_steps: all steps taken.
@@ -62,14 +62,14 @@ class Adaptation:
     seconds: float
 
     def policy(self, like: SSMPolicy, task: int = 0) -> SSMPolicy:
-        """The adapted policy of one task, of the sizes of ``like``."""
+        """The adapted policy of one task, of the sizes of `like`."""
         adapted = SSMPolicy(like.spec)
         adapted.load_numpy({name: value[task] for name, value in self.weights.items()})
         return adapted
 
 
 class StandardAdapter:
-    """Adapts with the episodes of the current task alone, as the inner loop of meta-training does::
+    """Adapts with the episodes of the current task alone, as the inner loop of meta-training does:
 
         adaptation = StandardAdapter(policy, config, steps=3).adapt(collect, episodes=5)
         adapted = adaptation.policy(policy)
@@ -84,7 +84,7 @@ class StandardAdapter:
         step_size: of a step; None: as in meta-training.
         kl_bound: a step that moves the policy by more than this mean divergence (nats a step, on the episodes that it
             is made of) is halved until it does not; infinite: no bound.
-        optimizer: see ``OPTIMIZERS``.
+        optimizer: see `OPTIMIZERS`.
 
     Raises:
         ValueError: an option is impossible, in one sentence.
@@ -114,7 +114,7 @@ class StandardAdapter:
         self.steps, self.kl_bound, self.optimizer = steps, kl_bound, optimizer
 
     def adapt(self, collect: Collect, episodes: int) -> Adaptation:
-        """Adapt to every task that ``collect`` plays.
+        """Adapt to every task that `collect` plays.
 
         Args:
             collect: called for steps 0..S in order, each time with the parameters so far; the last call only judges.
@@ -200,16 +200,16 @@ class HybridAdapter(StandardAdapter):
     """Adapts with the episodes of the current task and, beside them, episodes of meta-training that are like them.
 
     A stored episode counts with its propensity w = w_task · w_policy: how likely its transitions are under the current
-    task (see ``TaskModel``), and how likely its actions are under the current policy π, which did not take them:
+    task (see `TaskModel`), and how likely its actions are under the current policy π, which did not take them:
 
         w_policy = min(1, exp(mean_t log π(a_t) - log μ(a_t))),
 
     with μ the policy that took them. It is the geometric mean over steps: the product over hundreds of steps would be
-    0 or enormous. Of ``replay_episodes`` stored episodes, those of highest w_task are used.
+    0 or enormous. Of `replay_episodes` stored episodes, those of highest w_task are used.
 
     The own episodes' gradient is that of meta-training, to the bit: the policy was trained to answer it. Added is ρ
     times the gradient of the stored episodes, ρ = n / (n + K) with their effective number n
-    (``effective_sample_size``) and K own episodes. All steps of a stored episode have one advantage: by how much its
+    (`effective_sample_size`) and K own episodes. All steps of a stored episode have one advantage: by how much its
     return exceeds the mean of the own ones, in units of the root mean square of these differences at the first step or
     now, whichever is larger. As the policy comes to do as well, nothing is left to learn from the stored episodes. One
     baseline and one normalisation over both kinds would leave nothing of either where stored episodes are long and own
@@ -225,9 +225,9 @@ class HybridAdapter(StandardAdapter):
         weighted: by propensity; without, episodes are drawn at random and all count fully, which is the control that
             shows what the weights are worth.
         pull: strength of the proximal pull; infinite: nothing moves.
-        tolerance: of ``TaskModel``.
+        tolerance: of `TaskModel`.
         seed: of the episodes that are drawn at random.
-        policy, config, options: as of ``StandardAdapter``.
+        policy, config, options: as of `StandardAdapter`.
 
     Raises:
         ValueError: the replay is None or empty, or an option is impossible, in one sentence.
@@ -314,7 +314,7 @@ class _Adam:
         self._adam: torch.optim.Adam | None = None
 
     def step(self, weights: Weights, proposal: Weights, rate: float) -> Weights:
-        """The parameters after Adam's step from ``weights``, whose plain step of size ``rate`` is ``proposal``."""
+        """The parameters after Adam's step from `weights`, whose plain step of size `rate` is `proposal`."""
         if self._adam is None:
             self._parameters = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
             self._adam = torch.optim.Adam(self._parameters.values())
@@ -346,7 +346,7 @@ def log_probs(policy: SSMPolicy, weights: Mapping[str, Array], rollouts: Rollout
 
 
 def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[str, Array], batch: Batch) -> Array:
-    """Mean KL divergence of the policy ``after`` a step from the one ``before``, over each task's batch.
+    """Mean KL divergence of the policy `after` a step from the one `before`, over each task's batch.
 
     Args:
         before, after: weights [M, ...].
@@ -367,7 +367,7 @@ def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[st
 def _sharded(
     work: Callable[[Mapping[str, Tensor], slice], Array], weights: Mapping[str, Array], shape: Sequence[int]
 ) -> Array:
-    """``work`` without gradients on the weights of each shard of the tasks, joined along the tasks."""
+    """`work` without gradients on the weights of each shard of the tasks, joined along the tasks."""
     tensors = {name: torch.as_tensor(value) for name, value in weights.items()}
     shared = tensors["encoder.weight"].dim() == 2
     with torch.no_grad():

@@ -16,7 +16,7 @@ def along(vector: Tensor, x: Tensor) -> Tensor:
 
 
 class Affine(nn.Module):
-    """x W + b with W stored [in, out] and an optional task axis; see :func:`linear`."""
+    """x W + b with W stored [in, out] and an optional task axis; see `linear`."""
 
     def __init__(self, inputs: int, outputs: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -29,5 +29,5 @@ class Affine(nn.Module):
 
 
 def normal(shape: tuple[int, ...], scale: float, generator: torch.Generator) -> Tensor:
-    """Normal initial weights of a standard deviation ``scale``, from ``generator`` alone."""
+    """Normal initial weights of a standard deviation `scale`, from `generator` alone."""
     return torch.randn(shape, generator=generator) * scale

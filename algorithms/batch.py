@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """Rollouts of M tasks as the objectives read them; all tensors on one device.
 
     Attributes:
-        inputs: [M, T, K, I] float32, see ``policy_inputs``.
+        inputs: [M, T, K, I] float32, see `policy_inputs`.
         resets: [M, T, K] bool, or None where the only reset is at the first step (which starts from zero anyway).
         actions: [M, T, K, A] float32 or [M, T, K] int64.
         log_probs: [M, T, K] float32, of the policy that acted.
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         return Batch(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
     def beside(self, other: Batch) -> Batch:
-        """The same tasks with the episodes of ``other`` after their own, padded in time with steps without a share.
+        """The same tasks with the episodes of `other` after their own, padded in time with steps without a share.
 
         Args:
             other: a batch of as many tasks.
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
         return self._replace(**named, resets=together, targets=None)
 
     def counted(self, numbers: Tensor) -> Tensor:
-        """``numbers`` [M, T, K], and 0 where a step has no share.
+        """`numbers` [M, T, K], and 0 where a step has no share.
 
         A product with the share alone would not do: what a policy says of a step that nobody took can overflow, and
         infinity times 0 is not a number.
@@ -99,7 +99,7 @@ def make_batch(
     """Rollouts with inputs rebuilt and advantages estimated.
 
     Args:
-        values: with a critic as baseline, what it says of :func:`critic_inputs`, [M, T + 1, K].
+        values: with a critic as baseline, what it says of `critic_inputs`, [M, T + 1, K].
         reward_scale: what rewards are divided by for the critic.
     """
     rollouts = rollouts.masked()
@@ -163,7 +163,7 @@ def replayed_batch(spec: PolicySpec, rollouts: Rollouts, advantages: Array, weig
 
 
 def task_shards(shape: Sequence[int], steps: int = 20_000) -> list[slice]:
-    """Slices of the tasks, equal to one task and even in number, of at most about ``steps`` environment steps each.
+    """Slices of the tasks, equal to one task and even in number, of at most about `steps` environment steps each.
 
     Fewer and larger ones pay less for each operation's start, smaller ones need less memory. Two are the least, so that
     two cores can share the work.

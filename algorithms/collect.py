@@ -28,23 +28,23 @@ def collect(
     trial_episodes: int = 1,
     deterministic: bool = False,
 ) -> Rollouts:
-    """Let the policy act for one episode, or one trial of several, in every slot of ``env``.
+    """Let the policy act for one episode, or one trial of several, in every slot of `env`.
 
     Args:
         env: M·K sub-environments, slot k of task m at index m·K + k, autoreset in the same step.
         spec: the policy's sizes.
-        weights: float32 arrays, shared by all tasks or with a leading task axis [M, ...] (see ``NumpyPolicy``).
+        weights: float32 arrays, shared by all tasks or with a leading task axis [M, ...] (see `NumpyPolicy`).
         seeds: one node of the seed tree for each of the M tasks; environment seeds and action noise come from it
             alone.
         tasks: the M tasks' parameters, kept in the record.
-        horizon: most steps of an episode; a trial of ``trial_episodes`` times as many is cut.
+        horizon: most steps of an episode; a trial of `trial_episodes` times as many is cut.
         trial_episodes: episodes that follow each other in a slot, with the recurrent state, the previous action and the
-            previous reward carried over (Duan et al. 2016, arXiv 1611.02779); ``env`` must end them itself.
+            previous reward carried over (Duan et al. 2016, arXiv 1611.02779); `env` must end them itself.
         deterministic: take the most likely action instead of sampling.
 
     Returns:
         One record of the M tasks. An episode in which an observation, a reward, an action or its log-probability was
-        not finite is dropped: its slot has no valid step, and ``errors`` says where it happened.
+        not finite is dropped: its slot has no valid step, and `errors` says where it happened.
     """
     shape = (len(seeds), env.num_envs // len(seeds))
     horizon *= trial_episodes
@@ -99,18 +99,18 @@ def collect_tasks(
     trial_episodes: int = 1,
     deterministic: bool = False,
 ) -> Rollouts:
-    """Make the tasks' environments and :func:`collect`; a task whose environment raises is dropped, the others are
+    """Make the tasks' environments and `collect`; a task whose environment raises is dropped, the others are
     not.
 
     Since a task's experience depends on its seed alone, collecting again task by task after an exception returns for
     the healthy tasks exactly what would have been collected with all of them together.
 
     Args:
-        make_env: ``TaskDistribution.make_vector_env``.
+        make_env: `TaskDistribution.make_vector_env`.
         num_episodes: episodes, or trials, K a task.
 
     Returns:
-        One record of the M tasks; ``errors`` holds the traceback of each environment that raised, once an episode
+        One record of the M tasks; `errors` holds the traceback of each environment that raised, once an episode
         lost.
     """
 
@@ -157,7 +157,7 @@ def _draw(
 
 
 class _Record:
-    """What ``collect`` has seen so far: arrays [T, M, K, ...] that it fills, and the episode slots still ``alive``."""
+    """What `collect` has seen so far: arrays [T, M, K, ...] that it fills, and the episode slots still `alive`."""
 
     def __init__(
         self, spec: PolicySpec, tasks: Sequence[Any], shape: tuple[int, int], horizon: int, episodes: int
@@ -256,7 +256,7 @@ def _action_shape(spec: PolicySpec, num_episodes: tuple[int, ...]) -> tuple[int,
 
 
 def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
-    """Observations before the autoreset: ``final_obs`` where an episode ended, else the current ones."""
+    """Observations before the autoreset: `final_obs` where an episode ended, else the current ones."""
     final = observation.copy()
     flat = final.reshape(-1, final.shape[-1])
     for index in np.flatnonzero(info["_final_obs"]):

@@ -1,4 +1,4 @@
-"""One step of a policy for other runtimes: ``torch.export`` and ONNX."""
+"""One step of a policy for other runtimes: `torch.export` and ONNX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ssm_metarl.algorithms.policy import SSMPolicy
 
 
 class PolicyStep(nn.Module):
-    """One step of a policy with its weights fixed, in real arithmetic alone: the computation of ``NumpyPolicy``.
+    """One step of a policy with its weights fixed, in real arithmetic alone: the computation of `NumpyPolicy`.
 
     Args:
         policy: whose parameters and normaliser are copied.
@@ -49,12 +49,12 @@ class PolicyStep(nn.Module):
         """Run one step.
 
         Args:
-            inputs: [N, I] float32, see ``policy_inputs``: observation, and with ``inputs="full"`` the previous action
+            inputs: [N, I] float32, see `policy_inputs`: observation, and with `inputs="full"` the previous action
                 (one-hot if discrete), the previous reward and the start flag.
-            state: of the step before, as of :meth:`initial_state`.
+            state: of the step before, as of `initial_state`.
 
         Returns:
-            [N, A]: the mean action in [-1, 1] before clipping (see ``PolicySpec.env_actions``), or logits; and the new
+            [N, A]: the mean action in [-1, 1] before clipping (see `PolicySpec.env_actions`), or logits; and the new
             state.
         """
         spec = self.spec
@@ -89,7 +89,7 @@ class PolicyStep(nn.Module):
 
 
 def _recall(hidden: Tensor, state: Tensor, address: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of ``SlotMemory``: what is recalled [N, H], and the state after it."""
+    """One step of `SlotMemory`: what is recalled [N, H], and the state after it."""
     value = hidden @ weight + bias
     value = torch.cat([value, torch.ones_like(value[..., :1])], -1)
     sums = state[..., :-1] + state[..., -1:] * value.unsqueeze(-2)
@@ -99,7 +99,7 @@ def _recall(hidden: Tensor, state: Tensor, address: Tensor, weight: Tensor, bias
 
 
 def export_step(policy: SSMPolicy) -> torch.export.ExportedProgram:
-    """A policy's step for any number of environments, as ``torch.export`` captures it; see ``PolicyStep.forward``::
+    """A policy's step for any number of environments, as `torch.export` captures it; see `PolicyStep.forward`:
 
     step = export_step(policy).module()
     head, state = step(inputs, state)
@@ -109,8 +109,8 @@ def export_step(policy: SSMPolicy) -> torch.export.ExportedProgram:
 
 
 def export_onnx(policy: SSMPolicy, path: str | Path) -> Path:
-    """Write a policy's step as an ONNX file, with the inputs ``inputs``, ``state_0``, … and the outputs ``head``,
-    ``next_state_0``, …; see ``PolicyStep.forward``.
+    """Write a policy's step as an ONNX file, with the inputs `inputs`, `state_0`, … and the outputs `head`,
+    `next_state_0`, …; see `PolicyStep.forward`.
 
     Raises:
         ValueError: ONNX is not installed; the sentence says how to get it.

@@ -32,7 +32,7 @@ def for_tasks(parameters: Mapping[str, Tensor], tasks: int) -> Parameters:
 
 
 def policy_outputs(policy: SSMPolicy, parameters: Parameters, batch: Batch) -> PolicyOutput:
-    """What the policy with ``parameters``, shared or [M, ...] each, says of every step of a batch."""
+    """What the policy with `parameters`, shared or [M, ...] each, says of every step of a batch."""
     output: PolicyOutput = functional_call(policy, parameters, (batch.inputs, batch.resets, None, batch.task_features))
     return output
 
@@ -56,8 +56,8 @@ def inner_step(
 
     Args:
         parameters: [M, ...] each.
-        batch: the M tasks' support rollouts, collected with ``parameters`` (or, in later epochs, their old values).
-        differentiable: keep the graph from the result to ``parameters``; without, the result is a new leaf.
+        batch: the M tasks' support rollouts, collected with `parameters` (or, in later epochs, their old values).
+        differentiable: keep the graph from the result to `parameters`; without, the result is a new leaf.
 
     Returns:
         Parameters after the step, [M, ...] each, and what the policy before it says of the batch.
@@ -103,7 +103,7 @@ def batch_for(
 
     Args:
         weights: that acted, shared or [M, ...].
-        run: see ``Run``; None: one shard after the other with ``policy``.
+        run: see `Run`; None: one shard after the other with `policy`.
     """
     device = next(policy.parameters()).device
     if config.baseline not in CRITICS:
@@ -134,11 +134,11 @@ def adapt_weights(
     config: MetaConfig,
     run: Run | None = None,
 ) -> Weights:
-    """One inner step of every task of ``batch``, for acting with afterwards.
+    """One inner step of every task of `batch`, for acting with afterwards.
 
     Args:
         current: shared meta-parameters, or the tasks' own weights [M, ...] from the step before.
-        run: see ``Run``; None: one shard after the other with ``policy``.
+        run: see `Run`; None: one shard after the other with `policy`.
 
     Returns:
         Weights by name, [M, ...] float32 each.

@@ -13,11 +13,11 @@ from ssm_metarl.algorithms.spec import PolicySpec
 
 
 def policy_inputs(spec: PolicySpec, rollouts: Rollouts) -> Array:
-    """Inputs that the policy saw at each step of ``rollouts``, rebuilt from the record.
+    """Inputs that the policy saw at each step of `rollouts`, rebuilt from the record.
 
     Returns:
-        [M, T, K, I] float32: observation, then (``inputs="full"``) previous action (one-hot if discrete), previous
-        reward and start flag; previous action and reward are zero where ``resets``.
+        [M, T, K, I] float32: observation, then (`inputs="full"`) previous action (one-hot if discrete), previous
+        reward and start flag; previous action and reward are zero where `resets`.
     """
     if spec.inputs == "observation":
         return rollouts.observations

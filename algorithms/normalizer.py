@@ -48,7 +48,7 @@ class RunningMoments:
         return {"count": self.count, "mean": self.mean.tolist(), "squares": self._squares.tolist()}
 
     def load(self, values: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of `to_dict`."""
         self.count = int(values["count"])
         self.mean, self._squares = np.array(values["mean"]), np.array(values["squares"])
 
@@ -82,7 +82,7 @@ class Normalizer:
         self._returns.update(returns[valid][:, None])
 
     def arrays(self) -> dict[str, Array]:
-        """``input_mean`` and ``input_scale`` [I], ``reward_scale`` [1], ``task_mean`` and ``task_scale`` [P]."""
+        """`input_mean` and `input_scale` [I], `reward_scale` [1], `task_mean` and `task_scale` [P]."""
         spec = self._spec
         tasks = {"task_mean": self._tasks.mean, "task_scale": self._tasks.scale} if spec.task_size else {}
         found = {**(self._of_steps() if spec.normalizes else {}), **tasks}
@@ -105,7 +105,7 @@ class Normalizer:
         return {name: moments.to_dict() for name, moments in self._moments().items()}
 
     def load(self, values: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: moments are missing, as in what an older version wrote.

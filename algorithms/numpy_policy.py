@@ -20,7 +20,7 @@ from ssm_metarl.algorithms.spec import PolicySpec
 class NumpyPolicy:
     """One time step of the policy for M tasks and K episodes at a time, each task with its own or the shared weights.
 
-    ``collect`` calls it once per environment step::
+    `collect` calls it once per environment step:
 
         policy = NumpyPolicy(spec, weights)
         state = policy.initial_state(tasks, num_episodes)
@@ -28,7 +28,7 @@ class NumpyPolicy:
 
     Args:
         spec: sizes.
-        weights: float32 arrays by the names of ``SSMPolicy``'s parameters, each with a leading task axis [M, ...]
+        weights: float32 arrays by the names of `SSMPolicy`'s parameters, each with a leading task axis [M, ...]
             or, where all tasks share them, without.
     """
 
@@ -173,7 +173,7 @@ class NumpyPolicy:
 
 
 def _recall(hidden: Array, state: Array, address: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
-    """One step of ``SlotMemory``: what is recalled [M, K, H], and the state [M, K, S, H+2] after it."""
+    """One step of `SlotMemory`: what is recalled [M, K, H], and the state [M, K, S, H+2] after it."""
     value = np.matmul(hidden, weight)
     value += bias
     value = np.concatenate([value, np.ones_like(value[..., :1])], -1)

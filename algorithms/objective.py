@@ -71,7 +71,7 @@ def meta_loss(
         reference: the meta-policy's action distribution on the first batch when it was collected; None: it is now.
 
     Returns:
-        Losses of each task, differentiable to ``parameters``.
+        Losses of each task, differentiable to `parameters`.
     """
     algorithm = ALGORITHMS[config.algorithm]
     weights = config.weights

@@ -74,12 +74,12 @@ class _Function(torch.autograd.Function):
     """Over rows [*L, R, H] with vectors [*L, 1, H]."""
 
     def __init_subclass__(cls) -> None:
-        # Otherwise ``apply`` works it out anew in every call, in a tenth of a millisecond.
+        # Otherwise `apply` works it out anew in every call, in a tenth of a millisecond.
         cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
 
 def _plus_product(out: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    """out + x W, in place where no graph is kept; ``out`` None: 0."""
+    """out + x W, in place where no graph is kept; `out` None: 0."""
     if out is None:
         return x @ weight
     if torch.is_grad_enabled():
@@ -99,7 +99,7 @@ class _Linear(_Function):
         if bias is None:
             out = None if residual is None else residual.clone(memory_format=torch.contiguous_format)
         elif residual is None:
-            # Of a single row ``contiguous`` would be the bias itself, and the product be added to it.
+            # Of a single row `contiguous` would be the bias itself, and the product be added to it.
             out = bias.expand(*x.shape[:-1], -1).clone(memory_format=torch.contiguous_format)
         else:
             out = residual + bias

@@ -57,7 +57,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "task_mean": ("task",),
     "task_scale": ("task",),
 }
-"""What lies along each axis of a parameter (its name without ``blocks.i.``). Resizing changes units (of the residual
+"""What lies along each axis of a parameter (its name without `blocks.i.`). Resizing changes units (of the residual
 stream, and of the same number in a block), real state variables, and complex modes, two state variables each. Moments
 and learned step sizes have the axes of their parameter."""
 
@@ -99,7 +99,7 @@ def parse_name(key: str) -> ParameterName:
 
 
 def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
-    """Shape of each array of such a policy by name, ordered as in ``SSMPolicy.numpy_weights()``."""
+    """Shape of each array of such a policy by name, ordered as in `SSMPolicy.numpy_weights()`."""
     width, state, actions = spec.hidden_dim, spec.state_dim, spec.action_size
     shapes: dict[str, tuple[int, ...]] = {}
     shapes |= {"encoder.weight": (spec.input_size, width), "encoder.bias": (width,)}

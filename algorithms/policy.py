@@ -33,7 +33,7 @@ class SSMPolicy(nn.Module):
     """Recurrent policy: tanh encoder → SSM blocks → Gaussian or categorical head, and a value head.
 
     Parameters may carry a leading task axis M, so that every task of a meta-batch runs with its own weights in one
-    call::
+    call:
 
         output = torch.func.functional_call(policy, adapted, (inputs, resets))
         log_probs = output.actions.log_prob(batch.actions)
@@ -43,11 +43,11 @@ class SSMPolicy(nn.Module):
         seed: seed of the initial weights.
     """
 
-    # With ``spec.normalizes``; set by the learner, see ``normalize.py``.
+    # With `spec.normalizes`; set by the learner, see `normalize.py`.
     input_mean: Tensor
     input_scale: Tensor
     reward_scale: Tensor
-    # With ``spec.task_size``.
+    # With `spec.task_size`.
     task_mean: Tensor
     task_scale: Tensor
 
@@ -89,9 +89,9 @@ class SSMPolicy(nn.Module):
         """Run over a whole sequence.
 
         Args:
-            inputs: [M, T, K, I], see ``policy_inputs``.
+            inputs: [M, T, K, I], see `policy_inputs`.
             resets: [M, T, K] bool, where the recurrent state is zeroed before the step; None: nowhere.
-            state: as of ``initial_state``; None: zero.
+            state: as of `initial_state`; None: zero.
             task_features: [M, P], which a privileged critic reads; None: those of an average task.
 
         Returns:
@@ -150,7 +150,7 @@ class SSMPolicy(nn.Module):
         return Independent(Normal(head, std, validate_args=False), 1, validate_args=False)
 
     def load_numpy(self, weights: Mapping[str, Array]) -> None:
-        """Take parameters and normaliser as :meth:`numpy_weights` gives them.
+        """Take parameters and normaliser as `numpy_weights` gives them.
 
         Raises:
             RuntimeError: names or shapes are not those of this policy.
@@ -195,5 +195,5 @@ class ActionHead(Affine):
 
 
 def numpy_weights(parameters: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Copies of ``parameters`` as float32 arrays."""
+    """Copies of `parameters` as float32 arrays."""
     return {name: value.detach().cpu().numpy().copy() for name, value in parameters.items()}

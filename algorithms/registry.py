@@ -26,7 +26,7 @@ class Algorithm:
         least_inner_steps: 0 where the algorithm learns without inner steps.
         family_preset: attribute of a task family with the options that train it by this algorithm; None: no family has
             such options, and those of the algorithm hold for all.
-        trainer: ``module:class``.
+        trainer: `module:class`.
         fixed: options that the trainer does not follow, and the value that each must have.
     """
 
@@ -64,7 +64,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 recurrent state. "policy-gradient" is that with RLlib's PPO, over single episodes."""
 
 BASELINES = ("linear", "critic", "privileged", "time")
-"""What advantages are measured against, see ``MetaConfig``."""
+"""What advantages are measured against, see `MetaConfig`."""
 
 CRITICS = ("critic", "privileged")
 """The baselines that the policy learns."""

@@ -21,7 +21,7 @@ class ReplayBuffer:
     """The last episodes of meta-training, with their tasks and the log-probabilities that they were acted with.
 
     The trainer offers it every query record; it takes the first episode of each task, so that a buffer of N episodes
-    holds N tasks::
+    holds N tasks:
 
         replay = ReplayBuffer(256)
         replay.add(query)
@@ -44,12 +44,12 @@ class ReplayBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the episodes held; at most :meth:`bound`."""
+        """Bytes of the episodes held; at most `bound`."""
         return sum(getattr(episode, f.name).nbytes for episode in self._episodes for f in fields(Rollouts)[:9])
 
     @staticmethod
     def bound(spec: PolicySpec, capacity: int, horizon: int) -> int:
-        """Most bytes that ``capacity`` episodes of at most ``horizon`` steps can take."""
+        """Most bytes that `capacity` episodes of at most `horizon` steps can take."""
         action = 8 if spec.discrete else 4 * spec.action_size
         step = 4 * spec.observation_size + action + 2 * 4 + 4  # reward and log-probability; four flags of a byte
         return capacity * (horizon * step + 4 * spec.observation_size)
@@ -82,11 +82,11 @@ class ReplayBuffer:
         return Rollouts.concatenate(list(self._episodes))
 
     def arrays(self) -> dict[str, Array]:
-        """What ``replay.safetensors`` holds: the steps of all episodes one after the other, and each one's length.
+        """What `replay.safetensors` holds: the steps of all episodes one after the other, and each one's length.
 
-        S steps and N episodes: ``observations`` [S, O], ``actions`` [S, A] or [S], ``rewards``, ``log_probs``,
-        ``starts`` and ``terminated`` [S], ``lengths`` [N], ``last_observations`` [N, O], ``capacity`` [1], and
-        ``tasks``, the UTF-8 bytes of a JSON list. Empty where no episode is held.
+        S steps and N episodes: `observations` [S, O], `actions` [S, A] or [S], `rewards`, `log_probs`,
+        `starts` and `terminated` [S], `lengths` [N], `last_observations` [N, O], `capacity` [1], and
+        `tasks`, the UTF-8 bytes of a JSON list. Empty where no episode is held.
         """
         if not self._episodes:
             return {}
@@ -101,7 +101,7 @@ class ReplayBuffer:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array], spec: PolicySpec) -> ReplayBuffer:
-        """The inverse of :meth:`arrays`.
+        """The inverse of `arrays`.
 
         Args:
             arrays: as read from a file, of which nothing is taken for granted.

@@ -25,7 +25,7 @@ from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.algorithms.ssm import SSMBlock
 
 Arrays = dict[str, Array]
-"""Parameters by name and, beside them, their moments by ``parameter.moment``."""
+"""Parameters by name and, beside them, their moments by `parameter.moment`."""
 
 SIZES = ("state_dim", "hidden_dim", "num_layers")
 """What a resize may change."""
@@ -41,8 +41,8 @@ class Morph:
 
     Attributes:
         spec: its sizes and form.
-        policy: float32 arrays by parameter name, in the order of ``SSMPolicy.named_parameters()``.
-        optimizer: Adam's step counts and moments by ``parameter.moment``, as in ``Learner.optimizer_arrays``.
+        policy: float32 arrays by parameter name, in the order of `SSMPolicy.named_parameters()`.
+        optimizer: Adam's step counts and moments by `parameter.moment`, as in `Learner.optimizer_arrays`.
         error: root mean square change of the action head's output over the probe, divided by the root mean square of
             that output; 0 or more. The output is the mean, or the logits less their mean over the actions.
     """
@@ -77,15 +77,15 @@ def resize(
     Args:
         spec: of the given policy.
         policy: float32 arrays by parameter name; not changed, and not shared with the result.
-        optimizer: as from ``Learner.optimizer_arrays``; may be empty. A parameter without moments stays without.
-        target: ``spec`` with another ``state_dim``, ``hidden_dim`` or ``num_layers``, or several.
-        probe: [M, T, K, I] float32, finite: inputs (``policy_inputs``) over which contributions and the error are
+        optimizer: as from `Learner.optimizer_arrays`; may be empty. A parameter without moments stays without.
+        target: `spec` with another `state_dim`, `hidden_dim` or `num_layers`, or several.
+        probe: [M, T, K, I] float32, finite: inputs (`policy_inputs`) over which contributions and the error are
             measured; for a regression many times more steps than units.
         seed: of the new weights, a non-negative integer.
         resets: [M, T, K] bool, where the state is zeroed before the step; None: nowhere.
 
     Raises:
-        ValueError: ``target`` differs in something else, or the probe does not fit the policy; one sentence.
+        ValueError: `target` differs in something else, or the probe does not fit the policy; one sentence.
     """
     _check(spec, target, probe, resets)
     seen = _Probe(torch.tensor(probe, dtype=torch.float32), None if resets is None else torch.tensor(resets))
@@ -119,7 +119,7 @@ def _check(spec: PolicySpec, target: PolicySpec, probe: Array, resets: Array | N
 
 
 def _select(arrays: Arrays, kept: Mapping[str, Array], block: int | None = None) -> Arrays:
-    """The entries ``kept`` along each kind of axis, of all parameters and moments, or of one block's."""
+    """The entries `kept` along each kind of axis, of all parameters and moments, or of one block's."""
     selected = {}
     for key, value in arrays.items():
         parsed = parse_name(key)
@@ -212,7 +212,7 @@ def _shrink_depth(spec: PolicySpec, arrays: Arrays, smaller: PolicySpec, probe: 
 def _without_block(spec: PolicySpec, arrays: Arrays, block: int, hidden: Array, probe: _Probe) -> Arrays:
     """All but a block's arrays; the blocks after it move up, and the heads make up for it.
 
-    ``spec`` is that of the result and ``hidden`` [M·T·K, H] what the heads read before.
+    `spec` is that of the result and `hidden` [M·T·K, H] what the heads read before.
     """
     rest = {}
     for key, value in arrays.items():
@@ -273,18 +273,18 @@ def _shrink_state(spec: PolicySpec, arrays: Arrays, smaller: PolicySpec, probe: 
 
 
 def _largest(contributions: Array, count: int) -> Array:
-    """Indices of the ``count`` largest, in their order. Among equals the last go: they may have just grown."""
+    """Indices of the `count` largest, in their order. Among equals the last go: they may have just grown."""
     return np.sort(np.argsort(-contributions, kind="stable")[:count])
 
 
 def _stand_in(arrays: Arrays, name: str, activity: Array, kept: Array) -> Arrays:
-    """Let the ``kept`` rows of a reader make up for the others, which are about to go."""
+    """Let the `kept` rows of a reader make up for the others, which are about to go."""
     lost = np.delete(np.arange(activity.shape[1]), kept)
     return _absorb(arrays, name, kept, activity[:, kept], arrays[name][lost], activity[:, lost])
 
 
 def _absorb(arrays: Arrays, name: str, kept: Array, present: Array, rows: Array, lost: Array) -> Arrays:
-    """A reader, and its bias if it has one, that gets ``lost`` through its ``kept`` rows as far as they can tell it.
+    """A reader, and its bias if it has one, that gets `lost` through its `kept` rows as far as they can tell it.
 
     Dropping alone would leave little of what meta-training found: without a quarter of its 64 units, a navigation
     policy's output changed by 56 % and its return after adaptation fell from −19 to −90; with this, 4 % and −19.
@@ -351,7 +351,7 @@ def _grow(target: PolicySpec, arrays: Arrays, seed: int) -> Arrays:
 
 
 def _with_corner(whole: Array, corner: Array) -> Array:
-    """``whole`` with ``corner`` in place of its leading entries, and of its type."""
+    """`whole` with `corner` in place of its leading entries, and of its type."""
     whole = whole.astype(corner.dtype)
     whole[tuple(map(slice, corner.shape))] = corner
     return whole

@@ -11,7 +11,7 @@ def discounted_returns(rewards: Array, valid: Array, discount: float) -> Array:
     """Discounted sum of the rewards still to come, G_t = r_t + discount · G_{t+1}.
 
     Args:
-        rewards: [M, T, K], any number where not ``valid``.
+        rewards: [M, T, K], any number where not `valid`.
         valid: [M, T, K] bool.
         discount: in [0, 1].
 
@@ -27,7 +27,7 @@ def generalized_advantages(
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16).
 
     Args:
-        rewards: [M, T, K], any number where not ``valid``.
+        rewards: [M, T, K], any number where not `valid`.
         values: [M, T, K], baseline at each step, any number where not valid.
         last_values: [M, K], value after the last valid step: 0 where the episode truly ended, and where returns stop
             at a known horizon (the linear baseline's case).
@@ -64,7 +64,7 @@ def linear_baseline(rollouts: Rollouts, targets: Array, shrinkage: float = SHRIN
 
     The fit is a ridge regression. Returns of successive steps share nearly all of their noise, so that K episodes
     determine little more than K coefficients, however long they are: with a constant penalty a fit to few episodes
-    takes away what advantages are to tell. The penalty is the length of ``shrinkage`` mean episodes: a coefficient of K
+    takes away what advantages are to tell. The penalty is the length of `shrinkage` mean episodes: a coefficient of K
     episodes is shrunk by the factor K / (K + shrinkage) where features are not correlated. Mean returns are not shrunk.
 
     Args:
@@ -124,7 +124,7 @@ def tells_apart(rollouts: Rollouts, discount: float) -> Array:
 
 
 def _spread(values: Array, counted: Array) -> Array:
-    """Largest less least of each task's values [M, ...] that are ``counted``, [M]; 0 where none is."""
+    """Largest less least of each task's values [M, ...] that are `counted`, [M]; 0 where none is."""
     axes = tuple(range(1, values.ndim))
     high = np.where(counted, values, -np.inf).max(axes)
     low = np.where(counted, values, np.inf).min(axes)
@@ -146,7 +146,7 @@ def advantages(
         discount: in [0, 1].
         gae_lambda: in [0, 1].
         baseline: "linear", fitted to each task's returns; "time", the time step's mean return over all tasks; both take
-            episodes to end at a known horizon. Any other: ``values``, which bootstrap where an episode was cut.
+            episodes to end at a known horizon. Any other: `values`, which bootstrap where an episode was cut.
         values: [M, T + 1, K], a critic's, for each slot up to the one after its last valid step.
         reward_scale: rewards are divided by it.
 
@@ -171,7 +171,7 @@ def time_baseline(targets: Array, valid: Array) -> Array:
     """Mean target of each time step over all tasks and episode slots.
 
     Args:
-        targets: [M, T, K], any number where not ``valid``.
+        targets: [M, T, K], any number where not `valid`.
         valid: [M, T, K] bool.
 
     Returns:
@@ -181,7 +181,7 @@ def time_baseline(targets: Array, valid: Array) -> Array:
 
 
 def step_means(targets: Array, valid: Array) -> Array:
-    """What ``time_baseline`` is at the valid steps, given the same: [1, T, 1] float64, 0 where none is valid."""
+    """What `time_baseline` is at the valid steps, given the same: [1, T, 1] float64, 0 where none is valid."""
     count = np.maximum(valid.sum((0, 2), keepdims=True), 1)
     return np.asarray(np.where(valid, targets, 0.0).sum((0, 2), keepdims=True) / count)
 

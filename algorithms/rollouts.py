@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 class Rollouts:
     """Experience of M tasks, T time steps and K episode slots (one episode or RL² trial each) a task.
 
-    ``collect`` makes it, ``Pool`` joins the parts of several workers with :meth:`concatenate`, the learner reads it::
+    `collect` makes it, `Pool` joins the parts of several workers with `concatenate`, the learner reads it:
 
         rollouts = pool.collect(weights, tasks, num_episodes=20, key=(iteration, stage))
         batch = make_batch(policy.spec, rollouts, config)
@@ -23,7 +23,7 @@ class Rollouts:
     Attributes:
         observations: [M, T, K, O] float32, before the step.
         actions: [M, T, K, A] float32 or [M, T, K] int64, as sampled: see
-            ``PolicySpec.env_actions`` for what the environment got.
+            `PolicySpec.env_actions` for what the environment got.
         rewards: [M, T, K] float32, after the step.
         log_probs: [M, T, K] float32, of the action under the policy that acted.
         starts: [M, T, K] bool, first step of an episode: an input feature only.
@@ -72,7 +72,7 @@ class Rollouts:
         return self.valid.sum(axis=1)
 
     def masked(self) -> Rollouts:
-        """The record with zeros for every number and flag that is not ``valid``, whatever stood there."""
+        """The record with zeros for every number and flag that is not `valid`, whatever stood there."""
         arrays: dict[str, Any] = {}
         for name in _TIMED[:-1]:
             array = getattr(self, name)
@@ -81,7 +81,7 @@ class Rollouts:
         return replace(self, **arrays)
 
     def select(self, index: slice) -> Rollouts:
-        """The tasks of ``index`` (a slice over M), as views."""
+        """The tasks of `index` (a slice over M), as views."""
         arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "errors"}
         return replace(self, **arrays)
 
@@ -118,7 +118,7 @@ class Rollouts:
         )
 
     def beside(self, other: Rollouts) -> Rollouts:
-        """The same tasks with the episodes of ``other`` after their own, padded in time with steps that are not valid.
+        """The same tasks with the episodes of `other` after their own, padded in time with steps that are not valid.
 
         Args:
             other: a record of as many tasks; its parameters and errors are left out.
@@ -134,7 +134,7 @@ class Rollouts:
 
     @staticmethod
     def empty(tasks: Sequence[Any], num_episodes: int, like: Rollouts, errors: Sequence[str] = ()) -> Rollouts:
-        """Record of ``tasks`` without a single valid step, shaped ``like`` another: what stands for dropped tasks."""
+        """Record of `tasks` without a single valid step, shaped `like` another: what stands for dropped tasks."""
         count = len(tasks)
         arrays = {}
         for name in _TIMED:

@@ -14,7 +14,7 @@ def scan(a: Tensor, b: Tensor, keep: Tensor | None = None, state: Tensor | None 
 
     Args:
         a: [*L, N] real or complex, the same at every step (L: leading axes, such as tasks; may be empty).
-        b: [*L, T, K, N], what enters at each step, of the dtype of ``a``.
+        b: [*L, T, K, N], what enters at each step, of the dtype of `a`.
         keep: [*L, T, K] real, 0 where the state is reset before the step and 1 elsewhere; None: no reset.
         state: [*L, K, N], h before the first step; None: zero.
 
@@ -98,7 +98,7 @@ _SMALL = 4096
 def _step_by_step(
     a: Tensor, b: Tensor, keep: Tensor | None, out: Tensor, before: Tensor | None, backwards: bool
 ) -> Tensor | None:
-    """The recurrence along axis -3 into ``out``, after the state ``before``; returns the last state.
+    """The recurrence along axis -3 into `out`, after the state `before`; returns the last state.
 
     Args:
         a: of a step's shape [*, K, N], or what broadcasts to it.
@@ -119,7 +119,7 @@ def _step_by_step(
 
 
 def _chunked(a: Tensor, b: Tensor, keep: Tensor | None, out: Tensor, length: int, backwards: bool) -> Tensor:
-    """The same from a zero state, for a whole number of chunks of ``length`` steps.
+    """The same from a zero state, for a whole number of chunks of `length` steps.
 
     All chunks at once from zero states, then what enters each from the one before, through the powers of a: T = C L
     steps in L + C operations.
@@ -152,7 +152,7 @@ def _chunked(a: Tensor, b: Tensor, keep: Tensor | None, out: Tensor, length: int
 
 
 def row_parts(x: Tensor, dim: int) -> list[tuple[Any, ...]]:
-    """Indices that cut x [..., H] along ``dim`` (negative) into pieces of about 2048 rows: what a cache holds."""
+    """Indices that cut x [..., H] along `dim` (negative) into pieces of about 2048 rows: what a cache holds."""
     rows_each = math.prod(x.shape[:-1]) // max(1, x.shape[dim])
     size = max(1, 2048 // max(1, rows_each))
     after = (slice(None),) * (-dim - 1)

@@ -26,10 +26,10 @@ class PolicyConfig:
         hidden_dim: width H of the residual stream.
         state_dim: real state variables N of each SSM block (even: N/2 complex modes).
         num_layers: SSM blocks; 0 gives a memoryless policy.
-        gated: gate a block's output by its input instead of mixing it by a linear layer (see ``SSMBlock``).
+        gated: gate a block's output by its input instead of mixing it by a linear layer (see `SSMBlock`).
         inputs: "full" (observation, previous action, previous reward, start flag) or "observation" alone.
         initial_std: standard deviation of continuous actions before training.
-        learned_step_sizes: every parameter has an inner step size of its own, ``inner_lr`` times a factor that is
+        learned_step_sizes: every parameter has an inner step size of its own, `inner_lr` times a factor that is
             meta-learned from 1 (Li et al. 2017, arXiv 1707.09835).
         normalize_observations: observations less their running mean, divided by their running standard deviation.
         scale_rewards: rewards divided by a running standard deviation: as input by that of rewards, for the critic by
@@ -40,7 +40,7 @@ class PolicyConfig:
             are uniform up to 2π/min_period (LRU's max_phase). Slow ones tell apart what changes slowly; single steps
             of a long past are told apart by those of all periods from 2 on, which make a delay line.
         memory_slots: of an associative memory in each block, which binds what was done where to what came of it (see
-            ``SlotMemory``); 0: none.
+            `SlotMemory`); 0: none.
     """
 
     hidden_dim: int = 64
@@ -82,7 +82,7 @@ class PolicySpec(PolicyConfig):
         discrete: whether actions are integers in [0, A).
         task_size: P, task features that the privileged critic reads; 0: there is none.
         action_low, action_high: bounds of each number of a continuous action in the environment's unit, None where
-            there is none; empty: no number has any. See :meth:`env_actions`.
+            there is none; empty: no number has any. See `env_actions`.
     """
 
     observation_size: int
@@ -172,7 +172,7 @@ class PolicySpec(PolicyConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PolicySpec:
-        """The inverse of :meth:`to_dict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: for an unknown key (the nearest valid one is named), a missing key, or an impossible size.
@@ -190,7 +190,7 @@ class PolicySpec(PolicyConfig):
 
 @functools.lru_cache
 def _action_map(lows: tuple[float | None, ...], highs: tuple[float | None, ...]) -> tuple[Array, ...]:
-    """Of ``PolicySpec.env_actions``, [A] float32 each: centre and half-width, and the bounds before and after."""
+    """Of `PolicySpec.env_actions`, [A] float32 each: centre and half-width, and the bounds before and after."""
     low = np.array([-np.inf if bound is None else bound for bound in lows])
     high = np.array([np.inf if bound is None else bound for bound in highs])
     bounded = np.isfinite(low) & np.isfinite(high)
@@ -201,7 +201,7 @@ def _action_map(lows: tuple[float | None, ...], highs: tuple[float | None, ...])
 
 
 def action_bounds(low: Array, high: Array) -> tuple[tuple[float | None, ...], tuple[float | None, ...]]:
-    """``action_low`` and ``action_high`` of a Box's bounds [A]; what is ``ABSENT_BOUND`` or more stands for none."""
+    """`action_low` and `action_high` of a Box's bounds [A]; what is `ABSENT_BOUND` or more stands for none."""
 
     def present(bounds: Array) -> tuple[float | None, ...]:
         return tuple(bound if abs(bound) < ABSENT_BOUND else None for bound in bounds.astype(np.float32).tolist())

@@ -20,15 +20,15 @@ class SSMBlock(nn.Module):
 
     .. math:: h_t = a ⊙ h_{t-1} + γ ⊙ (B x_t), \qquad y_t = \mathrm{Re}(C h_t) + D ⊙ x_t
 
-    whose output is x + W tanh(y) + b, or with ``gated`` x + y ⊙ sigmoid(w ⊙ x + b): what is read from memory is let
+    whose output is x + W tanh(y) + b, or with `gated` x + y ⊙ sigmoid(w ⊙ x + b): what is read from memory is let
     through by what is seen now. C has mixed the channels already, so that the gate needs no matrix of its own,
     with N/2 complex modes a = exp(-(e^ν + ε) + iθ), so |a| < 1 whatever the parameters are, and γ = sqrt(1 - |a|²),
     which gives every mode the same output variance for white input (Orvieto et al. 2023, arXiv 2303.06349, eq. 7).
     There is no normalisation across hidden units: it would keep a policy from growing without changing its function.
-    With ``slots`` what a :class:`SlotMemory` reads is added to y.
+    With `slots` what a `SlotMemory` reads is added to y.
 
     Complex quantities are kept as real pairs (re, im) side by side: B is [H, N], C is [N, H], the state [..., N/2, 2].
-    Every parameter may carry a leading task axis M (through ``torch.func.functional_call``); then x is [M, T, K, H].
+    Every parameter may carry a leading task axis M (through `torch.func.functional_call`); then x is [M, T, K, H].
 
     Args:
         hidden_dim: H, width of input and output.
@@ -86,7 +86,7 @@ class SSMBlock(nn.Module):
         return linear(skip_tanh(y, x, self.D), self.out.weight, self.out.bias, residual=x)
 
     def states(self, sequence: Tensor, resets: Tensor | None = None, state: Tensor | None = None) -> Tensor:
-        """The state space model's complex states h over a sequence, [M, T, K, N/2]; arguments as of :meth:`forward`."""
+        """The state space model's complex states h over a sequence, [M, T, K, N/2]; arguments as of `forward`."""
         a, gain = self.modes()
         keep = None if resets is None else (~resets).to(sequence.dtype)
         before = None if state is None else torch.view_as_complex(state)

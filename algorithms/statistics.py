@@ -54,12 +54,12 @@ def stratified_bootstrap(
     """Bootstrap interval of a statistic of the tasks' family: tasks are drawn with replacement, episodes within them.
 
     The interval covers the statistic's value over new tasks of the family with new episodes, as
-    :func:`confidence_interval` over the tasks' means does for the mean.
+    `confidence_interval` over the tasks' means does for the mean.
 
     A drawn task brings its episodes without replacement: all of them. The spread between tasks already holds the chance
     of their few episodes, and drawing episodes with replacement, too, would count that chance twice. Davison and
     Hinkley 1997, sec. 3.8, compare the two ways; Field and Welsh 2007 (J. R. Statist. Soc. B 69, 369-390) show that
-    drawing whole groups gives consistent variances. The bounds are those of :func:`percentile_interval`.
+    drawing whole groups gives consistent variances. The bounds are those of `percentile_interval`.
 
     Args:
         returns: [M, K], episodes by task; NaN entries are left out.
@@ -81,12 +81,12 @@ def stratified_bootstrap(
 
 
 def percentile_interval(drawn: Array, value: float, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of a bootstrap that drew from ``count`` samples, widened as few samples require.
+    """Percentile interval of a bootstrap that drew from `count` samples, widened as few samples require.
 
     A resample varies less than a sample does, by sqrt((n - 1) / n), and plain percentiles take the variance as known.
     Hesterberg 2015 (arXiv 1411.5279, sec. 5.2) corrects both by percentiles farther out, but below about ten samples
     there are none. Scaling the bounds' distances from the value is the same for normal resamples, and has no such
-    limit::
+    limit:
 
         value + (percentile - value) · t(n - 1) / z · sqrt(n / (n - 1))
 
@@ -107,7 +107,7 @@ def percentile_interval(drawn: Array, value: float, count: int, level: float = 0
 
 
 def interval_values(value: Number, low: Number, high: Number) -> dict[str, float | None]:
-    """JSON values of an estimate and its interval: ``value``, ``ci_low`` and ``ci_high``, None for what is unknown."""
+    """JSON values of an estimate and its interval: `value`, `ci_low` and `ci_high`, None for what is unknown."""
     return {"value": finite(value), "ci_low": finite(low), "ci_high": finite(high)}
 
 

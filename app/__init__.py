@@ -1,1 +1,1 @@
-"""The web interface: four tabs that call what the command line calls. ``server.serve`` opens it."""
+"""The web interface: four tabs that call what the command line calls. `server.serve` opens it."""

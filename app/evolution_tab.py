@@ -168,10 +168,10 @@ def evolve_command(
     validation_episodes: int,
     seed: int,
 ) -> list[str]:
-    """The words of ``evolve``, checked as the command would check them.
+    """The words of `evolve`, checked as the command would check them.
 
     Args:
-        start: a checkpoint; None: initial weights for ``task``.
+        start: a checkpoint; None: initial weights for `task`.
 
     Raises:
         ValueError: an impossible option; one sentence.
@@ -219,7 +219,7 @@ def _status(name: str, job: dict[str, Any] | None, state: dict[str, Any]) -> str
 
 @functools.lru_cache(maxsize=8)
 def _pictures(run: Path, ended: int) -> str:
-    """Drawn once for all pages whenever a trial has ended its generation; ``ended`` counts them."""
+    """Drawn once for all pages whenever a trial has ended its generation; `ended` counts them."""
     task = str(read_state(run)["base"]["task"])
     with tempfile.TemporaryDirectory() as folder:
         drawn = plot_evolution(run, task, Path(folder))

@@ -80,7 +80,7 @@ def serve(host: str, port: int, runs: Path, address: str | None, say: Callable[[
     Args:
         host, port: to listen on.
         runs: parent of the run folders, made where it is not there.
-        address: of the job server, see ``distributed.jobs.connect``.
+        address: of the job server, see `distributed.jobs.connect`.
         say: prints a line.
 
     Raises:

@@ -47,7 +47,7 @@ OPTIONS = (
     "replay_episodes",
     "seed",
 )
-"""Options of ``train`` that the page offers; the others are the task's own."""
+"""Options of `train` that the page offers; the others are the task's own."""
 
 POINTS = 400
 """Most points of a curve; a longer one is thinned out."""
@@ -163,7 +163,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
 
 
 def train_command(task: str, algorithm: str, options: dict[str, float]) -> list[str]:
-    """The words of ``train``, checked as the command would check them.
+    """The words of `train`, checked as the command would check them.
 
     Raises:
         ValueError: an impossible option; one sentence.

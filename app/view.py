@@ -75,7 +75,7 @@ def follow(
         run: list of the runs; a choice that was made is left alone, for it may be newer than the look.
         status: says how the run stands.
         more: the other components that show it.
-        look: see :data:`Look`.
+        look: see `Look`.
     """
     memory = gr.State({})
 

@@ -29,14 +29,14 @@ class Workspace:
 
     Attributes:
         runs: parent of the run folders; nothing outside of it is read or written.
-        address: of the job server, see ``distributed.jobs.connect``.
+        address: of the job server, see `distributed.jobs.connect`.
     """
 
     runs: Path
     address: str | None = None
 
     def models(self) -> list[str]:
-        """What :meth:`checkpoint` takes: the shipped models, then runs and single checkpoints, newest first."""
+        """What `checkpoint` takes: the shipped models, then runs and single checkpoints, newest first."""
         found: dict[str, float] = {}
         for pattern in ("*", "*/*", "*/*/*"):
             for manifest in self.runs.glob(f"{pattern}/{MANIFEST}"):
@@ -78,7 +78,7 @@ class Workspace:
         return self.folder(str(found))  # it may be a link
 
     def jobs(self) -> list[dict[str, Any]]:
-        """The jobs as ``job list`` has them, newest first; none where no job server answers."""
+        """The jobs as `job list` has them, newest first; none where no job server answers."""
         try:
             found = jobs.jobs(jobs.connect(self.address))
         except jobs.JobError:
@@ -107,7 +107,7 @@ class Workspace:
 
         Raises:
             ValueError: enough jobs run already, or one in the run's own folder.
-            JobError: see ``distributed.jobs.submit``.
+            JobError: see `distributed.jobs.submit`.
         """
         running = [job for job in self.jobs() if job["status"] not in jobs.ENDED]
         if len(running) >= MAX_JOBS:

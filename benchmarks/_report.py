@@ -61,7 +61,7 @@ def timings(works: Mapping[str, Callable[[], object]], repetitions: int) -> dict
         repetitions: measured turns; one that is not measured goes before.
 
     Returns:
-        For each name ``median`` and ``min`` seconds.
+        For each name `median` and `min` seconds.
     """
     for work in works.values():
         work()
@@ -75,7 +75,7 @@ def timings(works: Mapping[str, Callable[[], object]], repetitions: int) -> dict
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """``median`` and ``min``."""
+    """`median` and `min`."""
     return {"median": statistics.median(values), "min": min(values)}
 
 

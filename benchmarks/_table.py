@@ -1,4 +1,4 @@
-"""What a table of ``tables.py`` is made of: where figures come from, rows, goals, curves, and Markdown."""
+"""What a table of `tables.py` is made of: where figures come from, rows, goals, curves, and Markdown."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from players import play_held_out
 from ssm_metarl.algorithms.rollouts import Array
 
 Cell = dict[str, Any]
-"""``mean``, ``ci_low``, ``ci_high``: bounds are None without an interval, and the mean of what was never reached."""
+"""`mean`, `ci_low`, `ci_high`: bounds are None without an interval, and the mean of what was never reached."""
 
 Result = Mapping[str, Any]
-"""Of a seed's training, see ``learning.run_seed``."""
+"""Of a seed's training, see `learning.run_seed`."""
 
 Reading = Callable[[Result], Any]
 """What a cell shows of a seed: a number, or one for each held-out task [n]."""
@@ -57,7 +57,7 @@ def metrics(result: Result) -> list[dict[str, Any]]:
 def seconds_to(level: float) -> Reading:
     """Wall seconds of training until the return after the last inner step is above a level; infinite: it never is.
 
-    It is above once the mean of the last ``SMOOTHED`` iterations' returns in training is; the seconds are those of all
+    It is above once the mean of the last `SMOOTHED` iterations' returns in training is; the seconds are those of all
     iterations up to there.
     """
 
@@ -94,7 +94,7 @@ class Script:
     Attributes:
         file: beside this one.
         quick: its arguments where the code is tried.
-        seeded: it takes ``--seeds`` and keeps results under ``--out``.
+        seeded: it takes `--seeds` and keeps results under `--out`.
     """
 
     file: str
@@ -177,7 +177,7 @@ def _quick(target: Target) -> Target:
 
 @dataclass(frozen=True)
 class Goal:
-    """The least that a cell's mean may be, or with ``most`` the greatest."""
+    """The least that a cell's mean may be, or with `most` the greatest."""
 
     bound: float
     most: bool = False
@@ -271,14 +271,14 @@ def _inside(found: Any, path: tuple[str, ...]) -> Any:
 # --- Curves -------------------------------------------------------------------------------------------------
 
 Point = dict[str, Any]
-"""``env_steps``, ``seconds``, and ``returns``, a list."""
+"""`env_steps`, `seconds`, and `returns`, a list."""
 
 Curve = Callable[[Bench], list[Point]]
 """Returns at each quarter of a run, mean over seeds."""
 
 
 def in_training(target: str) -> Curve:
-    """Training returns of the last ``SMOOTHED`` iterations after 0..S inner steps."""
+    """Training returns of the last `SMOOTHED` iterations after 0..S inner steps."""
 
     def curve(bench: Bench) -> list[Point]:
         runs = [metrics(result) for result in bench.results(target)]
@@ -297,7 +297,7 @@ def _point(runs: list[list[dict[str, Any]]]) -> Point:
 
 
 def reported_curve(script: Script, *path: str) -> Curve:
-    """What another benchmark prints under keys: points of ``env_steps``, ``seconds`` and ``return``."""
+    """What another benchmark prints under keys: points of `env_steps`, `seconds` and `return`."""
 
     def curve(bench: Bench) -> list[Point]:
         found = _inside(bench.report(script), path)
@@ -338,7 +338,7 @@ class Table:
     curve_columns: tuple[str, ...] = ()
 
     def make(self, bench: Bench) -> dict[str, Any]:
-        """All of it as JSON values, for ``render.section``."""
+        """All of it as JSON values, for `render.section`."""
         rows = [(row, [figure and figure(bench) for figure in row.figures]) for row in self.rows]
         goals = [
             {"row": row.name, "column": column, "bound": goal.bound, "most": goal.most, **cell, "met": goal.met(cell)}

@@ -107,7 +107,7 @@ def show_modes(options: Options) -> dict[str, Any]:
 
 
 def _cells(row: Mapping[str, Any]) -> list[Any]:
-    """A mode's figures in the order of ``COLUMNS``."""
+    """A mode's figures in the order of `COLUMNS`."""
     replayed = row["effective_replay_episodes"]
     return [
         *({"mean": (cell := row[key])["value"], "ci_low": cell["ci_low"], "ci_high": cell["ci_high"]}
@@ -190,7 +190,7 @@ def show_memoryless(options: Options) -> dict[str, Any]:
 
 
 def _trained(config: TrainConfig, run: Path, steps: int | None = None) -> int:
-    """Train unless it was done, and return the environment steps; given ``steps``, go on until as many are taken."""
+    """Train unless it was done, and return the environment steps; given `steps`, go on until as many are taken."""
     metrics = run / "metrics.jsonl"
     iterations = config.iterations
     while True:

@@ -1,9 +1,9 @@
-"""Seconds of one meta-iteration of ``navigation-2d``, and what they are spent on.
+"""Seconds of one meta-iteration of `navigation-2d`, and what they are spent on.
 
-The learning configuration: meta-batch 20, 20 episodes a task, horizon 100, one inner step, ``promp`` with 5
+The learning configuration: meta-batch 20, 20 episodes a task, horizon 100, one inner step, `promp` with 5
 epochs; at random initial weights, which are put back before every iteration. The headline is for a policy of
-one ungated block of width 64 and state 32; beside it, under ``default_policy``, stands the policy that
-``train`` uses by default.
+one ungated block of width 64 and state 32; beside it, under `default_policy`, stands the policy that
+`train` uses by default.
 """
 
 from __future__ import annotations

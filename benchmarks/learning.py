@@ -3,7 +3,7 @@
     python benchmarks/learning.py --target navigation-2d --seeds 0 1 2
 
 Started again after an interruption, it resumes where it stopped: a seed's training from its last checkpoint,
-and a seed that is done is read from its ``result.json`` under ``--out``. To measure a seed anew, delete its
+and a seed that is done is read from its `result.json` under `--out`. To measure a seed anew, delete its
 folder.
 """
 
@@ -34,24 +34,24 @@ from ssm_metarl.storage.run_folder import checkpoints
 class Target:
     """A claim about learning, and how it is checked.
 
-    Trained with each seed and the options below; the last checkpoint within ``max_env_steps`` is evaluated on
-    tasks of the split ``test``, equal for all seeds.
+    Trained with each seed and the options below; the last checkpoint within `max_env_steps` is evaluated on
+    tasks of the split `test`, equal for all seeds.
 
     Attributes:
         claim: in words.
         task: the family.
-        options: changes to ``TrainConfig.for_task``.
-        goal: least mean return after ``after`` inner steps, over tasks and then seeds; None: it is reported alone.
+        options: changes to `TrainConfig.for_task`.
+        goal: least mean return after `after` inner steps, over tasks and then seeds; None: it is reported alone.
         after: inner steps.
         max_env_steps: of training, support and query together; None: no limit.
         max_seconds: wall time of training a seed; None: no limit.
         max_untrained: greatest mean return of the initial policy, without adaptation; None: no limit.
         min_gain: least lower bound of the 95 % interval, over tasks, of the gain by adaptation: the return
-            after ``after`` steps less the return before; None: no limit.
+            after `after` steps less the return before; None: no limit.
         each_seed: the goal is one for every seed, not for their mean alone.
         max_deviation: greatest standard deviation, of any seed, of the training return after the last step over the
             last ten iterations; None: no limit.
-        no_harm: later steps are not significantly worse than ``after``, paired over tasks.
+        no_harm: later steps are not significantly worse than `after`, paired over tasks.
         num_tasks: held-out tasks.
         episodes: episodes, or trials, a held-out task; None: as in training.
         steps: inner steps evaluated and reported.
@@ -215,10 +215,10 @@ class Options:
 def run_target(
     name: str, target: Target, seeds: Sequence[int], out: Path, num_workers: int, learner_threads: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Train and evaluate every seed that has not been done; see ``run_seed``.
+    """Train and evaluate every seed that has not been done; see `run_seed`.
 
     Args:
-        name: of the folder in ``out``; a seed's own in it is named after what changes its result.
+        name: of the folder in `out`; a seed's own in it is named after what changes its result.
 
     Returns:
         The seeds' results, and the configuration that they share.
@@ -241,8 +241,8 @@ def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any
     """Train and evaluate one seed, or read its result where that has been done.
 
     Returns:
-        JSON values: ``env_steps`` and ``seconds`` of training, ``untrained`` return, ``evaluation`` as from
-        ``Evaluation.summary`` and ``returns`` [tasks, S+1].
+        JSON values: `env_steps` and `seconds` of training, `untrained` return, `evaluation` as from
+        `Evaluation.summary` and `returns` [tasks, S+1].
     """
     done = folder / "result.json"
     if done.exists():
@@ -326,7 +326,7 @@ def deviation(run: Path) -> float:
 
 
 def last_within(run: Path, max_env_steps: int | None) -> tuple[Path, int]:
-    """The last checkpoint kept that was trained on ``max_env_steps`` or fewer, and on how many.
+    """The last checkpoint kept that was trained on `max_env_steps` or fewer, and on how many.
 
     Raises:
         SystemExit: none of them is.
@@ -357,7 +357,7 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
     untrained = float(np.mean([result["untrained"] for result in results]))
     steadiness = max(result["deviation"] for result in results)
     reached = float(per_seed[:, target.after].min()) if target.each_seed else value["mean"]
-    # The later step that looks worst: the upper bound of what it adds to ``after``.
+    # The later step that looks worst: the upper bound of what it adds to `after`.
     later = (np.nanmean(returns[..., target.after + 1 :] - returns[..., [target.after]], 0)).T
     harm = min((mean_interval(tasks)["ci_high"] for tasks in later), default=0.0) if target.no_harm else None
     checks = {

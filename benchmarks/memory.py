@@ -1,8 +1,8 @@
 """Memory of a rollout worker, and seconds until a pool of two has answered its first call. Linux only.
 
 Ray is up already. A worker's memory is read after it has played its share of a meta-batch, with shared
-weights and with a set of weights a task: resident (``rss``, shared libraries and Ray's shared memory
-included) and its own (``uss``, what ending it would free).
+weights and with a set of weights a task: resident (`rss`, shared libraries and Ray's shared memory
+included) and its own (`uss`, what ending it would free).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whether algorithms/functions.py earns its lines: meta-updates with its derivatives, with torch's own, and with half.
 
-Four variants: ``own`` has all of it; ``torch`` has torch's operations and autograd's derivatives; ``linear`` has our
-linear maps alone, ``elementwise`` our element-wise ends of blocks alone. Each (variant, case) is a process of its own,
+Four variants: `own` has all of it; `torch` has torch's operations and autograd's derivatives; `linear` has our
+linear maps alone, `elementwise` our element-wise ends of blocks alone. Each (variant, case) is a process of its own,
 so that its peak memory is its own; variants take turns.
 """
 
@@ -67,7 +67,7 @@ class Options:
 
 
 def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """As ``functions.linear``."""
+    """As `functions.linear`."""
     rows = x.reshape(*weight.shape[:-2], -1, x.shape[-1])
     if bias is None:
         y = rows @ weight
@@ -82,12 +82,12 @@ def _beside(vector: Tensor, x: Tensor) -> Tensor:
 
 
 def torch_skip_tanh(y: Tensor, x: Tensor, skip: Tensor) -> Tensor:
-    """As ``functions.skip_tanh``."""
+    """As `functions.skip_tanh`."""
     return torch.tanh(y + _beside(skip, x) * x)
 
 
 def torch_gated_residual(y: Tensor, x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As ``functions.gated_residual``."""
+    """As `functions.gated_residual`."""
     return x + (y + _beside(skip, x) * x) * torch.sigmoid(_beside(weight, x) * x + _beside(bias, x))
 
 

@@ -54,7 +54,7 @@ class Options:
 def play_held_out(
     player: str, task: str, task_options: Mapping[str, Any], num_tasks: int, trial_episodes: int, seed: int = 0
 ) -> Array:
-    """Return of each trial [num_tasks], the very ones that ``evaluate_checkpoint`` gives a policy before any step."""
+    """Return of each trial [num_tasks], the very ones that `evaluate_checkpoint` gives a policy before any step."""
     family = make(task, task_options)
     branch = SPLIT_BRANCHES["test"]
     tasks = family.sample(num_tasks, np.random.default_rng(seed_for(seed, Branch.EVALUATION, branch)), "test")

@@ -2,7 +2,7 @@
 
 python benchmarks/pretrain.py --model cartpole
 
-Started again after an interruption, it resumes the run under ``--runs``.
+Started again after an interruption, it resumes the run under `--runs`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Model:
     Attributes:
         task: family.
         about: what it is, and why this one, for its card.
-        options: that differ from ``TrainConfig.for_task``.
+        options: that differ from `TrainConfig.for_task`.
         evaluation: episodes a task and adaptation step of its evaluation.
     """
 

@@ -1,11 +1,11 @@
-"""Results as pages: ``benchmarks/results/*.json`` to ``docs/results/*.md``, and the figures that prose quotes.
+"""Results as pages: `benchmarks/results/*.json` to `docs/results/*.md`, and the figures that prose quotes.
 
     python benchmarks/render.py            # write
     python benchmarks/render.py --check    # exit with 1 and name every page that differs from the results
 
 A result is the JSON object that a benchmark printed, unchanged; its file is named after it. Prose quotes a figure
-between two comments, ``<!-- figure: FILE/KEY/… -->0<!-- end -->``, where a row of a table is called by its name.
-Causes of missed goals are in ``benchmarks/missed.json``; goals and figures come from the results.
+between two comments, `<!-- figure: FILE/KEY/… -->0<!-- end -->`, where a row of a table is called by its name.
+Causes of missed goals are in `benchmarks/missed.json`; goals and figures come from the results.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def parts(cell: Any) -> list[str]:
 
 
 def shown(cell: Any) -> str:
-    """A cell as text: ``-19.7 (-23.1 … -16.4)``; empty where there is no figure."""
+    """A cell as text: `-19.7 (-23.1 … -16.4)`; empty where there is no figure."""
     figure, *bounds = parts(cell)
     return f"{figure} ({' … '.join(bounds)})" if bounds else figure
 
@@ -98,7 +98,7 @@ def origin(result: Result) -> Iterator[str]:
 
 
 def learning(result: Result) -> Iterator[str]:
-    """What ``learning.py`` reports: the goal, and returns by inner steps."""
+    """What `learning.py` reports: the goal, and returns by inner steps."""
     over = f"(95 % interval over {result.get('interval', 'seeds')})"
     rows = {
         "goal": result["goal"],
@@ -118,7 +118,7 @@ def learning(result: Result) -> Iterator[str]:
 
 
 def table(result: Result) -> Iterator[str]:
-    """What ``tables.py`` reports, and tables of other benchmarks: figures, goals, the way there, and its cost."""
+    """What `tables.py` reports, and tables of other benchmarks: figures, goals, the way there, and its cost."""
     yield grid(("", *result["columns"]), ((row["name"], *map(shown, row["cells"])) for row in result["rows"]))
     goals = result.get("goals", ())
     lines = ((f"{goal['row']}: {goal['column']}", limit(goal), shown(goal), shown(goal["met"])) for goal in goals)
@@ -131,7 +131,7 @@ def table(result: Result) -> Iterator[str]:
 
 
 def limit(goal: Result) -> str:
-    """``≥ 0.9``, or ``≤`` where less is better."""
+    """`≥ 0.9`, or `≤` where less is better."""
     return f"{'≤' if goal['most'] else '≥'} {number(goal['bound'])}"
 
 
@@ -169,7 +169,7 @@ def card(path: Path) -> Result:
 
 
 def missed_goals(results: Mapping[str, Result]) -> Iterator[tuple[str, str, Any]]:
-    """Of every missed goal its name (``FILE: ROW: COLUMN`` or ``FILE: CHECK``), the limit, and the cell reached."""
+    """Of every missed goal its name (`FILE: ROW: COLUMN` or `FILE: CHECK`), the limit, and the cell reached."""
     for name, result in results.items():
         for goal in result.get("goals", ()):
             if not goal["met"]:

@@ -4,11 +4,11 @@
 
 The three see the same inputs (observation, previous action, previous reward, start flag) of the same tasks' family, and
 have PPO's same constants. What is reported is the return of sampled actions on held-out tasks, the same for all,
-whenever another ``every`` environment steps are done. Seconds are those of training, from before RLlib or the trainer
+whenever another `every` environment steps are done. Seconds are those of training, from before RLlib or the trainer
 starts; evaluations do not count.
 
-Started again after an interruption, it goes on with the next job: one that is done is read from its ``result.json``
-under ``--out``.
+Started again after an interruption, it goes on with the next job: one that is done is read from its `result.json`
+under `--out`.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def run_job(name: str, options: Options, seed: int) -> dict[str, Any]:
     """Train one contender with one seed, or read its result where that has been done.
 
     Returns:
-        ``curve``: at each evaluation ``env_steps``, ``seconds`` of training so far and ``return``.
+        `curve`: at each evaluation `env_steps`, `seconds` of training so far and `return`.
     """
     config = options.config(seed)
     key = json.dumps([config.to_dict(), options.env_steps, options.every, options.num_tasks], sort_keys=True)

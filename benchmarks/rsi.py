@@ -2,8 +2,8 @@
 
     python benchmarks/rsi.py --show navigation-2d --seeds 0 1 2 3 4 5
 
-Every job (a condition and a seed) leaves a ``result.json`` under ``--out`` and is not repeated while its settings are
-the same; to measure one anew, delete its folder. Jobs without Ray Tune run the same decisions in process, ``--jobs`` at
+Every job (a condition and a seed) leaves a `result.json` under `--out` and is not repeated while its settings are
+the same; to measure one anew, delete its folder. Jobs without Ray Tune run the same decisions in process, `--jobs` at
 a time.
 """
 
@@ -63,8 +63,8 @@ class Setting:
     """A comparison: the family, the split that is reported, and how the population is run.
 
     Attributes:
-        options: changes to ``TrainConfig.for_task``.
-        rules: of ``EvolveConfig``.
+        options: changes to `TrainConfig.for_task`.
+        rules: of `EvolveConfig`.
     """
 
     task: str
@@ -426,7 +426,7 @@ def interval(samples: Sequence[float]) -> dict[str, float | None]:
 
 
 def area(curve: Curve, steps: int) -> tuple[float, float]:
-    """Mean height under a curve from 0 to ``steps``, and its height there."""
+    """Mean height under a curve from 0 to `steps`, and its height there."""
     xs, ys = np.array(curve, np.float64).T
     grid = np.linspace(0, steps, 1001)
     heights = np.interp(grid, xs, ys)
@@ -559,7 +559,7 @@ def probe_inputs(config: TrainConfig, loaded: Checkpoint) -> tuple[Array, Array]
 
 
 def overhead(options: Options) -> dict[str, Any]:
-    """The default run of ``evolve``: where its wall time goes."""
+    """The default run of `evolve`: where its wall time goes."""
     folder = options.out / "overhead"
     shutil.rmtree(folder, ignore_errors=True)
     config = TrainConfig.for_task("navigation-2d", learner_threads=1)

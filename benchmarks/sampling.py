@@ -1,13 +1,13 @@
 """Environment steps a second that the pool collects, in process and with one and two workers.
 
 One call of the pool is a meta-batch as in training, the family's default policy at its initial weights. In
-the headline all tasks act with the same weights, as for support rollouts; under ``own_weights`` each has its
-own, as for query rollouts; under ``large_batch`` there are four times as many tasks with the same weights, so
+the headline all tasks act with the same weights, as for support rollouts; under `own_weights` each has its
+own, as for query rollouts; under `large_batch` there are four times as many tasks with the same weights, so
 that what a call costs whatever its size weighs less.
 
-For a family that runs on MuJoCo, ``mujoco_rollout`` has the steps a second of the bare ``mujoco.rollout``, measured
+For a family that runs on MuJoCo, `mujoco_rollout` has the steps a second of the bare `mujoco.rollout`, measured
 in turns with the pools: as many environments and threads, whole episodes of drawn actions in one call, so without
-policy, observations, rewards or episode ends. ``pool_vs_rollout`` is what of it each pool reaches.
+policy, observations, rewards or episode ends. `pool_vs_rollout` is what of it each pool reaches.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def figures(rate: Mapping[int, Mapping[str, float]]) -> dict[str, object]:
 
 
 class BareRollout:
-    """Episodes of ``mujoco.rollout`` with nothing around it.
+    """Episodes of `mujoco.rollout` with nothing around it.
 
     Args:
         family: whose robot and horizon.

@@ -6,7 +6,7 @@ The benchmark's family sleeps in every vector step, however many environments it
 that run side by side elsewhere: so there can be more workers than cores. A worker plays one task. *Ideal* is a call
 that lasts as long as the sleeps of one episode, with nothing for the policy, for messages and for waiting; at that
 rate n workers make n times the steps of one. What a call takes beyond is split into the slowest worker's own sampling
-(``policy_seconds``) and the rest (``pool_seconds``: Ray, messages, the driver). For the first the number of cores
+(`policy_seconds`) and the rest (`pool_seconds`: Ray, messages, the driver). For the first the number of cores
 matters: hence the processor time of driver, workers and Ray's own processes stands beside it.
 """
 
@@ -95,7 +95,7 @@ class Options:
 
 
 class SleepingLineEnv(BatchedEnv):
-    """Points on a line, each with a hidden goal; a step of them all takes ``seconds``."""
+    """Points on a line, each with a hidden goal; a step of them all takes `seconds`."""
 
     def __init__(self, goals: NDArray[np.float64], seconds: float) -> None:
         super().__init__(SleepingLine.observation_space, SleepingLine.action_space, len(goals), HORIZON)
@@ -117,7 +117,7 @@ class SleepingLineEnv(BatchedEnv):
 
 
 class SleepingLine(TaskDistribution):
-    """A task is ``{"goal": x, "step_ms": sleep}``; of tasks that are played together the slowest sets the pace."""
+    """A task is `{"goal": x, "step_ms": sleep}`; of tasks that are played together the slowest sets the pace."""
 
     name = "sleeping-line"
     horizon = HORIZON
@@ -424,7 +424,7 @@ def pickled_bytes(value: object) -> int:
 
 
 def straggler(options: Options) -> dict[str, Any]:
-    """What a task costs whose steps are ``STRAGGLER`` times slower, in a share of one and of four tasks."""
+    """What a task costs whose steps are `STRAGGLER` times slower, in a share of one and of four tasks."""
     family, spec = family_and_spec(options)
     weights, workers = SSMPolicy(spec).numpy_weights(), options.most_workers
     with Pool(family, spec, num_workers=workers, name="scaling/straggler") as pool:
@@ -539,7 +539,7 @@ def deaths(options: Options) -> dict[str, Any]:
 
 
 def run_training(options: Options, go_on: Callable[[int, float], bool], killer: Killer | None) -> Run:
-    """Meta-train on the sleeping family while ``go_on(iterations, seconds)``."""
+    """Meta-train on the sleeping family while `go_on(iterations, seconds)`."""
     family, _ = family_and_spec(options)
     config = TrainConfig(
         task=family.name,

@@ -187,7 +187,7 @@ def same_gradients(results: Iterable[tuple[Tensor, ...]]) -> None:
 
 
 def fastest(times: Seconds, prefix: str) -> str:
-    """The name with ``prefix`` whose median is the least."""
+    """The name with `prefix` whose median is the least."""
     return min((name for name in times if name.startswith(prefix)), key=lambda name: times[name]["median"])
 
 

@@ -4,10 +4,10 @@
     python benchmarks/tables.py --table bandits --quick
 
 Players play the very trials that our policies are evaluated on. JSON goes to stdout; Markdown goes to stderr and to
-``tables/NAME.md`` under ``--out``. A seed that is done is read from its ``result.json``, one that was interrupted
-goes on, and where ``learning.py`` has the same target they share its folder; players and timings are made anew.
+`tables/NAME.md` under `--out`. A seed that is done is read from its `result.json`, one that was interrupted
+goes on, and where `learning.py` has the same target they share its folder; players and timings are made anew.
 
-``--quick`` shows within a minute that a table can be made, with next to no training and in a folder of its own.
+`--quick` shows within a minute that a table can be made, with next to no training and in a folder of its own.
 Its figures say nothing.
 """
 
@@ -293,7 +293,7 @@ class Options:
     Attributes:
         table: which.
         quick: see that it can be made; the figures say nothing.
-        seeds: of training; if none is given 0, 1 and 2, or with ``--quick`` 0.
+        seeds: of training; if none is given 0, 1 and 2, or with `--quick` 0.
         out: folder of runs, results and tables.
         num_workers: Ray actors that collect rollouts; 0: in process.
         learner_threads: threads of the learner.

@@ -12,7 +12,7 @@ from ssm_metarl.config import available_cores
 
 
 def start_ray(num_workers: int, *, always: bool = False) -> None:
-    """Have Ray in this process if it is wanted: join the cluster of ``RAY_ADDRESS``, or start one on loopback.
+    """Have Ray in this process if it is wanted: join the cluster of `RAY_ADDRESS`, or start one on loopback.
 
     Usage reporting is off, and the dashboard's address is printed to stderr.
 
@@ -55,7 +55,7 @@ def _join(address: str) -> Any:
 def auto_workers(trials: int = 1) -> int:
     """Workers for each of as many trials: the free processors of the cluster that is joined, less one a learner.
 
-    Without a cluster to join (``RAY_ADDRESS``), this machine's cores: there the learner and its workers take turns.
+    Without a cluster to join (`RAY_ADDRESS`), this machine's cores: there the learner and its workers take turns.
     """
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         return available_cores() if trials == 1 else 0

@@ -20,7 +20,7 @@ class EnvironmentFailure(RuntimeError):
 
 
 class StageCollector:
-    """``Collect`` with a pool: plays the tasks of a meta-batch or of an evaluation, stage by stage of adaptation.
+    """`Collect` with a pool: plays the tasks of a meta-batch or of an evaluation, stage by stage of adaptation.
 
     A task that a stage brought no episode of is not played any more, and has an empty record from then on.
 

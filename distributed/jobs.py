@@ -63,11 +63,11 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class Head:
-    """A Ray head on this machine that :func:`start_head` started.
+    """A Ray head on this machine that `start_head` started.
 
     Attributes:
         pid, created: of the process whose end ends all others of the head; the time tells it from a later process.
-        address: of the cluster, for ``RAY_ADDRESS``.
+        address: of the cluster, for `RAY_ADDRESS`.
         dashboard: URL of dashboard and job server.
     """
 
@@ -101,7 +101,7 @@ def recorded_head() -> Head | None:
 
 
 def start_head(timeout_s: float = 90.0) -> Head:
-    """Start a Ray head on loopback with a job server, and record it in :func:`head_file`.
+    """Start a Ray head on loopback with a job server, and record it in `head_file`.
 
     Ray's own processes listen on every address of a machine; token authentication keeps others out.
 
@@ -166,7 +166,7 @@ def connect(address: str | None = None, *, start: bool = False) -> JobSubmission
     """A client of a cluster's job server.
 
     Args:
-        address: such as "http://head:8265"; None: that of ``RAY_API_SERVER_ADDRESS`` or ``RAY_ADDRESS``, else this
+        address: such as "http://head:8265"; None: that of `RAY_API_SERVER_ADDRESS` or `RAY_ADDRESS`, else this
             user's own head.
         start: without any of them, start a head.
 
@@ -213,14 +213,14 @@ def submit(command: Sequence[str], run_dir: str | None, address: str | None = No
 
     Args:
         command: such as ["train", "--task", "cartpole"]; paths in it are the cluster's.
-        run_dir: the run's folder, for :func:`jobs` and the job's status; None for a command without.
-        address: see :func:`connect`; a head is started where there is no cluster.
+        run_dir: the run's folder, for `jobs` and the job's status; None for a command without.
+        address: see `connect`; a head is started where there is no cluster.
 
     Returns:
         The job's id.
 
     Raises:
-        JobError: see :func:`connect`; or the cluster lacks ray's or torch's part of our requirements.
+        JobError: see `connect`; or the cluster lacks ray's or torch's part of our requirements.
     """
     client = connect(address, start=True)
     environment: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)}}
@@ -266,7 +266,7 @@ def missing_requirements(client: JobSubmissionClient) -> list[str]:
 
 
 def jobs(client: JobSubmissionClient) -> list[JobDetails]:
-    """The jobs that :func:`submit` started, oldest first."""
+    """The jobs that `submit` started, oldest first."""
     ours = [job for job in client.list_jobs() if MARK in (job.metadata or {}) and job.submission_id]
     return sorted(ours, key=lambda job: job.start_time or 0)
 

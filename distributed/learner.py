@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class Learner:
-    """Holds the policy and improves it; the trainer calls it between rollouts::
+    """Holds the policy and improves it; the trainer calls it between rollouts:
 
         weights = learner.weights()
         support = learner.batch(weights, pool.collect(weights, ...))
@@ -37,7 +37,7 @@ class Learner:
         query = learner.batch(adapted, pool.collect(adapted, ...))
         statistics = learner.update([support, query], progress=iteration / iterations)
 
-    On a CPU the tasks of a batch are cut into shards, ``learner_threads`` Python threads work on
+    On a CPU the tasks of a batch are cut into shards, `learner_threads` Python threads work on
     them with one torch thread each (torch releases the interpreter lock), and the shards' gradients are added in
     their order: the result does not depend on the number of threads.
 
@@ -81,17 +81,17 @@ class Learner:
         return self.policy.numpy_weights()
 
     def batch(self, weights: Mapping[str, Array], rollouts: Rollouts) -> Batch:
-        """Rollouts as the objectives read them, on the learner's device; ``weights`` (shared, or [M, ...]) acted."""
+        """Rollouts as the objectives read them, on the learner's device; `weights` (shared, or [M, ...]) acted."""
         return batch_for(self.policy, weights, rollouts, self.config, self._run)
 
     def adapt(self, weights: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
-        """The tasks' weights [M, ...] after one inner step from ``weights`` (shared, or [M, ...])."""
+        """The tasks' weights [M, ...] after one inner step from `weights` (shared, or [M, ...])."""
         return adapt_weights(self.policy, weights, batch, self.config, self._run)
 
     def update(
         self, stages: Sequence[Batch], progress: float = 0.0, seed: np.random.SeedSequence | None = None
     ) -> dict[str, float]:
-        """One meta-update: ``epochs`` × ``minibatches`` Adam steps on the meta-objective over one iteration's rollouts.
+        """One meta-update: `epochs` × `minibatches` Adam steps on the meta-objective over one iteration's rollouts.
 
         Args:
             stages: S+1 batches, the s-th collected after s inner steps.
@@ -99,9 +99,9 @@ class Learner:
             seed: of the minibatches' tasks; needed where there are several.
 
         Returns:
-            ``loss`` (last epoch), ``entropy`` of the adapted policies and ``kl`` of the policy before adaptation
-            from the one that acted (last epoch), ``grad_norm`` before clipping (mean), ``ratio_error``: largest
-            |log ratio| on the first epoch, 0 but for rounding; and ``learning_rate``.
+            `loss` (last epoch), `entropy` of the adapted policies and `kl` of the policy before adaptation
+            from the one that acted (last epoch), `grad_norm` before clipping (mean), `ratio_error`: largest
+            |log ratio| on the first epoch, 0 but for rounding; and `learning_rate`.
 
         Raises:
             FloatingPointError: the meta-gradient is not finite; parameters are as before that step.
@@ -155,7 +155,7 @@ class Learner:
     def _minibatches(
         self, stages: Sequence[Batch], whole: Tensor, rng: np.random.Generator | None
     ) -> Iterator[tuple[Sequence[Batch], Tensor]]:
-        """The meta-batch, or (given ``rng``) its tasks in random order in parts, with what ``whole`` says of them."""
+        """The meta-batch, or (given `rng`) its tasks in random order in parts, with what `whole` says of them."""
         if rng is None:
             yield stages, whole
             return
@@ -172,7 +172,7 @@ class Learner:
             config: of the objective.
             stages: S+1 batches.
             complete: [M], 1 for the tasks that count, 0 for the others.
-            references: see ``meta_loss``, a shard each; empty: none.
+            references: see `meta_loss`, a shard each; empty: none.
         """
         names, parameters = zip(*self.policy.named_parameters(), strict=True)
         active = max(float(complete.sum()), 1.0)
@@ -189,7 +189,7 @@ class Learner:
         return self._run(differentiate, range(len(shards)))
 
     def _run(self, work: Callable[[SSMPolicy, Shard], Result], shards: Sequence[Shard]) -> list[Result]:
-        """``work`` on every shard, in order, on the learner's threads, with a module that no other thread uses."""
+        """`work` on every shard, in order, on the learner's threads, with a module that no other thread uses."""
 
         def lent(shard: Shard) -> Result:
             module = self._modules.get()
@@ -209,7 +209,7 @@ class Learner:
         return optimizer_arrays(self.policy, self.optimizer)
 
     def load(self, weights: Mapping[str, Array], optimizer: Mapping[str, Array]) -> None:
-        """Take parameters and moments of a checkpoint, see :func:`load_state`; learning rates stay those of the config.
+        """Take parameters and moments of a checkpoint, see `load_state`; learning rates stay those of the config.
 
         Raises:
             ValueError: a name or shape does not fit; nothing is changed.
@@ -248,7 +248,7 @@ def keep_freed_memory() -> None:
 
 
 def optimizer_arrays(policy: SSMPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Array]:
-    """Adam's moments and step counts as arrays by ``parameter.moment``."""
+    """Adam's moments and step counts as arrays by `parameter.moment`."""
     arrays = {}
     for name, parameter in policy.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -266,7 +266,7 @@ def load_state(
 
     Args:
         weights: by parameter name, of exactly this policy's shapes.
-        moments: as from :func:`optimizer_arrays`.
+        moments: as from `optimizer_arrays`.
 
     Raises:
         ValueError: a name or shape does not fit; nothing is changed.

@@ -32,7 +32,7 @@ class Pool:
     """M tasks over n rollout workers, or in process.
 
     The trainer makes one for a run and calls it twice an iteration, with the meta-parameters and then with
-    every task's adapted ones::
+    every task's adapted ones:
 
         with Pool(distribution, spec, num_workers=4, name="run/trial/0") as pool:
             support = pool.collect(weights, tasks, seeds, num_episodes=20, label="support 7")
@@ -46,20 +46,20 @@ class Pool:
         distribution: the family of the tasks.
         spec: the policy's sizes.
         num_workers: n, Ray actors of one CPU each; 0 collects in this process and needs no Ray.
-        trial_episodes: episodes that follow each other in an episode slot, see ``collect``.
-        name: the actors are named ``{name}/rollout-worker-{i}``, unique among the open pools of a driver.
+        trial_episodes: episodes that follow each other in an episode slot, see `collect`.
+        name: the actors are named `{name}/rollout-worker-{i}`, unique among the open pools of a driver.
         sample_timeout_s: seconds after which a worker is replaced and the tasks that it holds are given up;
             None: never. When it fires, the run is no longer reproducible. Has no effect in process.
 
     Attributes:
         restarts: workers that died or were replaced so far.
-        dropped: tasks dropped so far because they killed ``MAX_DEATHS`` workers.
-        timed_out: number of tasks given up so far because of ``sample_timeout_s``.
-        ray_seconds: seconds that ``collect`` took so far, less its slowest worker's own sampling; 0 in
+        dropped: tasks dropped so far because they killed `MAX_DEATHS` workers.
+        timed_out: number of tasks given up so far because of `sample_timeout_s`.
+        ray_seconds: seconds that `collect` took so far, less its slowest worker's own sampling; 0 in
             process. Waiting for workers that start is part of it.
 
     Raises:
-        ValueError: for a negative ``num_workers``, or a ``sample_timeout_s`` that is not above 0.
+        ValueError: for a negative `num_workers`, or a `sample_timeout_s` that is not above 0.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Pool:
         label: str = "",
         deterministic: bool = False,
     ) -> Rollouts:
-        """Play ``num_episodes`` episodes, or trials, of every task.
+        """Play `num_episodes` episodes, or trials, of every task.
 
         Args:
             weights: float32 arrays by parameter name, shared by all tasks or with a leading task axis [M, …].
@@ -118,7 +118,7 @@ class Pool:
 
         Returns:
             One record of the M tasks in their order, in writable C-contiguous arrays. A task that was dropped
-            or timed out has no valid step, and a sentence in ``errors`` names it.
+            or timed out has no valid step, and a sentence in `errors` names it.
 
         Raises:
             ValueError: without a task, or with another number of seeds than tasks.
@@ -216,7 +216,7 @@ class Pool:
                 worker.await_process()
 
     def _receive(self, batch: _Batch, worker: WorkerHandle, part: _Part | None) -> None:
-        """Take the answer of a worker that played ``part``, or (None) that has started."""
+        """Take the answer of a worker that played `part`, or (None) that has started."""
         from ssm_metarl.distributed.worker import WorkerDied
 
         try:
@@ -237,7 +237,7 @@ class Pool:
         return max(0.0, since + self._timeout_s - time.perf_counter())
 
     def _give_up_late(self, batch: _Batch, held: dict[WorkerHandle, _Part]) -> None:
-        """Replace the workers that took longer than ``sample_timeout_s``."""
+        """Replace the workers that took longer than `sample_timeout_s`."""
         assert self._timeout_s is not None
         latest = time.perf_counter() - self._timeout_s
         for worker in [worker for worker, part in held.items() if part.since <= latest]:
@@ -259,7 +259,7 @@ class _Part:
 
 @dataclass
 class _Batch:
-    """One call of ``Pool.collect``: its arguments, what waits, what came back, whom deaths are blamed on."""
+    """One call of `Pool.collect`: its arguments, what waits, what came back, whom deaths are blamed on."""
 
     weights: Any
     per_task: bool

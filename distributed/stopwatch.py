@@ -11,7 +11,7 @@ from ssm_metarl.distributed.pool import Pool
 
 
 class Stopwatch:
-    """Seconds of an iteration by phase; the time that Ray takes of sampling is a phase of its own::
+    """Seconds of an iteration by phase; the time that Ray takes of sampling is a phase of its own:
 
         watch = Stopwatch(pool)
         with watch("sample"):
@@ -41,7 +41,7 @@ class Stopwatch:
         return {**self._seconds, "sample": sample, "ray": ray, "total": time.perf_counter() - self._begin}
 
     def losses(self) -> dict[str, Any]:
-        """``restarts`` of workers so far, and the iteration's ``dropped_tasks`` and number of ``timed_out_tasks``."""
+        """`restarts` of workers so far, and the iteration's `dropped_tasks` and number of `timed_out_tasks`."""
         return {
             "restarts": self._pool.restarts,
             "dropped_tasks": self._pool.dropped[self._dropped :],

@@ -1,6 +1,6 @@
 """What a run tells Prometheus through Ray; the dashboard and Grafana show it.
 
-Ray puts ``ray_`` before the names and offers them on every node's metrics port some seconds later.
+Ray puts `ray_` before the names and offers them on every node's metrics port some seconds later.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TAGS = {"ssm_metarl_return": ("adaptation_step",), "ssm_metarl_phase_seconds": 
 class Telemetry:
     """Metrics of one trainer or one population; without Ray it does nothing.
 
-    ``MetaTrainer`` calls :meth:`iteration` after every meta-iteration, a self-improving run :meth:`generation` after
+    `MetaTrainer` calls `iteration` after every meta-iteration, a self-improving run `generation` after
     every generation's decisions.
 
     Args:
@@ -54,7 +54,7 @@ class Telemetry:
         """Report a meta-iteration.
 
         Args:
-            metrics: as ``MetaTrainer.step`` returns them.
+            metrics: as `MetaTrainer.step` returns them.
             env_steps: of this iteration.
         """
         if not ray.is_initialized():
@@ -76,7 +76,7 @@ class Telemetry:
         Args:
             number: of the generation.
             composite: of the best policy so far.
-            events: all decisions so far, as in ``rsi/events.jsonl``.
+            events: all decisions so far, as in `rsi/events.jsonl`.
         """
         if not ray.is_initialized():
             return

@@ -38,7 +38,7 @@ class TrainResult:
     Attributes:
         run_dir: its folder.
         checkpoint: the last checkpoint.
-        metrics: of the last iteration, as in ``metrics.jsonl``; empty if none was run.
+        metrics: of the last iteration, as in `metrics.jsonl`; empty if none was run.
         seconds: wall time of this call.
         signal: number of the signal that ended the run early, or None.
     """
@@ -60,18 +60,18 @@ def train(
     distribution: TaskDistribution | None = None,
     mirror: str | None = None,
 ) -> TrainResult:
-    """Train in a folder: checkpoints, ``metrics.jsonl`` and TensorBoard events.
+    """Train in a folder: checkpoints, `metrics.jsonl` and TensorBoard events.
 
     SIGINT and SIGTERM end the run after the current iteration, with a checkpoint; a second one ends it at once.
 
     Args:
-        config: of the run. With ``num_workers`` above 0, Ray is started in this process unless it already is.
-        run_dir: folder of the run, new or empty unless ``resume``.
+        config: of the run. With `num_workers` above 0, Ray is started in this process unless it already is.
+        run_dir: folder of the run, new or empty unless `resume`.
         start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with, whatever the
             algorithm that made them; None: initial weights.
         resume: resume from the folder's last checkpoint, exactly as if the run had not stopped.
         on_iteration: called with each iteration's metrics.
-        distribution: the family itself, instead of the registered one that ``config.task`` names.
+        distribution: the family itself, instead of the registered one that `config.task` names.
         mirror: URI at which the folder is copied with every checkpoint; a run is resumed from the copy if there is one.
 
     Raises:

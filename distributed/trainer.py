@@ -34,19 +34,19 @@ from ssm_metarl.tasks import TaskDistribution, names, register
 
 
 class MetaTrainer(tune.Trainable):
-    """Meta-trains a policy; one :meth:`step` is one meta-iteration.
+    """Meta-trains a policy; one `step` is one meta-iteration.
 
-    Alone, without Ray started when ``num_workers`` is 0::
+    Alone, without Ray started when `num_workers` is 0:
 
         trainer = MetaTrainer(TrainConfig.for_task("cartpole").to_dict())
         metrics = trainer.train()
         trainer.save_checkpoint("somewhere/checkpoint_000001")
         trainer.stop()
 
-    Under Tune it is passed as it is, with ``TrainConfig.to_dict()`` as parameter space.
+    Under Tune it is passed as it is, with `TrainConfig.to_dict()` as parameter space.
 
     Args:
-        config: options of ``TrainConfig``, and optionally "task_distribution": the family itself, instead of the
+        config: options of `TrainConfig`, and optionally "task_distribution": the family itself, instead of the
             registered one that "task" names.
     """
 
@@ -94,9 +94,9 @@ class MetaTrainer(tune.Trainable):
         """One meta-iteration: collect, adapt, collect with the adapted policies, meta-update.
 
         Returns:
-            ``iteration``, ``env_steps`` (all so far), ``return_by_step`` (mean undiscounted return after 0..S inner
-            steps), ``episode_length_by_step``, ``seconds`` by phase, ``restarts``, ``dropped_tasks``,
-            ``timed_out_tasks``, ``invalid_episodes`` and the learner's statistics.
+            `iteration`, `env_steps` (all so far), `return_by_step` (mean undiscounted return after 0..S inner
+            steps), `episode_length_by_step`, `seconds` by phase, `restarts`, `dropped_tasks`,
+            `timed_out_tasks`, `invalid_episodes` and the learner's statistics.
 
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
@@ -153,7 +153,7 @@ class MetaTrainer(tune.Trainable):
         return StageCollector(self.pool, tasks, seeds, lambda stage: "support" if stage < last else "query")
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:
-        """Write a checkpoint folder (see ``checkpoint.py``); Tune calls it, and so does ``train``."""
+        """Write a checkpoint folder (see `checkpoint.py`); Tune calls it, and so does `train`."""
         checkpoint = Checkpoint(
             spec=self.spec,
             config=self.train_config.to_dict(),
@@ -197,7 +197,7 @@ class MetaTrainer(tune.Trainable):
         self.env_steps = int(checkpoint.progress["env_steps"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take new options in the same process (Tune's ``reuse_actors``); parameters start anew, until a restore."""
+        """Take new options in the same process (Tune's `reuse_actors`); parameters start anew, until a restore."""
         self.cleanup()
         self.setup(new_config)
         return True
@@ -236,7 +236,7 @@ def check_sizes(checkpoint: str | Path, found: PolicySpec, wanted: PolicySpec) -
 
 
 def with_critic(checkpoint: Checkpoint, spec: PolicySpec) -> Checkpoint:
-    """The checkpoint with the critic of another baseline: one that is told ``spec.task_size`` numbers, new, or none."""
+    """The checkpoint with the critic of another baseline: one that is told `spec.task_size` numbers, new, or none."""
     if checkpoint.spec.task_size == spec.task_size:
         return checkpoint
     moments = {name: value for name, value in checkpoint.progress.get("normalizer", {}).items() if name != "tasks"}

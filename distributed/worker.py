@@ -30,9 +30,9 @@ _DEATHS = (
 
 
 class RolloutWorker:
-    """A thin shell around ``collect_tasks``, stateless between calls: any worker gives the same answer.
+    """A thin shell around `collect_tasks`, stateless between calls: any worker gives the same answer.
 
-    ``WorkerHandle`` makes it an actor::
+    `WorkerHandle` makes it an actor:
 
         actor = ray.remote(RolloutWorker).remote(distribution, spec)
         ray.get(actor.process.remote())  # it runs
@@ -65,7 +65,7 @@ class RolloutWorker:
         num_episodes: int,
         deterministic: bool,
     ) -> tuple[Rollouts, float]:
-        """Play ``num_episodes`` episodes of each task; see ``collect_tasks``.
+        """Play `num_episodes` episodes of each task; see `collect_tasks`.
 
         Returns:
             The record, and the seconds that sampling took in this process.
@@ -91,9 +91,9 @@ class WorkerDied(Exception):
 
 
 class WorkerHandle:
-    """The owner's side of one ``RolloutWorker``: the actor, and the one call that it has under way.
+    """The owner's side of one `RolloutWorker`: the actor, and the one call that it has under way.
 
-    ``Pool`` uses it so; after ``WorkerDied`` the handle is in the state of a new one::
+    `Pool` uses it so; after `WorkerDied` the handle is in the state of a new one:
 
         worker = WorkerHandle("run/rollout-worker-0", distribution, spec)
         worker.result()  # wait until it runs
@@ -115,11 +115,11 @@ class WorkerHandle:
         self._create()
 
     def submit(self, title: str, *arguments: Any) -> None:
-        """Start ``RolloutWorker.collect`` on a free worker, under ``title`` in Ray's dashboard."""
+        """Start `RolloutWorker.collect` on a free worker, under `title` in Ray's dashboard."""
         self.call = self.actor.collect.options(name=title).remote(*arguments)
 
     def result(self) -> Any:
-        """Wait for the call under way; return its answer: of ``collect``, or the process id after a start.
+        """Wait for the call under way; return its answer: of `collect`, or the process id after a start.
 
         Raises:
             WorkerDied: the worker's process ended during the call.
@@ -178,6 +178,6 @@ class WorkerHandle:
 
 
 def ready_workers(workers: Sequence[WorkerHandle], timeout_s: float | None) -> list[WorkerHandle]:
-    """Those of ``workers`` whose call has ended, or none when ``timeout_s`` passed before the first did."""
+    """Those of `workers` whose call has ended, or none when `timeout_s` passed before the first did."""
     by_call = {worker.call: worker for worker in workers}
     return [by_call[call] for call in ray.wait(list(by_call), num_returns=1, timeout=timeout_s)[0]]

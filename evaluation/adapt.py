@@ -29,7 +29,7 @@ with replay weighted by propensity."""
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptOptions:
-    """How a policy adapts to new tasks; see ``StandardAdapter`` and ``HybridAdapter``.
+    """How a policy adapts to new tasks; see `StandardAdapter` and `HybridAdapter`.
 
     Attributes:
         steps: adaptation steps; None: as many as the policy was trained for, at least one.
@@ -137,7 +137,7 @@ def adapt_checkpoint(
     seed: int = 0,
     num_workers: int = 0,
 ) -> TaskReport:
-    """Adapt a checkpoint's policy to one task, and play it before and after::
+    """Adapt a checkpoint's policy to one task, and play it before and after:
 
         report = adapt_checkpoint("pretrained:cartpole", {"direction": -1}, mode="hybrid")
         report.policy
@@ -145,7 +145,7 @@ def adapt_checkpoint(
     Args:
         path: a checkpoint, a run folder for its best one, or pretrained:NAME.
         params: the task's parameters; what is not given is as in a task drawn from the split.
-        mode: see ``MODES``.
+        mode: see `MODES`.
         options: of the adapter.
         source: where the task comes from.
         seed: of the task and the rollouts.

@@ -85,7 +85,7 @@ def compare_modes(
 
     Args:
         path: a checkpoint, a run folder for its best one, or pretrained:NAME.
-        modes: of ``MODES``; the first is what the others are compared with.
+        modes: of `MODES`; the first is what the others are compared with.
         options: of the adapters.
         source: where the tasks come from.
         num_tasks: how many tasks.

@@ -42,7 +42,7 @@ class Evaluation:
     split: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: lists ``return``, ``ci_low``, ``ci_high``, ``episode_length`` over 0..S, and totals.
+        """JSON values: lists `return`, `ci_low`, `ci_high`, `episode_length` over 0..S, and totals.
 
         The bounds are of the 95 % interval over tasks; null with fewer than two tasks.
         """
@@ -61,7 +61,7 @@ class Evaluation:
 
 
 def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int, episodes: int) -> Evaluation:
-    """Returns of every task before adaptation and after each of ``steps`` inner steps (see ``StandardAdapter``).
+    """Returns of every task before adaptation and after each of `steps` inner steps (see `StandardAdapter`).
 
     Args:
         policy: the meta-trained policy.
@@ -90,11 +90,11 @@ def evaluate_checkpoint(
     distribution: TaskDistribution | None = None,
     inner_lr: float | None = None,
 ) -> Evaluation:
-    """Returns of a checkpoint's policy on held-out tasks before adaptation and after 1..``steps`` inner steps.
+    """Returns of a checkpoint's policy on held-out tasks before adaptation and after 1..`steps` inner steps.
 
     Args:
         path: a checkpoint, a run folder for its best one, or pretrained:NAME.
-        task, task_options, task_ranges, split, distribution: the tasks, see ``TaskSource``.
+        task, task_options, task_ranges, split, distribution: the tasks, see `TaskSource`.
         num_tasks: how many tasks.
         steps: adaptation steps S; None: as many as the policy was trained for.
         episodes: episodes a task and step; None: as in training.
@@ -142,7 +142,7 @@ def evaluate_policy(
     seed: int,
     deterministic: bool = False,
 ) -> Evaluation:
-    """:func:`evaluate_checkpoint` for a policy in memory and a pool of its sizes; see there.
+    """`evaluate_checkpoint` for a policy in memory and a pool of its sizes; see there.
 
     Raises:
         ValueError: an unknown split.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Player:
-    """A policy that acts in one environment or in N side by side, with the inputs that it was trained with::
+    """A policy that acts in one environment or in N side by side, with the inputs that it was trained with:
 
         player = load_player("pretrained:cartpole")
         observation, _ = env.reset()
@@ -40,8 +40,8 @@ class Player:
         player.reset()  # before an episode of another task
 
     A policy of single episodes is reset with every episode. One that was trained over trials of several episodes
-    (``rl2``) learns from one to the next: then :meth:`act` is called with the first observation of the next episode,
-    the last reward and ``terminated=True``, and :meth:`reset` only before another task.
+    (`rl2`) learns from one to the next: then `act` is called with the first observation of the next episode,
+    the last reward and `terminated=True`, and `reset` only before another task.
 
     Args:
         spec: of the policy.
@@ -49,10 +49,10 @@ class Player:
         trial_episodes: episodes over which it keeps its memory.
         deterministic: take the most likely action instead of sampling.
         noise: what actions are sampled with.
-        meta: how it was meta-trained, options of ``MetaConfig`` and ``episodes``; only :meth:`adapt` needs it.
+        meta: how it was meta-trained, options of `MetaConfig` and `episodes`; only `adapt` needs it.
 
     Attributes:
-        adaptation: what :meth:`adapt` found, of the player that it returned; None for another.
+        adaptation: what `adapt` found, of the player that it returned; None for another.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Player:
         self._inputs = np.zeros((1, 0, spec.input_size), np.float32)
 
     def reset(self) -> None:
-        """Forget everything: the next :meth:`act` begins an episode in every slot. Their number may change."""
+        """Forget everything: the next `act` begins an episode in every slot. Their number may change."""
         self._num_episodes = None
 
     def act(
@@ -92,9 +92,9 @@ class Player:
 
         Args:
             observation: [O], of one environment, or [N, O], of N; finite numbers. Where an episode has just ended, the
-                first one of the next, as environments with ``AutoresetMode.SAME_STEP`` return it.
-            reward: of the step that led there, a number or [N]. Not with the first observation after :meth:`reset`,
-                and needed after that by policies that read rewards (``inputs="full"``).
+                first one of the next, as environments with `AutoresetMode.SAME_STEP` return it.
+            reward: of the step that led there, a number or [N]. Not with the first observation after `reset`,
+                and needed after that by policies that read rewards (`inputs="full"`).
             terminated, truncated: whether that step ended an episode, a flag or [N].
 
         Returns:
@@ -142,10 +142,10 @@ class Player:
         horizon: int | None = None,
         seed: int = 0,
     ) -> Player:
-        """A player adapted to an environment by gradient steps, see ``StandardAdapter``; needs torch.
+        """A player adapted to an environment by gradient steps, see `StandardAdapter`; needs torch.
 
         Args:
-            env: the task. It is reset with seeds, played ``steps + 1`` times for as many episodes, and left open. Of a
+            env: the task. It is reset with seeds, played `steps + 1` times for as many episodes, and left open. Of a
                 vector environment, whose sub-environments must be of the same task and reset themselves in the same
                 step, each plays a share of the episodes.
             episodes: a step; None: as in training.
@@ -154,7 +154,7 @@ class Player:
             seed: of the environment's resets and of the actions.
 
         Returns:
-            A new player, whose ``adaptation`` tells the returns after each step. This one stays as it is.
+            A new player, whose `adaptation` tells the returns after each step. This one stays as it is.
 
         Raises:
             ValueError: the environment's spaces are not those of the policy, an option is impossible, or all
@@ -246,7 +246,7 @@ class Player:
 
 
 def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0) -> Player:
-    """The policy of a checkpoint, of a run's best one or of ``pretrained:NAME``, ready to act.
+    """The policy of a checkpoint, of a run's best one or of `pretrained:NAME`, ready to act.
 
     Args:
         path: a checkpoint, a run folder, or pretrained:NAME.
@@ -262,7 +262,7 @@ def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0)
 
 
 def player_of(checkpoint: Checkpoint, *, deterministic: bool = False, seed: int = 0) -> Player:
-    """:func:`load_player` for a checkpoint in memory."""
+    """`load_player` for a checkpoint in memory."""
     config: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in checkpoint.config.items()
     }

@@ -1,4 +1,4 @@
-"""Meta-trained models that come with the package: a folder each, a checkpoint with ``card.json`` beside it."""
+"""Meta-trained models that come with the package: a folder each, a checkpoint with `card.json` beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m ssm_metarl`` is the command line."""
+"""`python -m ssm_metarl` is the command line."""
 
 from ssm_metarl.cli.main import main
 

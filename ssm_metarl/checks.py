@@ -12,7 +12,7 @@ import numpy as np
 
 
 def check_count(name: str, value: object, least: int, most: int | None = None) -> int:
-    """An integer of at least ``least``, and at most ``most`` where that is given.
+    """An integer of at least `least`, and at most `most` where that is given.
 
     Raises:
         ValueError: the value is anything else; one sentence that names the option.
@@ -37,7 +37,7 @@ def check_flag(name: str, value: object) -> None:
 def check_number(
     name: str, value: float, *, above: float = -math.inf, low: float = -math.inf, high: float = math.inf
 ) -> None:
-    """Refuse what is not a finite number above ``above`` and in [``low``, ``high``].
+    """Refuse what is not a finite number above `above` and in [`low`, `high`].
 
     Raises:
         ValueError: with one sentence that names the option.
@@ -52,7 +52,7 @@ def check_number(
 
 
 def check_keys(values: Mapping[str, Any], known: set[str], what: str) -> None:
-    """Refuse keys that are not ``known``, naming the nearest valid one.
+    """Refuse keys that are not `known`, naming the nearest valid one.
 
     Raises:
         ValueError: with one sentence, for the first unknown key.

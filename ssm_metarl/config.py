@@ -28,14 +28,14 @@ def available_cores() -> int:
 class TrainConfig(MetaConfig, PolicyConfig):
     """A meta-training run: task family, amount of experience, meta-learning algorithm and policy.
 
-    Build one with the options that are known to train a family, and change what you like::
+    Build one with the options that are known to train a family, and change what you like:
 
         config = TrainConfig.for_task("cartpole", iterations=20, hidden_dim=32)
 
     Attributes:
         task: name of the task family, gym:ID, or module:attribute for your own.
-        task_options: of the family, such as ``{"arms": 10}`` for bandit; JSON values.
-        task_ranges: for ``gym:ID``, the numbers that differ between tasks, ``{"gravity": [5, 15]}``.
+        task_options: of the family, such as `{"arms": 10}` for bandit; JSON values.
+        task_ranges: for `gym:ID`, the numbers that differ between tasks, `{"gravity": [5, 15]}`.
         iterations: meta-iterations of the whole run; the learning-rate schedule spans them.
         meta_batch: tasks M of an iteration.
         episodes: episodes K a task, for each inner step and for the query; trials, where a trial has several episodes.
@@ -88,7 +88,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
 
     @classmethod
     def for_task(cls, task: str, **options: Any) -> TrainConfig:
-        """The configuration that is known to train a family, with ``options`` changed.
+        """The configuration that is known to train a family, with `options` changed.
 
         Raises:
             ValueError: for an unknown task, an unknown option or an impossible value, in one sentence.
@@ -102,7 +102,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_dict`; options that are not named keep their defaults.
+        """The inverse of `to_dict`; options that are not named keep their defaults.
 
         Raises:
             ValueError: for an unknown key (the nearest valid one is named) or an impossible value.

@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Trainer(Protocol):
-    """Improves a policy, an iteration at a time; ``train`` drives it::
+    """Improves a policy, an iteration at a time; `train` drives it:
 
         trainer = trainer_class(config).of_run(config)
         trainer.start_from(checkpoint)  # or load_checkpoint, to resume
@@ -47,7 +47,7 @@ class Trainer(Protocol):
 
     @classmethod
     def of_run(cls, config: TrainConfig, distribution: TaskDistribution | None = None) -> Trainer:
-        """The trainer of a run; ``distribution``: the family itself instead of the one that ``config.task`` names."""
+        """The trainer of a run; `distribution`: the family itself instead of the one that `config.task` names."""
 
     def step(self) -> dict[str, Any]:
         """One iteration; returns its metrics, JSON values."""
@@ -66,24 +66,24 @@ class Trainer(Protocol):
 
 
 class Collect(Protocol):
-    """Plays tasks: in process, over Ray, or in an environment of the user's own. An adapter calls it a step::
+    """Plays tasks: in process, over Ray, or in an environment of the user's own. An adapter calls it a step:
 
     rollouts = collect(weights, episodes, step)
     """
 
     def __call__(self, weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
-        """Play every task for ``episodes`` with ``weights`` (shared, or [M, ...] a task) after ``step`` steps."""
+        """Play every task for `episodes` with `weights` (shared, or [M, ...] a task) after `step` steps."""
 
 
 class Adapter(Protocol):
-    """Adapts a policy to new tasks::
+    """Adapts a policy to new tasks:
 
     adaptation = adapter.adapt(collect, episodes=5)
     adapted = adaptation.policy(policy, task=0)
     """
 
     def adapt(self, collect: Collect, episodes: int) -> Adaptation:
-        """Adapt to every task that ``collect`` plays, with ``episodes`` a task and step."""
+        """Adapt to every task that `collect` plays, with `episodes` a task and step."""
 
 
 Task = dict[str, Any]
@@ -117,7 +117,7 @@ class TaskDistribution(abc.ABC):
         name: name in the registry.
         horizon: most steps of an episode; an episode of that length is truncated.
         observation_space, action_space: spaces of one environment.
-        splits: what ``sample`` takes. `train`, `validation` and `test` are one distribution, kept apart by
+        splits: what `sample` takes. `train`, `validation` and `test` are one distribution, kept apart by
             the seeds of the callers; `shifted` and `shifted-test` lie outside of it and of each other.
         enumerable: the family is finite, so that the splits share tasks and differ in seeds only.
         reference: the returns of a random and of the best player.
@@ -143,7 +143,7 @@ class TaskDistribution(abc.ABC):
         Args:
             n: how many, 0 or more.
             rng: the only source of chance: equal generators give equal tasks.
-            split: one of ``splits``.
+            split: one of `splits`.
 
         Returns:
             n tasks.
@@ -157,12 +157,12 @@ class TaskDistribution(abc.ABC):
         """Build the environments of M tasks, K episode slots each; a rollout worker calls this for every batch.
 
         Args:
-            tasks: M tasks, as from ``sample``.
+            tasks: M tasks, as from `sample`.
             num_episodes: K, the episodes of a task that run side by side.
 
         Returns:
-            M*K environments with ``AutoresetMode.SAME_STEP``; number m*K + k is slot k of task m. ``reset``
-            takes a list of M*K seeds; ``step`` takes [M*K, A] float32 actions, which it clips itself, or
+            M*K environments with `AutoresetMode.SAME_STEP`; number m*K + k is slot k of task m. `reset`
+            takes a list of M*K seeds; `step` takes [M*K, A] float32 actions, which it clips itself, or
             [M*K] int64. What an episode slot experiences depends on its task, seed and actions alone.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Options that are known to train, by algorithm and task: ``presets.toml``."""
+"""Options that are known to train, by algorithm and task: `presets.toml`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @functools.cache
 def table() -> Mapping[str, Mapping[str, Any]]:
-    """``presets.toml``: the tables ``algorithms`` and ``tasks``."""
+    """`presets.toml`: the tables `algorithms` and `tasks`."""
     return tomllib.loads((files("ssm_metarl") / "presets.toml").read_text())
 
 
@@ -21,7 +21,7 @@ def of_algorithm(algorithm: str) -> dict[str, Any]:
 
 
 def of_task(task: str, algorithm: str | None = None) -> dict[str, Any]:
-    """What trains a task by algorithms with inner steps, or by ``algorithm`` where the task has a table for it."""
+    """What trains a task by algorithms with inner steps, or by `algorithm` where the task has a table for it."""
     entry = table()["tasks"][task]
     if algorithm is not None:
         return dict(entry[algorithm])

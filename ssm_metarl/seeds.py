@@ -28,16 +28,16 @@ class Branch(IntEnum):
 
 
 def seed_for(seed: int, *path: int) -> np.random.SeedSequence:
-    """The node of the seed tree at ``path``; every random draw of a run comes from such a node.
+    """The node of the seed tree at `path`; every random draw of a run comes from such a node.
 
     Args:
         seed: the run's seed, a non-negative integer.
-        path: non-negative integers below 2³²: a ``Branch``, then such as iteration, stage and task index. All nodes of
-            a branch have distinct paths, and so do their :func:`child` nodes.
+        path: non-negative integers below 2³²: a `Branch`, then such as iteration, stage and task index. All nodes of
+            a branch have distinct paths, and so do their `child` nodes.
     """
     return np.random.SeedSequence(seed, spawn_key=tuple(map(int, path)))
 
 
 def child(node: np.random.SeedSequence, number: int) -> np.random.SeedSequence:
-    """A node's child by number. ``SeedSequence.spawn`` would count how often it was called."""
+    """A node's child by number. `SeedSequence.spawn` would count how often it was called."""
     return np.random.SeedSequence(node.entropy, spawn_key=(*node.spawn_key, number))

@@ -34,7 +34,7 @@ def delete(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A new hidden name in the same folder, which ``prune`` knows for a leftover."""
+    """A new hidden name in the same folder, which `prune` knows for a leftover."""
     return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
 
 
@@ -51,7 +51,7 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable, where its file system knows of that."""
+    """Make the names in `folder` durable, where its file system knows of that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

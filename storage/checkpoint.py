@@ -1,12 +1,12 @@
 """Checkpoints: a crash at any moment leaves a complete one, and one is read only if every byte is as written.
 
-A run folder holds ``checkpoint_000123/`` folders and ``best.json``. A checkpoint holds
+A run folder holds `checkpoint_000123/` folders and `best.json`. A checkpoint holds
 
     policy.safetensors, optimizer.safetensors, config.json, progress.json, manifest.json
 
-and, of a run with ``--replay-episodes``, replay.safetensors. The manifest, written last, has the format's version and
+and, of a run with `--replay-episodes`, replay.safetensors. The manifest, written last, has the format's version and
 the SHA-256 of each other file: no manifest, no checkpoint. A checkpoint is made in a hidden folder beside its place and
-renamed. One that is to be replaced is first renamed to ``.checkpoint_000123.old``, which stands in for it should the
+renamed. One that is to be replaced is first renamed to `.checkpoint_000123.old`, which stands in for it should the
 process die before the new one is in place.
 """
 
@@ -42,15 +42,15 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint; whatever happens, one that was there before stays until the new one is complete.
 
     Args:
-        directory: the final folder, such as ``run/checkpoint_000123``: absent, empty, or a checkpoint, which
+        directory: the final folder, such as `run/checkpoint_000123`: absent, empty, or a checkpoint, which
             is then replaced.
         checkpoint: what to write.
 
     Returns:
-        ``directory``.
+        `directory`.
 
     Raises:
-        CheckpointError: where ``load_checkpoint`` would refuse the result (NaN or infinite numbers, arrays
+        CheckpointError: where `load_checkpoint` would refuse the result (NaN or infinite numbers, arrays
             that do not fit the spec, values that are not JSON), or the folder holds anything else; nothing on
             disk changes.
         OSError: where the disk refuses.
@@ -78,11 +78,11 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint folder; nothing is returned before everything in it is verified.
 
     Args:
-        path: the checkpoint's folder, under any name (:func:`resolve_checkpoint` finds one in a run folder).
+        path: the checkpoint's folder, under any name (`resolve_checkpoint` finds one in a run folder).
 
     Raises:
         CheckpointError: where a file is missing, unreadable, truncated, altered, a link, of an unknown
-            format, or does not fit the policy that ``config.json`` describes.
+            format, or does not fit the policy that `config.json` describes.
     """
     folder = present(Path(path))
     if not os.path.isdir(folder):
@@ -98,7 +98,7 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def load_policy(path: str | Path) -> tuple[SSMPolicy, Checkpoint]:
-    """The policy of a checkpoint, of a run's best one, or of ``pretrained:NAME``, and the checkpoint itself.
+    """The policy of a checkpoint, of a run's best one, or of `pretrained:NAME`, and the checkpoint itself.
 
     Raises:
         CheckpointError: there is none, or it is damaged.

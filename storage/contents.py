@@ -44,7 +44,7 @@ class Checkpoint:
         spec: sizes and form of the policy.
         config: the run's configuration, JSON values.
         progress: iteration, environment steps and the like, JSON values.
-        policy: float32 arrays by parameter name, as ``expected_shapes(spec)`` has them.
+        policy: float32 arrays by parameter name, as `expected_shapes(spec)` has them.
         optimizer: arrays by name; empty where nothing is to be continued.
         replay: episodes of meta-training; None where none were kept.
     """
@@ -78,7 +78,7 @@ def encode(folder: Path, checkpoint: Checkpoint) -> dict[str, bytes]:
 
 
 def decode(folder: Path, contents: Mapping[str, bytes]) -> Checkpoint:
-    """The checkpoint that the contents say; CheckpointError naming the file of ``folder`` that says none."""
+    """The checkpoint that the contents say; CheckpointError naming the file of `folder` that says none."""
     config = decode_json(folder / CONFIG, contents[CONFIG])
     if set(config) != {"policy", "train"} or not all(isinstance(part, dict) for part in config.values()):
         raise CheckpointError(f"{folder / CONFIG} is foreign: it must hold the objects 'policy' and 'train'.")
@@ -112,7 +112,7 @@ def decode(folder: Path, contents: Mapping[str, bytes]) -> Checkpoint:
 
 
 def _fitting(path: Path, arrays: Mapping[str, Array], spec: PolicySpec) -> dict[str, Array]:
-    """``arrays`` in the order of ``expected_shapes(spec)``, if they are exactly those."""
+    """`arrays` in the order of `expected_shapes(spec)`, if they are exactly those."""
     misfit = f"{path} does not fit the policy that {CONFIG} describes"
     # Before anything is built for each layer: an altered number of layers can be any number.
     if spec.num_layers > len(arrays):
@@ -175,7 +175,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def read_digests(path: Path) -> dict[str, str]:
-    """The SHA-256 of each file by the manifest at ``path``, which may name our files and no other."""
+    """The SHA-256 of each file by the manifest at `path`, which may name our files and no other."""
     manifest = decode_json(path, read_file(path))
     version, digests = manifest.get("format"), manifest.get("sha256")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -197,7 +197,7 @@ def sha256(content: bytes) -> str:
 
 
 def brief(value: Any) -> str:
-    """``value`` on one line of bearable length."""
+    """`value` on one line of bearable length."""
     brief = reprlib.Repr()
     brief.maxstring = 80
     return brief.repr(value)

@@ -1,4 +1,4 @@
-"""A run's folder at a URI such as ``s3://bucket/runs/name``, kept like the local one: a lost head leaves it behind."""
+"""A run's folder at a URI such as `s3://bucket/runs/name`, kept like the local one: a lost head leaves it behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_uri(place: object) -> bool:
 class Mirror:
     """The copy of a local folder at a URI of any kind that Arrow knows (s3, gs, hdfs, file).
 
-    Whoever writes the folder brings the copy up to date; whoever resumes the run elsewhere fetches it::
+    Whoever writes the folder brings the copy up to date; whoever resumes the run elsewhere fetches it:
 
         mirror = Mirror(run, "s3://bucket/runs/run")
         if resume:
@@ -88,7 +88,7 @@ class Mirror:
         return names
 
     def keep(self, folder: str, names: Sequence[str]) -> None:
-        """Delete the folders in ``folder`` of the copy that are not named."""
+        """Delete the folders in `folder` of the copy that are not named."""
         for info in self._list(f"{self._root}/{folder}", recursive=False):
             if info.base_name not in names:
                 self._fs.delete_dir(info.path)
@@ -144,7 +144,7 @@ def write_folder(place: str, write: Callable[[Path], object]) -> None:
 
 
 def local_folder(place: str, parent: Path) -> Path:
-    """A folder as a path: itself, or a copy of it in ``parent`` if it is at a URI.
+    """A folder as a path: itself, or a copy of it in `parent` if it is at a URI.
 
     Raises:
         FileNotFoundError: there is nothing at the URI.

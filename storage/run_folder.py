@@ -23,9 +23,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def resolve_checkpoint(path: Path | str) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or a run's best, or its last while none is marked.
+    """The checkpoint folder that `path` means: itself, or a run's best, or its last while none is marked.
 
-    ``pretrained:NAME`` is a model that comes with the package.
+    `pretrained:NAME` is a model that comes with the package.
 
     Raises:
         CheckpointError: where there is none, or the best cannot be told.
@@ -59,7 +59,7 @@ def resolve_checkpoint(path: Path | str) -> Path:
 def prune(run: Path, keep_last: int = 3) -> None:
     """Delete all checkpoints of a run but the last and the best, and what a crash left behind.
 
-    The trainer calls it after each save; no other process may be writing to the run. While ``best.json`` is
+    The trainer calls it after each save; no other process may be writing to the run. While `best.json` is
     unreadable, no checkpoint is deleted.
 
     Args:
@@ -67,7 +67,7 @@ def prune(run: Path, keep_last: int = 3) -> None:
         keep_last: how many of the last checkpoints stay, at least 1.
 
     Raises:
-        ValueError: for ``keep_last`` below 1.
+        ValueError: for `keep_last` below 1.
         OSError: where the disk refuses.
     """
     if keep_last < 1:
@@ -84,7 +84,7 @@ def prune(run: Path, keep_last: int = 3) -> None:
 
 
 def mark_best(run: Path, checkpoint: Path, value: float) -> None:
-    """Record which checkpoint is the best, in ``best.json``, replaced atomically.
+    """Record which checkpoint is the best, in `best.json`, replaced atomically.
 
     Args:
         run: the run folder.
@@ -124,7 +124,7 @@ def _complete(run: Path) -> dict[str, Path]:
 
 
 def present(folder: Path) -> Path:
-    """``folder``, or what stands in for it since a crash in the middle of its replacement."""
+    """`folder`, or what stands in for it since a crash in the middle of its replacement."""
     old = stand_in(folder)
     return old if not os.path.lexists(folder) and os.path.isfile(old / MANIFEST) else folder
 
@@ -179,7 +179,7 @@ def prepare_run(run: Path) -> None:
 
 
 def cut_metrics(path: Path, iteration: int) -> list[float]:
-    """Drop lines after ``iteration``, of a run that died before its next checkpoint; return adapted returns left."""
+    """Drop lines after `iteration`, of a run that died before its next checkpoint; return adapted returns left."""
     if not path.exists():
         return []
     kept = []

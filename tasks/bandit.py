@@ -1,4 +1,4 @@
-"""``bandit``: slot machines of unknown odds, the smallest problem of exploring and exploiting.
+"""`bandit`: slot machines of unknown odds, the smallest problem of exploring and exploiting.
 
 The bandits of RL² (Duan et al. 2016, arXiv 1611.02779): every arm pays 1 with a probability of its
 own, uniform in [0, 1], and else 0; an episode is a fixed number of pulls. Nothing is observed but the payments.
@@ -56,7 +56,7 @@ class BanditEnv(BatchedEnv):
 
 
 class Bandit(TaskDistribution):
-    """Bernoulli bandits; a task is ``{"probabilities": [p_1, ..., p_arms]}``.
+    """Bernoulli bandits; a task is `{"probabilities": [p_1, ..., p_arms]}`.
 
     The last pull ends the problem truly: it returns terminated (and, being at the horizon, truncated).
 
@@ -89,12 +89,12 @@ class Bandit(TaskDistribution):
         }
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw the odds of n bandits; see ``TaskDistribution.sample``."""
+        """Draw the odds of n bandits; see `TaskDistribution.sample`."""
         lookup(dict.fromkeys(SPLITS), split, "split")
         return [{"probabilities": odds} for odds in rng.random((n, self.arms)).tolist()]
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> BanditEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         return BanditEnv(stack_parameters(tasks, self._parameters, num_episodes)["probabilities"], self.horizon)
 
 

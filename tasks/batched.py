@@ -34,12 +34,12 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
     """N environments whose state is a few arrays, stepped together; native families derive from it.
 
     It keeps what is the same everywhere: seeds, the horizon, ends and autoreset. A family adds its dynamics
-    in ``_start``, ``_advance`` and ``_observe``, which must treat episode slots one by one (elementwise operations
+    in `_start`, `_advance` and `_observe`, which must treat episode slots one by one (elementwise operations
     only), so that an episode slot's experience is the same bits whatever runs beside it.
 
-    Flags and infos are those of gymnasium's ``SyncVectorEnv`` in ``AutoresetMode.SAME_STEP``: the step that
+    Flags and infos are those of gymnasium's `SyncVectorEnv` in `AutoresetMode.SAME_STEP`: the step that
     ends an episode returns its reward and flags with the next episode's first observation, and its last
-    observation as ``infos["final_obs"][slot]``, where ``infos["_final_obs"][slot]`` is true. Where
+    observation as `infos["final_obs"][slot]`, where `infos["_final_obs"][slot]` is true. Where
     nothing ended, infos are empty. All arrays returned are the caller's to keep and to change.
     """
 
@@ -79,7 +79,7 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
 
     @abc.abstractmethod
     def _start(self, slots: NDArray[np.intp]) -> None:
-        """Put these episode slots at the start of an episode; chance comes from ``_generator(slot)``."""
+        """Put these episode slots at the start of an episode; chance comes from `_generator(slot)`."""
 
     @abc.abstractmethod
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -129,7 +129,7 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
             described above. At the horizon both flags can be true.
 
         Raises:
-            ResetNeeded: before the first ``reset``.
+            ResetNeeded: before the first `reset`.
             ValueError: actions of another shape, or that a discrete family does not have.
         """
         if self._clock is None:
@@ -168,7 +168,7 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
 
 
 def _slot_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> Sequence[int | None]:
-    """One seed an episode slot, as gymnasium's vector environments read ``reset(seed=...)``."""
+    """One seed an episode slot, as gymnasium's vector environments read `reset(seed=...)`."""
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, int | np.integer):
@@ -184,7 +184,7 @@ def _slot_seeds(seed: int | Sequence[int | None] | None, num_envs: int) -> Seque
 def _final_infos(
     observations: NDArray[np.float32], ended: NDArray[np.bool_], slots: NDArray[np.intp]
 ) -> dict[str, Any]:
-    """The infos of gymnasium's ``SyncVectorEnv`` where these episode slots ended and no environment has its own."""
+    """The infos of gymnasium's `SyncVectorEnv` where these episode slots ended and no environment has its own."""
     final_obs = np.full(len(ended), None, dtype=object)
     for slot in slots.tolist():
         final_obs[slot] = observations[slot]

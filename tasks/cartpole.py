@@ -1,7 +1,7 @@
-"""``cartpole``: balance a pole on a cart whose physics, and even the direction of a push, are hidden.
+"""`cartpole`: balance a pole on a cart whose physics, and even the direction of a push, are hidden.
 
 The dynamics are those of gymnasium's CartPole-v1 (Barto, Sutton and Anderson 1983, as in its
-``classic_control/cartpole.py``), operation for operation, so that a task with CartPole-v1's values is that
+`classic_control/cartpole.py`), operation for operation, so that a task with CartPole-v1's values is that
 environment bit by bit. State, in this order: position (m), velocity (m/s), angle (rad), angular velocity
 (rad/s), kept in float64 and observed in float32.
 """
@@ -71,7 +71,7 @@ RANGES = {
 
 @dataclass(frozen=True)
 class Physics:
-    """Constants of N carts, each [N], in the units of ``PARAMETERS``; `push` is the force of action 1."""
+    """Constants of N carts, each [N], in the units of `PARAMETERS`; `push` is the force of action 1."""
 
     gravity: NDArray[np.float64]
     masspole: NDArray[np.float64]
@@ -150,7 +150,7 @@ class CartPoleEnv(BatchedEnv):
 
 
 class CartPole(TaskDistribution):
-    """Carts with poles of unknown physics; a task has the keys of ``PARAMETERS``."""
+    """Carts with poles of unknown physics; a task has the keys of `PARAMETERS`."""
 
     name = "cartpole"
     horizon = HORIZON
@@ -164,14 +164,14 @@ class CartPole(TaskDistribution):
     in_context = presets.of_task("cartpole", "rl2")
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw the physics of n carts; see ``TaskDistribution.sample``."""
+        """Draw the physics of n carts; see `TaskDistribution.sample`."""
         ranges = lookup(RANGES, split, "split")
         values = {key: rng.uniform(low, high, n).tolist() for key, (low, high) in ranges.items()}
         values["direction"] = rng.choice([-1, 1], n).tolist()
         return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> CartPoleEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         return CartPoleEnv(Physics.of(stack_parameters(tasks, PARAMETERS, num_episodes)))
 
 

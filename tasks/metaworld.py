@@ -1,13 +1,13 @@
-"""``ml1:<environment>`` and ``ml10``: Meta-World's benchmarks of a robot arm on a table, with its own splits.
+"""`ml1:<environment>` and `ml10`: Meta-World's benchmarks of a robot arm on a table, with its own splits.
 
-Yu et al. 2019, arXiv 1910.10897, as published by the package ``metaworld`` (3.0 or newer; the extra ``metaworld``,
+Yu et al. 2019, arXiv 1910.10897, as published by the package `metaworld` (3.0 or newer; the extra `metaworld`,
 without which this module imports, and making a family raises a ValueError that says so). An environment is one
-manipulation, such as ``reach-v3``; a task is one of 50 placements of its goal and objects, which the observation
+manipulation, such as `reach-v3`; a task is one of 50 placements of its goal and objects, which the observation
 does not show. Rewards lie between 0 and 10 a step.
 
 Meta-World draws its placements from a seed, here 0, and hands each out as pickled bytes. Ours are JSON, the number
 of a placement; the bytes are Meta-World's, made in this process or in the one that sent the family here, and only
-its own ``set_task`` reads them.
+its own `set_task` reads them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Placements:
 
     Attributes:
         classes: split of Meta-World's -> name of an environment -> its class.
-        tasks: split -> name of an environment -> Meta-World's ``Task`` objects, in its order.
+        tasks: split -> name of an environment -> Meta-World's `Task` objects, in its order.
     """
 
     classes: dict[str, dict[str, Any]]
@@ -60,7 +60,7 @@ class Placements:
 
 @functools.cache
 def draw_placements(family: str) -> Placements:
-    """Let Meta-World draw a benchmark, once a process: about 2 s for ``ml1:…``, 15 s for ``ml10``."""
+    """Let Meta-World draw a benchmark, once a process: about 2 s for `ml1:…`, 15 s for `ml10`."""
     metaworld = load_extra("metaworld", "Meta-World", family)
     if family.startswith(ML1_PREFIX):
         benchmark = metaworld.ML1(family.removeprefix(ML1_PREFIX), seed=SEED)
@@ -87,12 +87,12 @@ class MetaWorldEnv(BatchedEnv):
     """N of Meta-World's environments, stepped one after another: each is a simulator with Python around it.
 
     An episode depends on its task and actions alone: Meta-World has no chance after the placement. Episodes are
-    truncated, never terminated; success ends none. An action that is NaN gives the reward NaN, so that ``collect``
+    truncated, never terminated; success ends none. An action that is NaN gives the reward NaN, so that `collect`
     drops the episode, and does not reach the simulator.
 
     Args:
         classes: N classes of Meta-World's environments.
-        tasks: N ``Task`` objects of Meta-World.
+        tasks: N `Task` objects of Meta-World.
         horizon: most steps of an episode, at most 500.
     """
 
@@ -132,11 +132,11 @@ class MetaWorldEnv(BatchedEnv):
 
 
 class MetaWorld(TaskDistribution):
-    """What ``ML1`` and ``ML10`` share.
+    """What `ML1` and `ML10` share.
 
-    A task is ``{"env": name, "index": number, "split": "train" or "test"}``: the placement of that number that
+    A task is `{"env": name, "index": number, "split": "train" or "test"}`: the placement of that number that
     Meta-World drew for that environment, in its own split. The family's split `test` is Meta-World's test split,
-    for ``ml10`` five environments that training never meets; `validation` has the tasks of `train`.
+    for `ml10` five environments that training never meets; `validation` has the tasks of `train`.
 
     Placements are drawn when a task is first sampled or played, and travel to workers with the family.
 
@@ -182,7 +182,7 @@ class MetaWorld(TaskDistribution):
         return ReferenceReturns(float(returns.mean()), float(returns.std()), oracle=None)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n tasks, every environment and placement with equal chance; see ``TaskDistribution.sample``."""
+        """Draw n tasks, every environment and placement with equal chance; see `TaskDistribution.sample`."""
         theirs = lookup(SPLITS, split, "split")
         tasks = self.placements.tasks[theirs]
         names = list(tasks)
@@ -190,7 +190,7 @@ class MetaWorld(TaskDistribution):
         return [{"env": env, "index": int(rng.integers(len(tasks[env]))), "split": theirs} for env in drawn]
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> MetaWorldEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         if not tasks or num_episodes < 1:
             raise ValueError(f"At least one task and one slot are needed, not {len(tasks)} and {num_episodes}.")
         classes, theirs = [], []

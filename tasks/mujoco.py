@@ -1,11 +1,11 @@
-"""``halfcheetah-dir``, ``halfcheetah-vel`` and ``ant-dir``: robots that are to run a hidden way.
+"""`halfcheetah-dir`, `halfcheetah-vel` and `ant-dir`: robots that are to run a hidden way.
 
 The locomotion tasks of MAML (Finn et al. 2017, section 5.3, arXiv 1703.03400) on gymnasium's own models and with
 the semantics of its HalfCheetah-v5 and Ant-v5: from the same state the same action leads to the same state, bit by
 bit when MuJoCo's solver starts both without a warm start. Only the reward differs, by the task. Needs the extra
-``mujoco``; without it this module imports, and making a family raises a ValueError that says so.
+`mujoco`; without it this module imports, and making a family raises a ValueError that says so.
 
-All episodes take a step in one call of ``mujoco.rollout``, on as many threads as ``SSM_METARL_MUJOCO_THREADS`` says.
+All episodes take a step in one call of `mujoco.rollout`, on as many threads as `SSM_METARL_MUJOCO_THREADS` says.
 The default is 1, since a run's parallelism is its workers: threads times workers should not exceed the cores.
 """
 
@@ -81,7 +81,7 @@ ANT = Robot("ant.xml", positions=15, velocities=14, actuators=8, hidden=2, contr
 
 @functools.cache
 def load_model(file: str) -> Any:
-    """The compiled model of one of gymnasium's assets, an ``MjModel`` that all environments of the process share."""
+    """The compiled model of one of gymnasium's assets, an `MjModel` that all environments of the process share."""
     mujoco = importlib.import_module("mujoco")
     xml = (importlib.resources.files("gymnasium") / "envs/mujoco/assets" / file).read_text()
     # MuJoCo 4 finds an attribute of half_cheetah.xml outdated and would write that to a file where the user works.
@@ -104,7 +104,7 @@ class MujocoEnv(BatchedEnv):
 
     Actions are clipped to [-1, 1], and the cost is that of the clipped actions, as in MAML's code; gymnasium leaves
     clipping to MuJoCo and counts the actions as they came. An episode whose action is NaN, or whose simulation
-    became unstable so that MuJoCo put the robot back to its start, has NaN for that step's reward: ``collect``
+    became unstable so that MuJoCo put the robot back to its start, has NaN for that step's reward: `collect`
     drops it.
 
     Args:
@@ -240,7 +240,7 @@ class MujocoFamily(TaskDistribution):
     Args:
         horizon: most steps of an episode.
         threads: that a vector environment uses, 1 or more; None: as many as the environment variable
-            ``SSM_METARL_MUJOCO_THREADS`` says where the family is made, 1 if it is not set. The workers of a run
+            `SSM_METARL_MUJOCO_THREADS` says where the family is made, 1 if it is not set. The workers of a run
             use what was set for the process that started it.
 
     Attributes:
@@ -269,14 +269,14 @@ class MujocoFamily(TaskDistribution):
         self.action_space = self.robot.action_space
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> MujocoEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         stacked = stack_parameters(tasks, self.parameters, num_episodes)
         env: MujocoEnv = self.environment(stacked, self.horizon, self.threads)
         return env
 
 
 class HalfCheetahDir(MujocoFamily):
-    """Run forward or backward; a task is ``{"direction": 1}`` or ``{"direction": -1}``, with equal chance.
+    """Run forward or backward; a task is `{"direction": 1}` or `{"direction": -1}`, with equal chance.
 
     MAML's forward/backward half cheetah, with HalfCheetah-v5's control cost of 0.1 where MAML's code has 0.05.
     """
@@ -292,7 +292,7 @@ class HalfCheetahDir(MujocoFamily):
     reference = ReferenceReturns(random=-28.31, random_sd=31.35, oracle=None)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n directions; see ``TaskDistribution.sample``."""
+        """Draw n directions; see `TaskDistribution.sample`."""
         lookup(dict.fromkeys(self.splits), split, "split")
         return [{"direction": direction} for direction in rng.choice([-1, 1], n).tolist()]
 
@@ -308,7 +308,7 @@ VELOCITIES = {
 
 
 class HalfCheetahVel(MujocoFamily):
-    """Run at a hidden velocity; a task is ``{"velocity": v}``, m/s.
+    """Run at a hidden velocity; a task is `{"velocity": v}`, m/s.
 
     MAML's goal velocity: uniform over 0 to 2, with HalfCheetah-v5's control cost of 0.1 where MAML's code has 0.05.
     """
@@ -322,17 +322,17 @@ class HalfCheetahVel(MujocoFamily):
     reference = ReferenceReturns(random=-264.30, random_sd=103.68, oracle=None)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n velocities of a split; see ``TaskDistribution.sample``."""
+        """Draw n velocities of a split; see `TaskDistribution.sample`."""
         low, high = lookup(VELOCITIES, split, "split")
         return [{"velocity": velocity} for velocity in rng.uniform(low, high, n).tolist()]
 
 
 class AntDir(MujocoFamily):
-    """Run in a hidden direction; a task is ``{"angle": a}``, radians from the x axis, uniform over the circle.
+    """Run in a hidden direction; a task is `{"angle": a}`, radians from the x axis, uniform over the circle.
 
     MAML's ant runs forward or backward only. The whole circle is ProMP's (Rothfuss et al. 2019, arXiv 1810.06784,
-    ``ant_rand_direc_2d.py``) and an option of PEARL's (Rakelly et al. 2019, arXiv 1903.08254, ``ant_dir.py``).
-    As in Ant-v5 with ``include_cfrc_ext_in_observation=False`` contact forces are not observed, and they cost
+    `ant_rand_direc_2d.py`) and an option of PEARL's (Rakelly et al. 2019, arXiv 1903.08254, `ant_dir.py`).
+    As in Ant-v5 with `include_cfrc_ext_in_observation=False` contact forces are not observed, and they cost
     nothing.
     """
 
@@ -345,10 +345,10 @@ class AntDir(MujocoFamily):
     reference = ReferenceReturns(random=11.58, random_sd=29.16, oracle=None)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n angles; see ``TaskDistribution.sample``."""
+        """Draw n angles; see `TaskDistribution.sample`."""
         lookup(dict.fromkeys(self.splits), split, "split")
         return [{"angle": angle} for angle in rng.uniform(0.0, 2 * math.pi, n).tolist()]
 
 
 FAMILIES = (HalfCheetahDir, HalfCheetahVel, AntDir)
-"""For the registry: ``register(family.name, family)``."""
+"""For the registry: `register(family.name, family)`."""

@@ -1,4 +1,4 @@
-"""``navigation-2d``: find a hidden goal on a plane, from rewards alone.
+"""`navigation-2d`: find a hidden goal on a plane, from rewards alone.
 
 The 2D navigation of MAML (Finn et al. 2017, section 5.3, arXiv 1703.03400): a point starts at the origin,
 sees its position and moves by up to 0.1 along each axis; the reward is the negative Euclidean distance to the
@@ -81,7 +81,7 @@ class NavigationEnv(BatchedEnv):
 
 
 class Navigation2D(TaskDistribution):
-    """Goals on the plane; a task is ``{"goal": [x, y]}``."""
+    """Goals on the plane; a task is `{"goal": [x, y]}`."""
 
     name = "navigation-2d"
     horizon = HORIZON
@@ -96,12 +96,12 @@ class Navigation2D(TaskDistribution):
     in_context = presets.of_task("navigation-2d", "rl2")
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n goals of a split; see ``TaskDistribution.sample``."""
+        """Draw n goals of a split; see `TaskDistribution.sample`."""
         inner, outer = lookup(GOALS, split, "split")
         return [{"goal": goal} for goal in draw_goals(n, inner, outer, rng).tolist()]
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> NavigationEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         return NavigationEnv(stack_parameters(tasks, PARAMETERS, num_episodes)["goal"])
 
 

@@ -51,7 +51,7 @@ class Parameter:
 def stack_parameters(
     tasks: Sequence[Task], parameters: Mapping[str, Parameter], num_episodes: int
 ) -> dict[str, NDArray[np.float64]]:
-    """Check the parameters of M tasks and lay them out for M*K environments; ``make_vector_env`` calls this.
+    """Check the parameters of M tasks and lay them out for M*K environments; `make_vector_env` calls this.
 
     Args:
         tasks: M tasks, each with exactly the keys of `parameters`.

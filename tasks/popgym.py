@@ -1,10 +1,10 @@
-"""``repeat-previous`` and ``noisy-position-only-cartpole``: two of POPGym's tests of memory (Morad et al. 2023,
+"""`repeat-previous` and `noisy-position-only-cartpole`: two of POPGym's tests of memory (Morad et al. 2023,
 arXiv 2303.01859), in three difficulties.
 
-They play as the package popgym 1.0.7 does (its ``envs/repeat_previous.py``, ``envs/noisy_position_only_cartpole.py``):
+They play as the package popgym 1.0.7 does (its `envs/repeat_previous.py`, `envs/noisy_position_only_cartpole.py`):
 with equal seed and actions the first episode of a slot is the package's, bit by bit. A return of 1 is the most there
-is. Each is one partially observed problem and no family of tasks: its only task is ``{}``, and the splits differ in
-seeds. POPGym's others play through the package, such as ``gym:popgym:popgym-CountRecallEasy-v0``.
+is. Each is one partially observed problem and no family of tasks: its only task is `{}`, and the splits differ in
+seeds. POPGym's others play through the package, such as `gym:popgym:popgym-CountRecallEasy-v0`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ NOISY_SPACE = Box(-_BOUND, _BOUND, dtype=np.float32)
 
 
 class _OneTask(TaskDistribution):
-    """What both share: there is one task, ``{}``."""
+    """What both share: there is one task, `{}`."""
 
     splits = SPLITS
     enumerable = True
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """The one task, n times; see ``TaskDistribution.sample``."""
+        """The one task, n times; see `TaskDistribution.sample`."""
         lookup(dict.fromkeys(SPLITS), split, "split")
         return [{} for _ in range(n)]
 
@@ -60,7 +60,7 @@ class RepeatPreviousEnv(BatchedEnv):
 
     Args:
         num_envs: N.
-        decks: decks of ``DECK`` cards in a pile.
+        decks: decks of `DECK` cards in a pile.
         k: what is asked for is the suit of the k-th last card; 1 is the last one.
     """
 
@@ -124,7 +124,7 @@ class RepeatPrevious(_OneTask):
         self.reference = ReferenceReturns(random=-0.5, random_sd=(3 / 4 / (cards - self._k)) ** 0.5, oracle=1.0)
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> RepeatPreviousEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         stack_parameters(tasks, {}, num_episodes)  # for its checks
         return RepeatPreviousEnv(len(tasks) * num_episodes, self._decks, self._k)
 
@@ -189,7 +189,7 @@ class NoisyPositionOnlyCartPole(_OneTask):
         self.noise = lookup(NOISE, difficulty, "difficulty")
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> NoisyCartPoleEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         stack_parameters(tasks, {}, num_episodes)  # for its checks
         return NoisyCartPoleEnv(len(tasks) * num_episodes, self.noise)
 

@@ -1,6 +1,6 @@
 """Families of tasks by name.
 
-From a name to experience; the trainer writes the first two lines, a rollout worker the others::
+From a name to experience; the trainer writes the first two lines, a rollout worker the others:
 
     distribution = make("navigation-2d")
     tasks = distribution.sample(20, rng, split="train")  # JSON values: sent to workers, logged with the data
@@ -25,17 +25,17 @@ _PREFIXES: dict[str, Callable[..., TaskDistribution]] = {}
 
 
 def register_prefix(prefix: str, factory: Callable[..., TaskDistribution]) -> None:
-    """Let ``make`` call `factory` with the rest of a name that begins with `prefix`.
+    """Let `make` call `factory` with the rest of a name that begins with `prefix`.
 
     Args:
         prefix: ends with a colon; ":" itself is for all other names with a colon, which are passed whole.
-        factory: its other arguments are the family's options, and the task ranges if it has an argument ``ranges``.
+        factory: its other arguments are the family's options, and the task ranges if it has an argument `ranges`.
     """
     _PREFIXES[prefix] = factory
 
 
 def register(name: str, factory: Callable[..., TaskDistribution], *, replace: bool = False) -> None:
-    """Let ``make(name, options)`` call `factory`; a module does this for its own family when it is imported.
+    """Let `make(name, options)` call `factory`; a module does this for its own family when it is imported.
 
     The registry belongs to the process: workers receive a distribution, not its name.
 
@@ -45,7 +45,7 @@ def register(name: str, factory: Callable[..., TaskDistribution], *, replace: bo
         replace: take the place of another factory of that name, as in a notebook whose cell runs again.
 
     Raises:
-        ValueError: the name belongs to another factory, and ``replace`` is false.
+        ValueError: the name belongs to another factory, and `replace` is false.
     """
     if not replace and _FACTORIES.get(name, factory) is not factory:
         raise ValueError(f"The task family {name!r} is registered already; replace=True takes its place.")
@@ -61,9 +61,9 @@ def make(name: str, options: Mapping[str, Any] = {}, ranges: Mapping[str, Any] =
     """Make a new instance of the family registered under `name`, or of one that a name with a colon describes.
 
     Args:
-        name: registered; or ``gym:ID``, ``module:attribute``, see ``tasks.adapter``.
+        name: registered; or `gym:ID`, `module:attribute`, see `tasks.adapter`.
         options: keyword arguments of the family.
-        ranges: for ``gym:ID``, the attributes that differ between tasks.
+        ranges: for `gym:ID`, the attributes that differ between tasks.
 
     Raises:
         ValueError: nothing has that name (the sentence gives the nearest and lists all), or there is no such option.

@@ -1,4 +1,4 @@
-"""``tabular-mdp``: small Markov decision processes of which nothing is known but their size.
+"""`tabular-mdp`: small Markov decision processes of which nothing is known but their size.
 
 The random MDPs of RL² (Duan et al. 2016, arXiv 1611.02779): 10 states, 5 actions, mean rewards drawn from N(1, 1),
 rewards from N(mean, 1), next states from a flat Dirichlet distribution for each state and action. Every episode starts
@@ -71,7 +71,7 @@ def _expected(transitions: Floats, values: Floats) -> Floats:
 
 
 def _random_moments(means: Floats, transitions: Floats, steps: int) -> tuple[Floats, Floats]:
-    """First and second moment, [...] each, of the return of an episode with actions at random, from ``START``.
+    """First and second moment, [...] each, of the return of an episode with actions at random, from `START`.
 
     With R the reward and G the return of the rest: E[(R + G)²] = E[R²] + 2 E[R] E[G] + E[G²] for each state and
     action, as R and the next state are independent given both.
@@ -146,7 +146,7 @@ class TabularEnv(BatchedEnv):
 
 
 class TabularMDP(TaskDistribution):
-    """Random MDPs; a task is ``{"seed": n}``, from which its rewards and transitions are drawn: see ``dynamics``.
+    """Random MDPs; a task is `{"seed": n}`, from which its rewards and transitions are drawn: see `dynamics`.
 
     A seed, as the tables themselves, 550 numbers at the usual size, would be most of what a logged or stored rollout
     takes. The observation is the state, one-hot. The last step ends the episode truly: it returns terminated (and,
@@ -181,7 +181,7 @@ class TabularMDP(TaskDistribution):
         return measure_reference(self, 2000, np.random.default_rng(0))
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n MDPs; see ``TaskDistribution.sample``."""
+        """Draw n MDPs; see `TaskDistribution.sample`."""
         lookup(dict.fromkeys(SPLITS), split, "split")
         return [{"seed": seed} for seed in rng.integers(SEEDS, size=n).tolist()]
 
@@ -203,7 +203,7 @@ class TabularMDP(TaskDistribution):
         return means, transitions
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> TabularEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         stack_parameters(tasks, PARAMETERS, num_episodes)  # for its checks: the tables are kept once a task
         return TabularEnv(*self.dynamics(tasks), num_episodes, self.horizon)
 

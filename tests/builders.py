@@ -35,7 +35,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def package_files() -> set[str]:
-    """Paths of the package's files as they install, ``ssm_metarl/algorithms/ssm.py`` and so on."""
+    """Paths of the package's files as they install, `ssm_metarl/algorithms/ssm.py` and so on."""
     root = Path(__file__).resolve().parents[1]
     return {
         (Path(folder) / name).relative_to(root).as_posix()
@@ -101,9 +101,9 @@ class ToyEnv(VectorEnv):
     """Columns that end when they are told to, break when they are told to and count their steps.
 
     An observation is a start drawn from the slot's seed plus the number of steps since; the reward is 1 where the
-    action is ``best`` (0 if none is), plus a draw. A task's keys, all optional: ``ends`` (length of each slot),
-    ``how`` ("terminated" or "truncated"), ``best``, ``nan`` (slot, the step from which on, "observation" or
-    "reward"), ``raises`` (the step), ``observation_size``.
+    action is `best` (0 if none is), plus a draw. A task's keys, all optional: `ends` (length of each slot),
+    `how` ("terminated" or "truncated"), `best`, `nan` (slot, the step from which on, "observation" or
+    "reward"), `raises` (the step), `observation_size`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -222,7 +222,7 @@ def double(batch: Batch) -> Batch:
 # --- Stages and gradients -----------------------------------------------------------------------------------
 
 TASKS, NUM_EPISODES, HORIZON = 3, 4, 5
-"""Sizes of ``experience``."""
+"""Sizes of `experience`."""
 
 
 def experience(config: MetaConfig, spec: PolicySpec, seed: int = 0) -> tuple[SSMPolicy, list[Batch]]:

@@ -32,7 +32,7 @@ EVALUATION |= {"environment_steps", "seconds"}
 
 
 def only_object(out: str) -> dict[str, Any]:
-    """The one JSON object that all of ``out`` is."""
+    """The one JSON object that all of `out` is."""
     value = json.loads(out, parse_constant=pytest.fail)
     assert isinstance(value, dict)
     assert len(out.splitlines()) == 1

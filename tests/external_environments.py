@@ -110,7 +110,7 @@ def small_policy(family: TaskDistribution) -> tuple[PolicySpec, dict[str, Any]]:
 
 
 def rollouts(family: TaskDistribution, tasks: list[Any], first: int = 0, num_episodes: int = 2) -> Rollouts:
-    """What the small policy plays in these tasks, the first of which has the number ``first``."""
+    """What the small policy plays in these tasks, the first of which has the number `first`."""
     spec, weights = small_policy(family)
     nodes = [seed_for(0, first + number) for number in range(len(tasks))]
     return collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes, family.horizon)
@@ -122,7 +122,7 @@ def draw(family: TaskDistribution, n: int, seed: int = 0) -> list[Any]:
 
 
 def assert_refused(match: str, *arguments: Any) -> None:
-    """``from_name`` raises a ValueError of one line."""
+    """`from_name` raises a ValueError of one line."""
     with pytest.raises(ValueError, match=match) as error:
         from_name(*arguments)
     assert "\n" not in str(error.value)

@@ -1,6 +1,6 @@
 """Families of tasks that go wrong on purpose, for the tests of what happens then.
 
-They stand beside conftest.py so that Ray's workers can import them: see its fixture ``ray_session``.
+They stand beside conftest.py so that Ray's workers can import them: see its fixture `ray_session`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FAULTS: dict[str, Callable[[FaultyEnv, int], None]] = {
 
 
 class FaultyEnv(NavigationEnv):
-    """The environments of ``FaultyNavigation``."""
+    """The environments of `FaultyNavigation`."""
 
     def __init__(self, tasks: Sequence[Task], num_episodes: int) -> None:
         super().__init__(np.repeat([task["goal"] for task in tasks], num_episodes, axis=0))
@@ -89,13 +89,13 @@ def _announce(path: Path) -> None:
 
 
 class FaultyNavigation(Navigation2D):
-    """``navigation-2d`` cut at 20 steps, with tasks that may go wrong.
+    """`navigation-2d` cut at 20 steps, with tasks that may go wrong.
 
-    A task is ``{"goal": [x, y]}`` and, each if wanted:
+    A task is `{"goal": [x, y]}` and, each if wanted:
 
-    - ``"fault"``, one of ``FAULTS``, which happens at step ``FAULTY_STEP``;
-    - ``"pause"``, seconds that every step takes;
-    - ``"announce"``, a path where the first process that plays the task writes its id.
+    - `"fault"`, one of `FAULTS`, which happens at step `FAULTY_STEP`;
+    - `"pause"`, seconds that every step takes;
+    - `"announce"`, a path where the first process that plays the task writes its id.
     """
 
     name = "faulty-navigation"
@@ -107,13 +107,13 @@ class FaultyNavigation(Navigation2D):
 
 
 class FaultyAfter(FaultyNavigation):
-    """Every environment raises, after some calls of ``sample``."""
+    """Every environment raises, after some calls of `sample`."""
 
     def __init__(self, after: int) -> None:
         self.left = after
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n tasks; see ``TaskDistribution.sample``."""
+        """Draw n tasks; see `TaskDistribution.sample`."""
         self.left -= 1
         return [task | ({"fault": "raise"} if self.left < 0 else {}) for task in super().sample(n, rng, split)]
 

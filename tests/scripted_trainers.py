@@ -1,6 +1,6 @@
 """Trainers for drills of the self-improvement: one that only pretends to learn, and a real one that dies on command.
 
-Faults stand in ``.faults.json`` in the run's folder: a list of {"trial", "generation", "kind", "times"}.
+Faults stand in `.faults.json` in the run's folder: a list of {"trial", "generation", "kind", "times"}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_faults(run: Path, *faults: dict[str, Any]) -> None:
 
 
 def fault_now(assignment: Assignment, when: str = "") -> str | None:
-    """The kind of fault that is due for a trial in its generation; counted, so that it happens ``times`` times."""
+    """The kind of fault that is due for a trial in its generation; counted, so that it happens `times` times."""
     if is_uri(assignment.checkpoints):
         return None
     run = Path(assignment.checkpoints).parents[1]

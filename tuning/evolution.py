@@ -2,7 +2,7 @@
 
 A generation is the same number of environment steps for every trial. At its end (the border) children on probation are
 judged against their parents, which went on unmutated; then the bottom trials become mutated copies of better ones.
-``RecursiveSelfImprovement`` carries the decisions out in Ray Tune; ``EvolvingTrainer`` trains and assesses.
+`RecursiveSelfImprovement` carries the decisions out in Ray Tune; `EvolvingTrainer` trains and assesses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RATES = ("inner_lr", "outer_lr", "inner_steps")
 
 
 class Evolution:
-    """The population's state machine. Everything it decides is on disk before anyone acts on it::
+    """The population's state machine. Everything it decides is on disk before anyone acts on it:
 
         evolution = Evolution(config, base, store)
         ...                                     # a trial trains with evolution.assignment(trial)
@@ -45,7 +45,7 @@ class Evolution:
 
     Args:
         config: the rules.
-        base: ``TrainConfig`` of the first generation as JSON values.
+        base: `TrainConfig` of the first generation as JSON values.
         store: where state, events and checkpoints are.
         start: name of a checkpoint in the archive folder that all trials start from; None: own initial weights.
     """
@@ -78,10 +78,10 @@ class Evolution:
 
     @classmethod
     def resume(cls, store: RunStore, **changes: Any) -> Evolution:
-        """The run in ``store`` as its last decision left it; a generation that was not finished begins again.
+        """The run in `store` as its last decision left it; a generation that was not finished begins again.
 
         Args:
-            changes: options of ``EvolveConfig`` to change, such as more ``generations``.
+            changes: options of `EvolveConfig` to change, such as more `generations`.
 
         Raises:
             ValueError: there is no run, or its state is damaged.
@@ -96,7 +96,7 @@ class Evolution:
 
     @classmethod
     def _read(cls, store: RunStore, state: Mapping[str, Any], changes: Mapping[str, Any]) -> Evolution:
-        """The population as ``state`` describes it."""
+        """The population as `state` describes it."""
         self = cls.__new__(cls)
         known = {f.name for f in fields(Slot)}
         self.store, self.config = store, EvolveConfig(**{**state["config"], **changes})
@@ -430,7 +430,7 @@ class Evolution:
         return ranked[: self.config.survivors or (len(self.living) + 1) // 2]
 
     def _fork(self, child: Slot, parent: Slot) -> None:
-        """Make ``child`` a copy of ``parent``, mutated, on probation beside it."""
+        """Make `child` a copy of `parent`, mutated, on probation beside it."""
         record = self._record_of(parent)
         self._take(child, record, "copied")
         child.parent = child.start = record.name
@@ -570,7 +570,7 @@ class Evolution:
         )
 
     def _keep_archive(self) -> None:
-        """Forget the records that nothing refers to: at most 2P + 1 + ``keep_generations`` stay, on disk too."""
+        """Forget the records that nothing refers to: at most 2P + 1 + `keep_generations` stay, on disk too."""
         needed = {slot.start for slot in self.slots} | {slot.checkpoint for slot in self.slots} | {self.best}
         champions: dict[int, Record] = {}
         for record in self.archive.values():

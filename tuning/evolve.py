@@ -52,7 +52,7 @@ class EvolveResult:
     Attributes:
         run_dir: its folder.
         checkpoint: the best policy as an ordinary checkpoint; None before the first generation ended.
-        state: as in ``rsi/state.json``.
+        state: as in `rsi/state.json`.
         seconds: wall time of this call.
         signal: number of the signal that ended the run early, or None.
     """
@@ -88,27 +88,27 @@ def evolve(
     trainable: type[tune.Trainable] = EvolvingTrainer,
     mirror: str | None = None,
 ) -> EvolveResult:
-    """Evolve a population in a folder; see ``EvolveConfig`` for the rules.
+    """Evolve a population in a folder; see `EvolveConfig` for the rules.
 
     SIGINT and SIGTERM end the run: every generation that ended is on disk.
 
     Args:
-        config: of the first generation's trials, whose ``lr_schedule`` counts as constant. Each trial takes
-            ``1 + num_workers`` CPUs. On resume only what says where it runs may differ, see ``MACHINE``.
+        config: of the first generation's trials, whose `lr_schedule` counts as constant. Each trial takes
+            `1 + num_workers` CPUs. On resume only what says where it runs may differ, see `MACHINE`.
         evolution_config: rules; on resume those that differ from the run's replace them, but for the population and the
             validation, which cannot change.
-        run_dir: folder of the run, new or empty unless ``resume``.
+        run_dir: folder of the run, new or empty unless `resume`.
         start: a checkpoint, or a run for its best one, that all trials start from; None: initial weights.
         resume: resume from the last decision on disk.
-        distribution: the family itself, instead of the registered one that ``config.task`` names.
+        distribution: the family itself, instead of the registered one that `config.task` names.
         trainable: the trial's class.
         mirror: URI of storage that all nodes reach, where the run is copied with every decision and resumed from;
-            without it ``run_dir`` must be a folder that all nodes share, unless there is only one.
+            without it `run_dir` must be a folder that all nodes share, unless there is only one.
 
     Raises:
         ValueError: the folder is not empty or cannot be made, or has no run to resume, or one with other options;
-            ``start`` acts on other spaces.
-        CheckpointError: ``start`` is damaged.
+            `start` acts on other spaces.
+        CheckpointError: `start` is damaged.
     """
     begin = time.perf_counter()
     run = Path(run_dir).resolve()

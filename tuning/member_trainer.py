@@ -29,7 +29,7 @@ PROBE_TASKS, PROBE_EPISODES = 10, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """What a trial is to do in a generation; ``Evolution.assignment`` makes it.
+    """What a trial is to do in a generation; `Evolution.assignment` makes it.
 
     Attributes:
         trial, generation: name the checkpoint at the end.
@@ -38,7 +38,7 @@ class Assignment:
         checkpoints: folder of the run's archive, a path or a URI.
         seed: of the validation tasks and rollouts, equal for all trials.
         history: [lineage_steps, post-adaptation values by validation task] at the generation's start, if known.
-        validation_tasks, validation_episodes, validation_steps: see ``EvolveConfig``.
+        validation_tasks, validation_episodes, validation_steps: see `EvolveConfig`.
     """
 
     trial: int
@@ -59,10 +59,10 @@ class Assignment:
 
 
 class EvolvingTrainer(MetaTrainer):
-    """A ``MetaTrainer`` driven by ``RecursiveSelfImprovement``; a :meth:`step` is a meta-iteration and what is due.
+    """A `MetaTrainer` driven by `RecursiveSelfImprovement`; a `step` is a meta-iteration and what is due.
 
-    Its config is that of ``MetaTrainer`` with the entry "assignment". It alone takes a checkpoint of another size,
-    which ``morph.resize`` fits to its own.
+    Its config is that of `MetaTrainer` with the entry "assignment". It alone takes a checkpoint of another size,
+    which `morph.resize` fits to its own.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class EvolvingTrainer(MetaTrainer):
         """Train one meta-iteration; at the end of the budget assess and write the checkpoint.
 
         Returns:
-            "report": one ``Report`` as a dict, in a list, which Tune passes on as it is; "composite" for Tune's own
+            "report": one `Report` as a dict, in a list, which Tune passes on as it is; "composite" for Tune's own
             checks, always 0; and the iteration's metrics.
         """
         metrics: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """The five metrics by which recursive self-improvement judges a policy, their composite, and its intervals.
 
-The scheduler evaluates parent and child on the same validation tasks with common random numbers, then compares::
+The scheduler evaluates parent and child on the same validation tasks with common random numbers, then compares:
 
     validation = normalise(evaluation.returns, distribution.reference)
     child = Assessment(validation, None, history=validation[None, :, -1], history_steps=[lineage_steps])
@@ -33,11 +33,11 @@ WEIGHTS: Mapping[str, float] = dict(zip(METRICS, (0.30, 0.25, 0.25, 0.10, 0.10))
 def normalise(returns: Array, reference: ReferenceReturns) -> Array:
     """Put returns R on a scale from 0 to 1 that is fixed for a family of tasks.
 
-    With an oracle 0 is the random player and 1 the best one, and what lies beyond is clipped::
+    With an oracle 0 is the random player and 1 the best one, and what lies beyond is clipped:
 
         clip((R − random) / (oracle − random), 0, 1)
 
-    Where no best is known, the random player is ½ and the scale never saturates::
+    Where no best is known, the random player is ½ and the scale never saturates:
 
         x = (R − random) / (|random| + random_sd),    ½ (1 + x / (1 + |x|))
 
@@ -48,7 +48,7 @@ def normalise(returns: Array, reference: ReferenceReturns) -> Array:
         reference: the family's returns.
 
     Returns:
-        float64 in [0, 1], the shape of ``returns``; non-decreasing in them.
+        float64 in [0, 1], the shape of `returns`; non-decreasing in them.
 
     Raises:
         ValueError: the reference is not finite, or its oracle is not above its random player.
@@ -81,7 +81,7 @@ class Assessment:
         shifted: [W, S+1] float64 in [0, 1], on the split `shifted`; None where the family has no such split.
         history: [E, V] float64 in [0, 1], on the validation tasks after S adaptation steps, at each evaluation of the
             last generation; the last row is this one's.
-        history_steps: [E] int64, the policy's ``lineage_steps`` at those evaluations, never decreasing.
+        history_steps: [E] int64, the policy's `lineage_steps` at those evaluations, never decreasing.
 
     Raises:
         ValueError: a shape or a value is none of these.
@@ -112,7 +112,7 @@ class Assessment:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Assessment:
-        """The exact inverse of :meth:`to_dict`.
+        """The exact inverse of `to_dict`.
 
         Raises:
             ValueError: a key is missing or unknown, or a value is impossible.
@@ -142,7 +142,7 @@ def metrics(assessment: Assessment, tasks: Array | None = None, shifted_tasks: A
     """The metrics of one policy, each in [0, 1]; a better return before adaptation never lowers one.
 
     With v[i, s] the normalised return of task i after s of S adaptation steps, and h[e, i] the one after S steps at the
-    generation's evaluation e, when the policy had n[e] ``lineage_steps``::
+    generation's evaluation e, when the policy had n[e] `lineage_steps`:
 
         average_return    mean_i v[i, S]
         adaptation_speed  mean_i 1/S Σ_s ½ (v[i, s−1] + v[i, s]),  s = 1..S; v[i, 0] where S = 0
@@ -160,7 +160,7 @@ def metrics(assessment: Assessment, tasks: Array | None = None, shifted_tasks: A
         shifted_tasks: the same in 0..W−1; without meaning where there are no shifted tasks.
 
     Returns:
-        By name, in the order of ``METRICS``; without `generalisation` where there are no shifted tasks.
+        By name, in the order of `METRICS`; without `generalisation` where there are no shifted tasks.
     """
     chosen = (slice(None) if pick is None else pick for pick in (tasks, shifted_tasks))
     splits = [_without_nan(scores[:, pick]) for scores, pick in zip(_task_scores(assessment), chosen)]
@@ -187,14 +187,14 @@ def composite_interval(
     resamples: int = 1000,
     weights: Mapping[str, float] = WEIGHTS,
 ) -> tuple[Any, Any]:
-    """Bootstrap interval of the composite over tasks; see ``algorithms.evaluation.percentile_interval``.
+    """Bootstrap interval of the composite over tasks; see `algorithms.evaluation.percentile_interval`.
 
     Args:
         assessment: of one policy; the tasks of each split are resampled apart.
         rng: equal generators give equal intervals.
         level: coverage, in (0, 1).
         resamples: draws of as many tasks as there are.
-        weights: as for :func:`composite`.
+        weights: as for `composite`.
 
     Returns:
         Lower and upper bound, in [0, 1]; None and None where a split has fewer than two tasks without a NaN.
@@ -223,10 +223,10 @@ def compare(
     Args:
         child, parent: assessed on the same tasks with the same random numbers.
         rng: equal generators give equal intervals.
-        level: coverage of the two-sided percentile interval, in (0, 1]: at 0.90 ``low`` is the 5th and ``high`` the
+        level: coverage of the two-sided percentile interval, in (0, 1]: at 0.90 `low` is the 5th and `high` the
             95th percentile.
         resamples: draws of as many tasks as there are.
-        weights: as for :func:`composite`.
+        weights: as for `composite`.
 
     Returns:
         The difference on all tasks and its bounds.

@@ -31,7 +31,7 @@ class Proposal:
 
     Attributes:
         parent: name of the checkpoint that the child is forked from.
-        before, after: the changed options of ``TrainConfig``, JSON values.
+        before, after: the changed options of `TrainConfig`, JSON values.
     """
 
     parent: str
@@ -48,7 +48,7 @@ class Proposal:
 def alternatives(name: str, config: Mapping[str, Any]) -> list[float]:
     """Values that a mutation may give to one option, within its bounds.
 
-    Sizes move by 20 %, at least by their least step (even numbers of units keep to it); learning rates by ``FACTORS``;
+    Sizes move by 20 %, at least by their least step (even numbers of units keep to it); learning rates by `FACTORS`;
     inner steps by one.
     """
     value = config[name]
@@ -83,13 +83,13 @@ def propose(
 
     Args:
         parent: name of the parent's checkpoint.
-        config: the parent's ``TrainConfig`` as JSON values.
+        config: the parent's `TrainConfig` as JSON values.
         rng: the only source of chance.
         taboo: keys of proposals that must not come again: rejected from this parent, or already under way.
-        verdicts: how often a move was kept and rejected so far, by its name as from :func:`moves`.
+        verdicts: how often a move was kept and rejected so far, by its name as from `moves`.
 
     Returns:
-        A proposal whose key is not in ``taboo``; None when none was found in 100 draws.
+        A proposal whose key is not in `taboo`; None when none was found in 100 draws.
     """
     choices: dict[str, list[float]] = {}
     for name in BOUNDS:

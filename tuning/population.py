@@ -22,7 +22,7 @@ class EvolveConfig(SafetyConfig):
         mutate: False makes the others plain copies: what selection and training do alone.
         validation_tasks: fixed tasks on which every trial is assessed, of each of two splits.
         validation_episodes: episodes a task and adaptation step of an assessment.
-        validation_steps: adaptation steps S of every assessment, whatever a trial's own ``inner_steps``; 0 for policies
+        validation_steps: adaptation steps S of every assessment, whatever a trial's own `inner_steps`; 0 for policies
             that learn in their recurrent state alone.
         keep_generations: a generation's best checkpoint is kept for as many generations, for manual rollbacks.
     """
@@ -55,8 +55,8 @@ class Record:
     """A checkpoint of the run's archive, and what it did on the validation tasks.
 
     Attributes:
-        config: ``TrainConfig`` as JSON values.
-        assessment: ``Assessment.to_dict()``.
+        config: `TrainConfig` as JSON values.
+        assessment: `Assessment.to_dict()`.
         metrics, composite, interval: computed from it; the interval has level .95.
     """
 
@@ -72,7 +72,7 @@ class Record:
 
 
 def all_generations(count: int) -> str:
-    """What a run says, and its state keeps as ``finished``, that ended because it did its generations."""
+    """What a run says, and its state keeps as `finished`, that ended because it did its generations."""
     return f"{count} generation{'s' * (count != 1)}"
 
 
@@ -92,7 +92,7 @@ class Slot:
         budget: environment steps of training left in this generation when it was last started.
         carry: what the last generation fell short of its budget by; negative where it went beyond.
         spent: environment steps since then, validation included.
-        resize_error: of its last mutation of sizes, as in ``Report``.
+        resize_error: of its last mutation of sizes, as in `Report`.
         ended: it has reached the end of this generation.
     """
 
@@ -123,12 +123,12 @@ class Report:
         spent: environment steps since it was (re)started, validation included.
         lineage_steps: environment steps of training on the path to its parameters.
         trained: environment steps of training since it was (re)started.
-        assessment: ``Assessment.to_dict()``, at a check or at the end; None otherwise.
-        ended: the generation's budget is used up; ``checkpoint`` is written.
+        assessment: `Assessment.to_dict()`, at a check or at the end; None otherwise.
+        ended: the generation's budget is used up; `checkpoint` is written.
         checkpoint: name of its checkpoint in the run's archive.
         failure: why it cannot go on, such as a meta-gradient that is not finite; None if it can.
         resize_error: relative change of the action head's output that taking a checkpoint of other sizes made, see
-            ``morph.Morph``; None where sizes were equal.
+            `morph.Morph`; None where sizes were equal.
         seconds: "training" and "assessment" (with checkpoints and resizing) since the last report.
     """
 

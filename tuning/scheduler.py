@@ -1,4 +1,4 @@
-"""The decisions of ``Evolution`` carried out in Ray Tune, as a population-based-training scheduler."""
+"""The decisions of `Evolution` carried out in Ray Tune, as a population-based-training scheduler."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
     """Evolves sizes and learning rates in synchronous generations and rolls back what does not help.
 
     Every trial is a slot of the population, numbered by its config's "slot"; the scheduler gives it the rest of its
-    config and the checkpoint to start from. Tune calls ``on_trial_result`` with every report of ``EvolvingTrainer``::
+    config and the checkpoint to start from. Tune calls `on_trial_result` with every report of `EvolvingTrainer`:
 
         scheduler = RecursiveSelfImprovement(evolution)
         Tuner(
@@ -42,7 +42,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         synch: must be True.
 
     Raises:
-        ValueError: for ``synch=False``.
+        ValueError: for `synch=False`.
     """
 
     def __init__(

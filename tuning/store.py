@@ -5,7 +5,7 @@
     rsi/checkpoints/    the population's checkpoints, under names that say generation and trial
     rsi/requests/       manual rollbacks that wait for the next generation
 
-The state is written first and holds its own last events: what a crash kept from ``events.jsonl`` is appended on
+The state is written first and holds its own last events: what a crash kept from `events.jsonl` is appended on
 resume, and a line once written stays.
 """
 
@@ -26,11 +26,11 @@ from ssm_metarl.storage.contents import MANIFEST, Checkpoint
 from ssm_metarl.storage.mirror import Mirror, local_folder
 
 FORMAT_VERSION = 1
-"""Version of ``state.json``."""
+"""Version of `state.json`."""
 
 
 class RunStore:
-    """The folder ``rsi/`` of a run; ``Evolution`` writes it, everything else reads.
+    """The folder `rsi/` of a run; `Evolution` writes it, everything else reads.
 
     Args:
         run: the run's folder.
@@ -118,7 +118,7 @@ class RunStore:
         return path
 
     def prune(self, keep: Collection[str]) -> None:
-        """Delete every checkpoint that is not named in ``keep``, and what a crash left half written."""
+        """Delete every checkpoint that is not named in `keep`, and what a crash left half written."""
         if self._mirror:
             self._mirror.keep("rsi/checkpoints", list(keep))
         for path in self.checkpoints.iterdir():
@@ -168,7 +168,7 @@ def request_rollback(run: Path, checkpoint: str, mirror: str | None = None) -> P
 
     Args:
         run: folder of a run of evolve.
-        checkpoint: name of a folder in its ``rsi/checkpoints``, or a path to one.
+        checkpoint: name of a folder in its `rsi/checkpoints`, or a path to one.
         mirror: URI of the run's copy, if it has one: the run, wherever it goes on, looks there.
 
     Returns:

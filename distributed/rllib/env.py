@@ -23,16 +23,16 @@ SLOTS = 20
 class TaskEnv(VectorEnv[Array, Array, Array]):
     """N episode slots that play episodes of a family, a new task each; an observation is what the policy reads.
 
-    That is the observation and, with ``inputs="full"``, the previous action as it was sampled (one-hot if discrete),
-    the previous reward and the start flag: the inputs that ``collect`` makes. The step after an episode's last one
-    begins the next episode, whatever the action (``AutoresetMode.NEXT_STEP``, which RLlib expects). Infos of a last
-    step hold ``return`` and ``length`` of the episode and, where the environment raised or gave a number that is not
-    finite, ``error``; such an episode is truncated at the last good observation.
+    That is the observation and, with `inputs="full"`, the previous action as it was sampled (one-hot if discrete),
+    the previous reward and the start flag: the inputs that `collect` makes. The step after an episode's last one
+    begins the next episode, whatever the action (`AutoresetMode.NEXT_STEP`, which RLlib expects). Infos of a last
+    step hold `return` and `length` of the episode and, where the environment raised or gave a number that is not
+    finite, `error`; such an episode is truncated at the last good observation.
 
     RLlib builds it in every worker, and seeds it with its own seed and the worker's index.
 
     Args:
-        config: ``distribution`` (the family), ``spec`` (the policy's) and ``num_envs``.
+        config: `distribution` (the family), `spec` (the policy's) and `num_envs`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 (gymnasium's type)

@@ -17,34 +17,34 @@ from ssm_metarl.algorithms.spec import PolicySpec
 
 
 def state_name(number: int) -> str:
-    """Name in RLlib's batches of a tensor of ``SSMPolicy.initial_state``."""
+    """Name in RLlib's batches of a tensor of `SSMPolicy.initial_state`."""
     return f"ssm_{number}"
 
 
 class SSMModule(TorchRLModule, ValueFunctionAPI):
-    """An ``SSMPolicy`` as RLlib's workers and learner call it; its state dict is the policy's, name by name.
+    """An `SSMPolicy` as RLlib's workers and learner call it; its state dict is the policy's, name by name.
 
     Sequences come as [B, T, I], zero-padded at their end, each with the recurrent state before its first step
     (zero where an episode begins: a sequence never goes beyond one), of which each tensor has a name of its own.
 
     Values are in rewards as the environment gives them; the policy's critic itself speaks in units of its
-    ``reward_scaling``.
+    `reward_scaling`.
     """
 
     def setup(self) -> None:
-        """Build the policy that ``model_config["spec"]`` describes; RLlib calls it once."""
+        """Build the policy that `model_config["spec"]` describes; RLlib calls it once."""
         self.ssm = SSMPolicy(PolicySpec.from_dict(self.model_config["spec"]))
 
     def get_initial_state(self) -> dict[str, Tensor]:
-        """Zero state of one episode, as ``SSMPolicy.initial_state`` by :func:`state_name`; without blocks, empty."""
+        """Zero state of one episode, as `SSMPolicy.initial_state` by `state_name`; without blocks, empty."""
         return {state_name(i): each for i, each in enumerate(self.ssm.initial_state())}
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Array]:
-        """Parameters and normaliser, as in a checkpoint's ``policy.safetensors``."""
+        """Parameters and normaliser, as in a checkpoint's `policy.safetensors`."""
         return self.ssm.numpy_weights()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`get_state`."""
+        """The inverse of `get_state`."""
         self.ssm.load_state_dict({name: torch.as_tensor(value) for name, value in state.items()})
 
     def _forward(self, batch: Mapping[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
         }
 
     def compute_values(self, batch: Mapping[str, Any], embeddings: Tensor | None = None) -> Tensor:
-        """Values [B, T] of the steps in a batch; ``embeddings`` are those that ``forward_train`` has found already."""
+        """Values [B, T] of the steps in a batch; `embeddings` are those that `forward_train` has found already."""
         return self._forward_train(batch)[Columns.EMBEDDINGS] if embeddings is None else embeddings
 
     def _run(self, inputs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

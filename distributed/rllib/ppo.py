@@ -35,8 +35,8 @@ class EpisodicPPO(PPO):
     """RLlib's PPO, which also says what its last iteration did, and leaves out invalid episodes.
 
     Attributes:
-        finished: infos of the last steps of the iteration's finished episodes, see ``TaskEnv``.
-        seconds: of the iteration, spent in ``sample``, ``update`` and, for copies of the weights to workers, ``ray``.
+        finished: infos of the last steps of the iteration's finished episodes, see `TaskEnv`.
+        seconds: of the iteration, spent in `sample`, `update` and, for copies of the weights to workers, `ray`.
     """
 
     finished: Sequence[Mapping[str, Any]] = ()
@@ -54,7 +54,7 @@ class EpisodicPPO(PPO):
 
     @property
     def _learner(self) -> Any:
-        return self.learner_group._learner  # in this process, as ``ppo_config`` has it
+        return self.learner_group._learner  # in this process, as `ppo_config` has it
 
     def _setup_logdir(self) -> None:
         # Alone, Trainable would make an empty folder under ~/ray_results for every algorithm.

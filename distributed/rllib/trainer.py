@@ -33,13 +33,13 @@ from ssm_metarl.tasks import TaskDistribution
 
 
 class PolicyGradientTrainer:
-    """Trains a policy with RLlib's PPO; ``train`` drives it as it drives ``MetaTrainer``.
+    """Trains a policy with RLlib's PPO; `train` drives it as it drives `MetaTrainer`.
 
-    RLlib starts with the first :meth:`step`, with what was loaded until then. Ray must have been started.
+    RLlib starts with the first `step`, with what was loaded until then. Ray must have been started.
 
     Args:
         config: of the run, with the algorithm "policy-gradient".
-        distribution: the family itself, instead of the registered one that ``config.task`` names.
+        distribution: the family itself, instead of the registered one that `config.task` names.
     """
 
     learns_normalizer: ClassVar[bool] = False
@@ -64,10 +64,10 @@ class PolicyGradientTrainer:
         self._ppo: EpisodicPPO | None = None
 
     def step(self) -> dict[str, Any]:
-        """One iteration of PPO: about ``meta_batch`` × ``episodes`` × horizon steps, in episodes that may be cut.
+        """One iteration of PPO: about `meta_batch` × `episodes` × horizon steps, in episodes that may be cut.
 
         Returns:
-            As from ``MetaTrainer.step``: ``return_by_step`` and ``episode_length_by_step`` have one entry, the mean
+            As from `MetaTrainer.step`: `return_by_step` and `episode_length_by_step` have one entry, the mean
             over the episodes that ended in the iteration; of the learner's statistics those that RLlib has.
 
         Raises:
@@ -109,7 +109,7 @@ class PolicyGradientTrainer:
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:
-        """Write a checkpoint folder, as ``MetaTrainer`` does."""
+        """Write a checkpoint folder, as `MetaTrainer` does."""
         checkpoint = Checkpoint(
             spec=self.spec,
             config=self.train_config.to_dict(),
@@ -125,7 +125,7 @@ class PolicyGradientTrainer:
         return checkpoint_dir
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Go on from a checkpoint of this run's sizes, before the first :meth:`step`.
+        """Go on from a checkpoint of this run's sizes, before the first `step`.
 
         Raises:
             CheckpointError: the folder is damaged, or its policy has other sizes.
@@ -148,7 +148,7 @@ class PolicyGradientTrainer:
         return dict(self._weights) if self._ppo is None else self._ppo.ssm.numpy_weights()
 
     def optimizer_arrays(self) -> dict[str, Array]:
-        """Adam's moments and step counts as arrays by ``parameter.moment``."""
+        """Adam's moments and step counts as arrays by `parameter.moment`."""
         return dict(self._optimizer) if self._ppo is None else optimizer_arrays(self._ppo.ssm, self._ppo.adam)
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""``adapt``: a policy and one task."""
+"""`adapt`: a policy and one task."""
 
 from __future__ import annotations
 

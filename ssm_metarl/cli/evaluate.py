@@ -1,4 +1,4 @@
-"""``evaluate``."""
+"""`evaluate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ssm_metarl.evaluation.tasks import TaskSource
 
 
 def run_evaluate(options: Evaluate) -> int:
-    """Carry out ``evaluate``; returns the exit code."""
+    """Carry out `evaluate`; returns the exit code."""
     if options.modes:
         report = _compare(options)
         console.print(modes_table(report))

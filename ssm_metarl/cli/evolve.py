@@ -1,4 +1,4 @@
-"""``evolve`` and ``evolve rollback``."""
+"""`evolve` and `evolve rollback`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ssm_metarl.tuning.store import request_rollback
 
 
 def run_evolve(options: Evolve) -> int:
-    """Carry out ``evolve``; returns the exit code."""
+    """Carry out `evolve`; returns the exit code."""
     rules = EvolveConfig(**asdict(options.evolution))
     if options.cycles is not None:
         if options.proposals < 1:
@@ -46,7 +46,7 @@ def run_evolve(options: Evolve) -> int:
 
 
 def run_rollback(options: Rollback) -> int:
-    """Carry out ``evolve rollback``; returns the exit code."""
+    """Carry out `evolve rollback`; returns the exit code."""
     request_rollback(options.run, options.checkpoint, copy_of(options.storage, options.run))
     say(f"{options.checkpoint} will be the best and the only parent from the next generation of {options.run} on.")
     return 0

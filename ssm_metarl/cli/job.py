@@ -1,4 +1,4 @@
-"""``job``: commands of this package in the background, as Ray Jobs."""
+"""`job`: commands of this package in the background, as Ray Jobs."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PATH_OPTIONS = ("--run-dir", "--storage", "--from")
 
 
 def run_job(options: JobCommand, command: Sequence[str], console: Console) -> int:
-    """Carry out one of the commands; for ``job start``, ``command`` is what the job is to do.
+    """Carry out one of the commands; for `job start`, `command` is what the job is to do.
 
     Raises:
-        JobError: see ``distributed.jobs``.
+        JobError: see `distributed.jobs`.
     """
     if isinstance(options, JobStart):
         return _start(options, list(command), console)
@@ -95,7 +95,7 @@ def run_name(task: str, kind: str) -> str:
 
 
 def _improve(storage: str) -> list[str]:
-    """``evolve`` without end, from the best there is."""
+    """`evolve` without end, from the best there is."""
     for run in sorted(Path(storage).glob("*/"), key=lambda run: run.stat().st_mtime, reverse=True):
         if (run / "rsi" / "state.json").is_file():
             return ["evolve", "--resume", "--run-dir", str(run), "--generations", "0"]

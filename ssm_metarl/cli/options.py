@@ -93,7 +93,7 @@ class Adapt:
 class JobStart:
     """Start a command in the background; it outlives the terminal.
 
-    Usage: ``job start [options] [-- train … | evolve …]``.
+    Usage: `job start [options] [-- train … | evolve …]`.
 
     Without a command, self-improvement resumes from the best checkpoint until it is stopped: the newest run of evolve
     in --storage is resumed, or a new one starts from the newest trained run, or from initial weights. Without a
@@ -169,7 +169,7 @@ class JobList:
 
 @dataclass(frozen=True)
 class JobShutdown:
-    """End the Ray head that ``job start`` started on this machine, after stopping its jobs."""
+    """End the Ray head that `job start` started on this machine, after stopping its jobs."""
 
 
 JobCommand = JobStart | JobStatus | JobLogs | JobStop | JobList | JobShutdown
@@ -186,7 +186,7 @@ COMMANDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class UncheckedConfig(TrainConfig):
-    """A ``TrainConfig`` that is checked when the command runs, where a mistake becomes one sentence of ours.
+    """A `TrainConfig` that is checked when the command runs, where a mistake becomes one sentence of ours.
 
     Attributes:
         num_workers: Ray actors that collect rollouts; 0 collects in process; auto: the free processors of the cluster
@@ -230,7 +230,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class UncheckedEvolution(EvolveConfig):
-    """An ``EvolveConfig`` that is checked when the command runs."""
+    """An `EvolveConfig` that is checked when the command runs."""
 
     def __post_init__(self) -> None:
         pass
@@ -390,7 +390,7 @@ def parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Ad
 
 
 def _default_config(known: argparse.Namespace) -> TrainConfig:
-    """Options of ``train``: the task's own, those of a checkpoint to start from or a run to resume."""
+    """Options of `train`: the task's own, those of a checkpoint to start from or a run to resume."""
     if known.start is not None and not known.resume:
         return _from_checkpoint(known)
     if not known.resume:

@@ -1,4 +1,4 @@
-"""``plot``."""
+"""`plot`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ssm_metarl.tuning.store import read_state
 
 
 def run_plot(options: Plot) -> int:
-    """Carry out ``plot``; returns the exit code."""
+    """Carry out `plot`; returns the exit code."""
     if (options.run / "rsi").is_dir():
         for path in plot_evolution(options.run, read_state(options.run)["trials"][0]["config"]["task"]):
             print(path)

@@ -24,7 +24,7 @@ _COLOURS = ("#7f8c8d", "#0b6fa4", "#c0392b", "#27ae60", "#8e44ad")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; a last one that is not complete (yet) is left out.
+    """The lines of a run's `metrics.jsonl`; a last one that is not complete (yet) is left out.
 
     Raises:
         ValueError: there is none, or it holds no iteration.
@@ -44,7 +44,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def plot_run(run: Path, title: str) -> list[Path]:
-    """Draw ``learning_curve.png`` from a run's metrics and, where adaptation was evaluated, ``adaptation_curve.png``.
+    """Draw `learning_curve.png` from a run's metrics and, where adaptation was evaluated, `adaptation_curve.png`.
 
     Args:
         run: the run's folder.
@@ -96,7 +96,7 @@ def _adaptation_curve(evaluation: Mapping[str, Any], path: Path, title: str) -> 
 
 
 def plot_evolution(run: Path, title: str, folder: Path | None = None) -> list[Path]:
-    """Draw ``lineage.png`` and ``evolution.png`` from the decisions of a self-improving run.
+    """Draw `lineage.png` and `evolution.png` from the decisions of a self-improving run.
 
     Args:
         run: the run's folder.
@@ -190,15 +190,15 @@ def _write(figure: Figure, path: Path) -> Path:
 
 
 def plot_task(folder: Path, summary: Mapping[str, Any], before: Rollouts, after: Rollouts) -> list[Path]:
-    """Draw a policy's adaptation to one task: ``adaptation_curve.png``, and what it did before and after.
+    """Draw a policy's adaptation to one task: `adaptation_curve.png`, and what it did before and after.
 
     Args:
         folder: where to.
-        summary: ``TaskReport.summary()``.
+        summary: `TaskReport.summary()`.
         before, after: fresh episodes of the one task, [1, T, K, ...].
 
     Returns:
-        The files written: the curve; ``trajectories.png`` for navigation-2d, ``before_after.gif`` for cartpole.
+        The files written: the curve; `trajectories.png` for navigation-2d, `before_after.gif` for cartpole.
     """
     figure, axes = _axes()
     steps = range(len(summary["curve"]))

@@ -1,4 +1,4 @@
-"""A self-improving run as the terminal shows it; everything is read from ``rsi/state.json``."""
+"""A self-improving run as the terminal shows it; everything is read from `rsi/state.json`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEGEND = (
 
 
 class PopulationView:
-    """Shows a run while it runs: a live table in a terminal, a line a decision elsewhere::
+    """Shows a run while it runs: a live table in a terminal, a line a decision elsewhere:
 
         with PopulationView(run_dir, console):
             evolve(config, rules, run_dir)
@@ -103,7 +103,7 @@ def population_table(state: Mapping[str, Any]) -> Table:
 
 
 def evolution_summary(result: EvolveResult) -> dict[str, Any]:
-    """What ``evolve --json`` prints, JSON values."""
+    """What `evolve --json` prints, JSON values."""
     state = result.state
     best = state["archive"].get(state["best"] or "")
     events = RunStore(result.run_dir).events()

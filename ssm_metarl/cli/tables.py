@@ -15,7 +15,7 @@ def parameter_words(parameters: Any) -> str:
 
 
 def modes_table(report: Mapping[str, Any]) -> Table:
-    """The modes of adaptation side by side; ``ModeComparison.summary()`` as a table."""
+    """The modes of adaptation side by side; `ModeComparison.summary()` as a table."""
     table = Table(title=_title(report))
     gain = f"gain over {report['compared_with']}"
     table.caption = "in brackets 95 % intervals over tasks"
@@ -29,7 +29,7 @@ def modes_table(report: Mapping[str, Any]) -> Table:
 
 
 def evaluation_table(report: Mapping[str, Any]) -> Table:
-    """Returns by inner step; ``Evaluation.summary()`` as a table."""
+    """Returns by inner step; `Evaluation.summary()` as a table."""
     table = Table(title=_title(report))
     for column in ("inner steps", "return", "95 % over tasks", "episode length"):
         table.add_column(column, justify="right")
@@ -41,7 +41,7 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
 
 
 def interval_words(values: Mapping[str, float | None], digits: int) -> str:
-    """ "low … high" of ``ci_low`` and ``ci_high``; "–" where there is no interval."""
+    """ "low … high" of `ci_low` and `ci_high`; "–" where there is no interval."""
     low, high = values["ci_low"], values["ci_high"]
     return "–" if low is None or high is None else f"{low:.{digits}f} … {high:.{digits}f}"
 

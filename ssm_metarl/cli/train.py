@@ -1,4 +1,4 @@
-"""``train``."""
+"""`train`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_place(options: Train | Evolve, name: str) -> tuple[Path, str | None]:
 
 
 def run_train(options: Train) -> int:
-    """Carry out ``train``; returns the exit code."""
+    """Carry out `train`; returns the exit code."""
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
     config = checked_config(options.config, trials=1)

@@ -1,4 +1,4 @@
-"""Baseline policies of ``bandit``."""
+"""Baseline policies of `bandit`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BanditBaseline(BaselinePolicy):
         """How much each arm deserves to be pulled next, [N, arms]."""
 
     def learn(self, actions: Actions, rewards: Floats, observations: Observations, starts: NDArray[np.bool_]) -> None:
-        """See ``BaselinePolicy.learn``."""
+        """See `BaselinePolicy.learn`."""
         paid = rewards > 0.5
         self.wins[self.rows, actions] += paid
         self.losses[self.rows, actions] += ~paid
@@ -66,7 +66,7 @@ class PriorUCB1(BanditBaseline):
 
     Args:
         trials: what is played.
-        width: the width of the bound over that of ``UCB1``, which suits the worst case and not the mean. Duan et al.
+        width: the width of the bound over that of `UCB1`, which suits the worst case and not the mean. Duan et al.
             took the best of 0, 0.1, ... 1 for each number of arms and pulls.
     """
 
@@ -98,7 +98,7 @@ def index_table(pulls: int) -> Floats:
     """Indices of a Bernoulli arm with a Beta(1, 1) prior, for every state within `pulls` pulls.
 
     The index is the rate of a known arm that is worth as much as the unknown one when both are to be had for the
-    pulls that are left. With m pulls left and a known arm of rate λ, the value after s payments and f failures is ::
+    pulls that are left. With m pulls left and a known arm of rate λ, the value after s payments and f failures is :
 
         V_m(s, f) = max(λ m, p (1 + V_{m-1}(s+1, f)) + (1 - p) V_{m-1}(s, f+1)),   p = (s + 1) / (s + f + 2)
 
@@ -106,7 +106,7 @@ def index_table(pulls: int) -> Floats:
     at once; the index is where the second term less the first, which falls with λ, crosses 0.
 
     Args:
-        pulls: 1 to ``MAX_INDEX_PULLS``.
+        pulls: 1 to `MAX_INDEX_PULLS`.
 
     Returns:
         [pulls + 1, pulls, pulls] float64, by pulls left, payments and failures; 0 where there is no such state.
@@ -150,5 +150,5 @@ class ClairvoyantBandit(BaselinePolicy):
         self._arms = np.repeat(best, trials.num_episodes)
 
     def act(self, observations: Observations) -> Actions:
-        """See ``BaselinePolicy.act``."""
+        """See `BaselinePolicy.act`."""
         return self._arms

@@ -1,4 +1,4 @@
-"""Baseline policies of ``navigation-2d``."""
+"""Baseline policies of `navigation-2d`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class StayPut(BaselinePolicy):
     """Never moves."""
 
     def act(self, observations: Observations) -> Actions:
-        """See ``BaselinePolicy.act``."""
+        """See `BaselinePolicy.act`."""
         return np.zeros_like(observations)
 
 
@@ -24,5 +24,5 @@ class ClairvoyantNavigation(BaselinePolicy):
         self._goals = goals.repeat(trials.num_episodes, axis=0)
 
     def act(self, observations: Observations) -> Actions:
-        """See ``BaselinePolicy.act``; the environment clips."""
+        """See `BaselinePolicy.act`; the environment clips."""
         return self._goals - observations

@@ -52,13 +52,13 @@ class KalmanRegulator(BaselinePolicy):
         self._age = np.zeros(trials.number, dtype=np.int64)
 
     def act(self, observations: Observations) -> Actions:
-        """See ``BaselinePolicy.act``."""
+        """See `BaselinePolicy.act`."""
         surprise = observations - self._estimate[:, [0, 2]]
         self._estimate += np.einsum("nij,nj->ni", self._gains[self._age], surprise)
         return (self._estimate @ self._regulator > 0).astype(np.int64)
 
     def learn(self, actions: Actions, rewards: Floats, observations: Observations, starts: NDArray[np.bool_]) -> None:
-        """See ``BaselinePolicy.learn``."""
+        """See `BaselinePolicy.learn`."""
         self._estimate = self._estimate @ self._transition.T + np.where(actions == 1, 1.0, -1.0)[:, None] * self._push
         self._age += 1
         self._estimate[starts] = 0.0

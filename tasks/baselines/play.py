@@ -1,13 +1,13 @@
 """Baseline policies in the trials of a meta-learned one.
 
-A policy's trials are those of a list of seeds; ``play_baseline`` gives them to a baseline policy instead, with the same
-tasks and the same chance in every environment::
+A policy's trials are those of a list of seeds; `play_baseline` gives them to a baseline policy instead, with the same
+tasks and the same chance in every environment:
 
     returns = play_baseline("thompson", make("bandit"), tasks, seeds, num_episodes=20)  # [M, 20]
     returns = play_baseline("psrl", make("tabular-mdp"), tasks, seeds, num_episodes=20, episodes=10)
 
 Baseline policies learn from observations, actions, rewards and the starts of episodes, as a policy does, except for the
-``clairvoyant`` ones, which know the task.
+`clairvoyant` ones, which know the task.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def play_baseline(
     """Let a player have the trials of a policy.
 
     Args:
-        player: `uniform` or one of ``BASELINE_POLICIES[distribution.name]``, or what makes a player of one's own.
+        player: `uniform` or one of `BASELINE_POLICIES[distribution.name]`, or what makes a player of one's own.
         distribution: the family.
         tasks: M tasks.
         seeds: one node of the seed tree for each, as the policy's rollouts had.

@@ -52,7 +52,7 @@ class Trials:
 
 
 class BaselinePolicy(abc.ABC):
-    """Plays N trials side by side, from their first step to their last. ``play`` makes one and then calls::
+    """Plays N trials side by side, from their first step to their last. `play` makes one and then calls:
 
     while trials are running:
         actions = player.act(observations)
@@ -91,6 +91,6 @@ class Uniform(BaselinePolicy):
         self._step = 0
 
     def act(self, observations: Observations) -> Actions:
-        """See ``BaselinePolicy.act``."""
+        """See `BaselinePolicy.act`."""
         self._step += 1
         return self._actions[:, self._step - 1]

@@ -1,4 +1,4 @@
-"""Baseline policies of ``tabular-mdp``."""
+"""Baseline policies of `tabular-mdp`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TabularBaseline(BaselinePolicy):
         self._plan = np.zeros((0, 0, 0), np.int64)
 
     def act(self, observations: Observations) -> Actions:
-        """See ``BaselinePolicy.act``."""
+        """See `BaselinePolicy.act`."""
         if self._step == 0:
             self._plan, _ = backward_induction(*self.beliefs(), self.family.horizon)
         self._states = observations.argmax(axis=-1)
@@ -34,7 +34,7 @@ class TabularBaseline(BaselinePolicy):
         """The MDPs to plan for: mean rewards [N, S, A] and probabilities of the next state [N, S, A, S]."""
 
     def learn(self, actions: Actions, rewards: Floats, observations: Observations, starts: NDArray[np.bool_]) -> None:
-        """See ``BaselinePolicy.learn``."""
+        """See `BaselinePolicy.learn`."""
         self._step = (self._step + 1) % self.family.horizon
 
 
@@ -76,7 +76,7 @@ class PSRL(TabularBaseline):
         return self._sums / precision + noise / np.sqrt(precision), weights / weights.sum(axis=-1, keepdims=True)
 
     def learn(self, actions: Actions, rewards: Floats, observations: Observations, starts: NDArray[np.bool_]) -> None:
-        """See ``BaselinePolicy.learn``."""
+        """See `BaselinePolicy.learn`."""
         super().learn(actions, rewards, observations, starts)
         where = self.rows, self._states, actions
         self._visits[where] += 1.0
@@ -91,7 +91,7 @@ class GreedyTabular(PSRL):
     """
 
     def act(self, observations: Observations) -> Actions:
-        """See ``BaselinePolicy.act``."""
+        """See `BaselinePolicy.act`."""
         self._states = observations.argmax(axis=-1)
         here = self.rows, self._states
         return (self._sums[here] / (1.0 + self._visits[here])).argmax(axis=-1)

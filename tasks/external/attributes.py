@@ -67,7 +67,7 @@ def _parts(owner: Any) -> dict[str, Any]:
 
 
 def set_attribute(env: Any, key: str, value: float) -> None:
-    """Give a number of an environment, by its path such as ``model.opt.gravity.2``, another value."""
+    """Give a number of an environment, by its path such as `model.opt.gravity.2`, another value."""
     *parents, last = key.split(".")
     for part in parents:
         env = env[int(part)] if part.isdigit() else getattr(env, part)

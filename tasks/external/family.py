@@ -34,8 +34,8 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
     at the first batch shows that a used one plays just as a new one does. One that raised is not used again. A pickled
     family has none.
 
-    Observations are float32 vectors: a ``Box`` is flattened where it has several axes and up to ``MAX_FLAT`` numbers,
-    ``Discrete`` and ``MultiDiscrete`` become one-hot. Actions are ``Discrete``, or a ``Box`` with one axis, to which
+    Observations are float32 vectors: a `Box` is flattened where it has several axes and up to `MAX_FLAT` numbers,
+    `Discrete` and `MultiDiscrete` become one-hot. Actions are `Discrete`, or a `Box` with one axis, to which
     they are clipped.
     """
 
@@ -67,7 +67,7 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
         stack_parameters([{} for _ in tasks], {}, num_episodes)
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> LentVectorEnv:
-        """Build the environments of `tasks`; see ``TaskDistribution.make_vector_env``."""
+        """Build the environments of `tasks`; see `TaskDistribution.make_vector_env`."""
         self._check(tasks, num_episodes)
         if self._keeps is None:
             self._keeps = self._used_plays_as_new()
@@ -117,9 +117,9 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
 
     @functools.cached_property
     def reference(self) -> ReferenceReturns:  # type: ignore[override]
-        """Returns of uniformly random actions (normal ones where a ``Box`` has no bounds); no best player is known.
+        """Returns of uniformly random actions (normal ones where a `Box` has no bounds); no best player is known.
 
-        Measured when first asked for, over ``REFERENCE_EPISODES`` episodes on as many training tasks with fixed seeds.
+        Measured when first asked for, over `REFERENCE_EPISODES` episodes on as many training tasks with fixed seeds.
         """
         returns = np.zeros(REFERENCE_EPISODES)
         running = np.ones(REFERENCE_EPISODES, bool)
@@ -141,7 +141,7 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
 
 
 def _played(env: PolicyEnv, task: Task, seed: int) -> NDArray[Any]:
-    """All that an environment returns in ``PROBE_STEPS`` steps of random actions, in one row."""
+    """All that an environment returns in `PROBE_STEPS` steps of random actions, in one row."""
     env.task = task
     actions = copy.deepcopy(env.action_space)
     actions.seed(seed)

@@ -1,4 +1,4 @@
-"""Families ``gym:ID``: a registered environment in which some numbers differ between tasks."""
+"""Families `gym:ID`: a registered environment in which some numbers differ between tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FINITE = Parameter(-sys.float_info.max, sys.float_info.max)
 
 
 class GymFamily(AdaptedFamily):
-    """``gym:<environment id>``: one registered environment with numbers drawn anew for each task.
+    """`gym:<environment id>`: one registered environment with numbers drawn anew for each task.
 
     A task is {"name": number, ...}, drawn uniformly from the ranges. A name is
 
@@ -46,10 +46,10 @@ class GymFamily(AdaptedFamily):
     Without ranges there is one task, {}.
 
     Args:
-        env_id: as for ``gymnasium.make``: "CartPole-v1", or "module:MyEnv-v0", where importing the module registers it.
+        env_id: as for `gymnasium.make`: "CartPole-v1", or "module:MyEnv-v0", where importing the module registers it.
         ranges: name → [low, high], finite.
-        horizon: most steps of an episode; None: as registered, or the attribute ``horizon`` or
-            ``max_episode_length`` of the environment.
+        horizon: most steps of an episode; None: as registered, or the attribute `horizon` or
+            `max_episode_length` of the environment.
 
     Raises:
         ValueError: in one sentence, for an unknown environment or name, an impossible range, a space that is not
@@ -126,7 +126,7 @@ class GymFamily(AdaptedFamily):
         stack_parameters(tasks, self._parameters, num_episodes)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n tasks from the ranges; see ``TaskDistribution.sample``."""
+        """Draw n tasks from the ranges; see `TaskDistribution.sample`."""
         lookup(dict.fromkeys(self.splits), split, "split")
         values = {key: rng.uniform(low, high, n).tolist() for key, (low, high) in self._ranges.items()}
         return [{key: values[key][row] for key in values} for row in range(n)]

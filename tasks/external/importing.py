@@ -16,7 +16,7 @@ from ssm_metarl.core import TaskDistribution
 
 
 def load_entry(name: str, directory: str) -> Any:
-    """What ``module:attribute`` names."""
+    """What `module:attribute` names."""
     module, _, path = name.partition(":")
     entry = import_module(module, directory)
     for part in path.split("."):

@@ -21,7 +21,7 @@ class LentVectorEnv(SyncVectorEnv):
 
     Args:
         envs: the environments, each with its task.
-        give_back: called with them at ``close``, unless one of them raised.
+        give_back: called with them at `close`, unless one of them raised.
     """
 
     def __init__(self, envs: list[PolicyEnv], give_back: Callable[[list[PolicyEnv]], None]) -> None:
@@ -30,14 +30,14 @@ class LentVectorEnv(SyncVectorEnv):
         super().__init__([functools.partial(_itself, env) for env in envs], autoreset_mode=AutoresetMode.SAME_STEP)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode in every slot; see ``gymnasium.vector.SyncVectorEnv.reset``."""
+        """Start an episode in every slot; see `gymnasium.vector.SyncVectorEnv.reset`."""
         self._sound = False  # until it returns
         result: tuple[Any, dict[str, Any]] = super().reset(seed=seed, options=options)
         self._sound = True
         return result
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Move every slot one step; see ``gymnasium.vector.SyncVectorEnv.step``. Rewards are float32."""
+        """Move every slot one step; see `gymnasium.vector.SyncVectorEnv.step`. Rewards are float32."""
         self._sound = False
         observations, rewards, *ends_and_infos = super().step(actions)  # type: ignore[var-annotated]
         self._sound = True
@@ -57,7 +57,7 @@ class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
 
     Args:
         env: with a time limit.
-        observation_space, action_space: of the policy, see ``vector_space`` and ``action_space``.
+        observation_space, action_space: of the policy, see `vector_space` and `action_space`.
         assign: called with the environment and the task before every reset.
         again: after it, too, in case that resetting put something else there.
 

@@ -1,11 +1,11 @@
-"""Families of tasks from gymnasium environments that exist already: ``gym:<environment id>`` and ``module:attribute``.
+"""Families of tasks from gymnasium environments that exist already: `gym:<environment id>` and `module:attribute`.
 
-The registry calls ``from_name`` for names that it does not have; what it gets is a family like any other::
+The registry calls `from_name` for names that it does not have; what it gets is a family like any other:
 
     family = from_name("gym:Pendulum-v1", {"g": [8, 12], "l": [0.5, 1.5]})  # a task: {"g": 9.3, "l": 0.7}
     family = from_name("mymodule:MyEnv")  # tasks from its sample_tasks(n), applied by its set_task(task)
 
-The environments are stepped one after another in Python: a family written as a ``BatchedEnv`` is much faster.
+The environments are stepped one after another in Python: a family written as a `BatchedEnv` is much faster.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def from_name(
 
     Args:
         name: "gym:Pendulum-v1", or "package.module:attribute". Such an attribute is a gymnasium environment's class,
-            or a function without arguments that makes one, with the methods of ``TaskFamily``; or a
-            ``TaskDistribution`` (class, instance, or a function that makes one), which is used as it is.
-        ranges: for ``gym:`` only, see ``GymFamily``.
-        horizon: most steps of an episode; None: the environment's own. Not for a ``TaskDistribution``.
+            or a function without arguments that makes one, with the methods of `TaskFamily`; or a
+            `TaskDistribution` (class, instance, or a function that makes one), which is used as it is.
+        ranges: for `gym:` only, see `GymFamily`.
+        horizon: most steps of an episode; None: the environment's own. Not for a `TaskDistribution`.
 
     Raises:
         ValueError: in one sentence, when the name is neither, or the family cannot be made.

@@ -1,4 +1,4 @@
-"""Families ``module:attribute``: the user's own environment with tasks."""
+"""Families `module:attribute`: the user's own environment with tasks."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ssm_metarl.tasks.external.lending import PolicyEnv
 
 
 class TaskFamily(AdaptedFamily):
-    """``module:attribute``: an environment that draws its tasks itself, the convention of learn2learn.
+    """`module:attribute`: an environment that draws its tasks itself, the convention of learn2learn.
 
-    The attribute is a ``gymnasium.Env`` class, or a function without arguments that makes one (wrapped or not), with
+    The attribute is a `gymnasium.Env` class, or a function without arguments that makes one (wrapped or not), with
 
-    - ``sample_tasks(n)``, which returns n tasks: JSON values, where NumPy's arrays and numbers count and become lists
+    - `sample_tasks(n)`, which returns n tasks: JSON values, where NumPy's arrays and numbers count and become lists
       and numbers. The draws must depend on the seed given to them alone, for which no global generator is touched: a
-      method with an argument ``rng`` gets a ``numpy.random.Generator``, one with ``seed`` an integer, and any other
-      is called after ``reset(seed=...)``, which must do without a task, and draws from ``self.np_random``;
-    - ``set_task(task)``, called before every reset, with a copy of the task.
+      method with an argument `rng` gets a `numpy.random.Generator`, one with `seed` an integer, and any other
+      is called after `reset(seed=...)`, which must do without a task, and draws from `self.np_random`;
+    - `set_task(task)`, called before every reset, with a copy of the task.
 
     The family holds the name and imports on use: from the Python path, else from the directory in which it was made.
     A worker on another machine needs the module installed there, or sent along by value, which is the caller's matter
-    (``cloudpickle.register_pickle_by_value`` and a ``TaskDistribution`` of one's own).
+    (`cloudpickle.register_pickle_by_value` and a `TaskDistribution` of one's own).
 
     Args:
         name: "package.module:attribute".
-        horizon: most steps of an episode; None: the time limit that the environment has (``spec.max_episode_steps``),
-            or its attribute ``horizon`` or ``max_episode_length``.
+        horizon: most steps of an episode; None: the time limit that the environment has (`spec.max_episode_steps`),
+            or its attribute `horizon` or `max_episode_length`.
 
     Raises:
         ValueError: in one sentence, when there is no such module, attribute, method or horizon; when making the
@@ -72,7 +72,7 @@ class TaskFamily(AdaptedFamily):
         return PolicyEnv(env, self.observation_space, self.action_space, _set_task, again=False)
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
-        """Draw n tasks; see ``TaskDistribution.sample``. All splits are what ``sample_tasks`` draws from."""
+        """Draw n tasks; see `TaskDistribution.sample`. All splits are what `sample_tasks` draws from."""
         lookup(dict.fromkeys(self.splits), split, "split")
         if not n:
             return []

@@ -37,7 +37,7 @@ def collector(spec: Any, tasks: list[Any], seen: list[Rollouts] | None = None, s
 
 
 def stored(spec: Any, policy: SSMPolicy, tasks: list[Any], count: int = 12, seed: int = 50) -> ReplayBuffer:
-    """A replay of toy episodes of ``policy``."""
+    """A replay of toy episodes of `policy`."""
     replay = ReplayBuffer(count)
     for i in range(math.ceil(count / len(tasks))):
         replay.add(collector(spec, tasks, seed=seed + i)(policy.numpy_weights(), 1, 0))

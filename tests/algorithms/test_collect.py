@@ -59,7 +59,7 @@ def toys(
     weights: Any = None,
     **options: Any,
 ) -> Rollouts:
-    """``collect_tasks`` of toy tasks."""
+    """`collect_tasks` of toy tasks."""
     spec = spec or make_spec()
     weights = weights or make_policy(spec).numpy_weights()
     nodes = [seed_for(seed, task) for task in range(len(tasks))]

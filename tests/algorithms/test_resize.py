@@ -77,7 +77,7 @@ def assert_equal(ours: Any, expected: Any) -> None:
 
 
 def assert_same_function(ours: Any, expected: Any) -> None:
-    """Heads and values of :func:`run`."""
+    """Heads and values of `run`."""
     for one, other in zip(ours[:2], expected[:2], strict=True):
         close(one, other)
 
@@ -98,7 +98,7 @@ def centred(spec: Any, head: Any) -> Any:
 
 
 def numpy_head(spec: Any, weights: Any, inputs: Any, resets: Any) -> Any:
-    """The same head as :func:`run`, by the workers' policy."""
+    """The same head as `run`, by the workers' policy."""
     policy = NumpyPolicy(spec, weights)
     state = policy.initial_state(inputs.shape[0], inputs.shape[2])
     heads = []

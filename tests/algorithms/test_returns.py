@@ -50,7 +50,7 @@ def masks(rng: Any, shape: tuple[int, int, int]) -> Any:
     gae_lambda=fractions,
 )
 def test_advantages_equal_a_loop_over_each_episode(seed: int, shape: Any, discount: float, gae_lambda: float) -> None:
-    """A_t = Σ_l (γλ)^l δ_{t+l}, bootstrapped from ``last_values`` behind the last valid step only."""
+    """A_t = Σ_l (γλ)^l δ_{t+l}, bootstrapped from `last_values` behind the last valid step only."""
     rng = np.random.default_rng(seed)
     valid = masks(rng, shape)
     rewards, values = rng.normal(size=(2, *shape))

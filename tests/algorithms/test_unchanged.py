@@ -27,7 +27,7 @@ def frozen(value: Any) -> list[torch.Tensor]:
 
 
 def check_unchanged(function: Any, *given: Any, grad: bool) -> None:
-    """Run it, and its gradient twice where ``grad``, and compare what it was given with what that was."""
+    """Run it, and its gradient twice where `grad`, and compare what it was given with what that was."""
     before = frozen(list(given))
     with torch.set_grad_enabled(grad):
         result = function(*given)

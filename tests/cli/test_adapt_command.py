@@ -1,4 +1,4 @@
-"""``adapt`` and ``evaluate --modes``: what they print, write and refuse."""
+"""`adapt` and `evaluate --modes`: what they print, write and refuse."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def answers(address: str, port: int) -> bool:
 
 
 def until(seconds: float, what: str, condition: Callable[[], Any]) -> Any:
-    """The first true answer of ``condition``, asked twice a second."""
+    """The first true answer of `condition`, asked twice a second."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
@@ -85,7 +85,7 @@ class Loopback:
     Attributes:
         root: the folder. Every process of the three names it in its command or environment.
         laptop, head, worker: their home folders.
-        checkout: the laptop's copy of this repository, with a ``cluster.yaml`` for the loopback machines.
+        checkout: the laptop's copy of this repository, with a `cluster.yaml` for the loopback machines.
         head_port, dashboard_port: of the head's Ray, and of its dashboard.
         token: that its user must have.
     """

@@ -14,7 +14,7 @@ from ssm_metarl.distributed.cluster import start_ray
 
 @pytest.fixture
 def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The options of every ``ray.init``, which starts nothing here."""
+    """The options of every `ray.init`, which starts nothing here."""
     starts: list[dict[str, Any]] = []
 
     def init(**how: Any) -> SimpleNamespace:

@@ -41,7 +41,7 @@ IMPORTS = "import ssm_metarl, " + ", ".join(f"ssm_metarl.{part}" for part in PAR
 
 
 def test_what_travels_with_a_job_is_the_whole_package(tmp_path: Path) -> None:
-    """Packed as Ray packs ``py_modules``: the files that the links lead to, and nothing that Python compiled."""
+    """Packed as Ray packs `py_modules`: the files that the links lead to, and nothing that Python compiled."""
     packed = tmp_path / "package.zip"
     create_package(
         str(jobs.PACKAGE), packed, include_gitignore=True, include_parent_dir=True, excludes=list(jobs.EXCLUDED)

@@ -70,7 +70,7 @@ def recorded(trainer: MetaTrainer) -> list[Rollouts]:
 
 
 def faulty(fault: Callable[[int, list[Task]], None]) -> FaultyNavigation:
-    """A family that calls ``fault(iteration from 0, its tasks)``, which may spoil them, when it is asked for tasks."""
+    """A family that calls `fault(iteration from 0, its tasks)`, which may spoil them, when it is asked for tasks."""
 
     class Faulty(FaultyNavigation):  # not of this module: it travels to the workers by value
         def __init__(self) -> None:

@@ -22,7 +22,7 @@ def quick_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that examples damage within ``restored``."""
+    """A checkpoint that examples damage within `restored`."""
     return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint_000001", make_checkpoint())
 
 

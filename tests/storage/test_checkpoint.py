@@ -97,7 +97,7 @@ class Crash(BaseException):
 
 @contextmanager
 def crash_at(call: int) -> Iterator[list[str]]:
-    """Let the process die at its ``call``-th change to the disk, and give the changes made until then."""
+    """Let the process die at its `call`-th change to the disk, and give the changes made until then."""
     calls: list[str] = []
 
     def dying(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -125,7 +125,7 @@ class TestCrash:
     def crashes(
         tmp_path: Path, act: Callable[[Path], Any], before: Callable[[Path], Any], first: int = 0
     ) -> Iterator[Path]:
-        """For each change that ``act`` makes, a run in which it died before it; the last one is whole."""
+        """For each change that `act` makes, a run in which it died before it; the last one is whole."""
         for call in range(first, 200):
             run = tmp_path / f"run_{call}"
             before(run)

@@ -1,4 +1,4 @@
-"""``bandit`` against a plain scalar game, its odds, its ends and its options."""
+"""`bandit` against a plain scalar game, its odds, its ends and its options."""
 
 from __future__ import annotations
 

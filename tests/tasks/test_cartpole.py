@@ -1,4 +1,4 @@
-"""``cartpole`` against gymnasium's CartPole-v1, and what each parameter does."""
+"""`cartpole` against gymnasium's CartPole-v1, and what each parameter does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``navigation-2d`` against a plain scalar game, and what it must not give away."""
+"""`navigation-2d` against a plain scalar game, and what it must not give away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The POPGym families against the package; run as a script where it is installed, this file prints ``RECORDED`` anew.
+"""The POPGym families against the package; run as a script where it is installed, this file prints `RECORDED` anew.
 
 What needs popgym stands in a class that is collected only where it is installed: no test skips itself.
 """
@@ -52,7 +52,7 @@ def gym_family(name: str, difficulty: str) -> TaskDistribution:
 
 
 def first_episode(family: TaskDistribution) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Observations [steps + 1, O] and rewards [steps], with the seed and the actions of ``RECORDED``."""
+    """Observations [steps + 1, O] and rewards [steps], with the seed and the actions of `RECORDED`."""
     envs = family.make_vector_env([{}], 1)
     observations, rewards, done = [envs.reset(seed=3)[0][0]], [], False
     while not done:
@@ -65,7 +65,7 @@ def first_episode(family: TaskDistribution) -> tuple[NDArray[np.float32], NDArra
 
 
 def summary(family: TaskDistribution) -> Any:
-    """What ``RECORDED`` has of an episode."""
+    """What `RECORDED` has of an episode."""
     observations, rewards = first_episode(family)
     if observations.shape[1] == 4:
         return "".join(map(str, observations.argmax(1))), round(float(rewards.sum()), 4)

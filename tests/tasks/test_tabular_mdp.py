@@ -1,4 +1,4 @@
-"""``tabular-mdp`` against a plain scalar game, its distributions, its best policy and its options."""
+"""`tabular-mdp` against a plain scalar game, its distributions, its best policy and its options."""
 
 from __future__ import annotations
 

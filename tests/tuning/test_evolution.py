@@ -65,7 +65,7 @@ class World:
 
 @dataclass
 class Training:
-    """A trial's process since it was started from its assignment, as ``EvolvingTrainer`` would be."""
+    """A trial's process since it was started from its assignment, as `EvolvingTrainer` would be."""
 
     evolution: Evolution
     world: World
@@ -1299,7 +1299,7 @@ def test_a_crash_while_a_request_is_carried_out_loses_nothing(new_run: NewRun, w
 def test_whatever_happens_the_best_stays_and_the_disk_does_not_fill(
     new_run: NewRun, seed: int, population: int, survivors: int, keep_generations: int, trend: float, order: int
 ) -> None:
-    """Rise or fall, failures, crashes, deaths, requests and kills; see ``check`` and ``check_border``."""
+    """Rise or fall, failures, crashes, deaths, requests and kills; see `check` and `check_border`."""
     rng = np.random.default_rng(order)
     evolution = new_run(
         seed=seed,

@@ -36,14 +36,14 @@ references = st.sampled_from([WITH_ORACLE, WITHOUT_ORACLE, SPARSE])
 
 
 def assess(validation: Any, shifted: Any = None, earlier: Any = (), steps: Any = None) -> Assessment:
-    """An assessment whose history is the rows ``earlier`` and this one."""
+    """An assessment whose history is the rows `earlier` and this one."""
     validation = np.array(validation, float)
     history = np.array([*earlier, validation[:, -1]], float)
     return Assessment(validation, shifted, history, np.arange(len(history)) if steps is None else np.array(steps))
 
 
 def random_assessment(seed: int, *, shifted: bool = True, lost: float = 0.0) -> Assessment:
-    """Up to 12 tasks, 4 adaptation steps and 4 evaluations; a share ``lost`` of the values is NaN."""
+    """Up to 12 tasks, 4 adaptation steps and 4 evaluations; a share `lost` of the values is NaN."""
     rng = np.random.default_rng(seed)
     tasks, shifted_tasks, steps, evaluations = rng.integers(1, [13, 13, 5, 5])
 

@@ -37,7 +37,7 @@ def configs(draw: Any) -> dict[str, Any]:
 
 
 def mutated(config: dict[str, Any], proposal: Proposal) -> dict[str, Any]:
-    """What ``Evolution`` makes of it."""
+    """What `Evolution` makes of it."""
     child = {**config, **proposal.after}
     return {**child, "step_weights": _fit_weights(child["step_weights"], child["inner_steps"])}
 

@@ -43,7 +43,7 @@ class Killed(BaseException):
 
 
 class Journal:
-    """Commits numbered events as ``Evolution`` does: it counts what it has logged, and reads it back on resume."""
+    """Commits numbered events as `Evolution` does: it counts what it has logged, and reads it back on resume."""
 
     def __init__(self, store: RunStore, state: dict[str, Any] | None = None) -> None:
         self.store = store

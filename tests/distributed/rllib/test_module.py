@@ -39,7 +39,7 @@ def normalised(policy: SSMPolicy) -> SSMPolicy:
 
 
 def states(module: SSMModule, num_episodes: int) -> dict[str, Any]:
-    """What RLlib puts in a batch at the first step of ``num_episodes`` episodes."""
+    """What RLlib puts in a batch at the first step of `num_episodes` episodes."""
     initial = module.get_initial_state()
     return {Columns.STATE_IN: {name: value.expand(num_episodes, *value.shape) for name, value in initial.items()}}
 
