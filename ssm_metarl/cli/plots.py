@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from itertools import cycle, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.animation import PillowWriter
+from matplotlib import get_data_path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.tasks.cartpole import MAX_ANGLE, MAX_POSITION, TIME_STEP
 
 LISTED = 12
 """Mutations that are listed beside a lineage, the last ones that were kept."""
 
 _COLOURS = ("#7f8c8d", "#0b6fa4", "#c0392b", "#27ae60", "#8e44ad")
+
+# Of an animation: two panels side by side, in pixels, drawn larger and then reduced, which smooths the edges.
+_WIDTH, _HEIGHT, _SCALE = 380, 280, 2
+_GROUND, _METRE, _CART = 222, 68, 0.25  # the ground's place in a panel, pixels a metre, and a cart's height in metres
+_STRIDE, _PAUSE = 3, 10  # steps a frame, and frames for which the end of an episode is held
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -217,7 +225,7 @@ def plot_task(folder: Path, summary: Mapping[str, Any], before: Rollouts, after:
     if summary["task"] == "navigation-2d":
         files.append(_trajectories(before, after, summary["parameters"]["goal"], folder / "trajectories.png"))
     if summary["task"] == "cartpole":
-        files.append(_animation(before, after, summary["parameters"], folder / "before_after.gif"))
+        files.append(_animation(before, after, summary, folder / "before_after.gif"))
     return files
 
 
@@ -239,25 +247,93 @@ def _trajectories(before: Rollouts, after: Rollouts, goal: list[float], path: Pa
     return _write(figure, path)
 
 
-def _animation(before: Rollouts, after: Rollouts, task: Mapping[str, float], path: Path) -> Path:
-    """The first fresh episode of each, every fourth step; an episode that ended stands still."""
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    scenes = []
-    for axes, record, name in zip(figure.subplots(1, 2), (before, after), ("before", "after"), strict=True):
-        length = int(record.lengths()[0, 0])
-        axes.set(xlim=(-2.6, 2.6), ylim=(-0.4, 2.4), aspect="equal", yticks=[], title=f"{name}: {length} steps")
-        axes.axhline(0, color=_COLOURS[0], linewidth=1)
-        cart = axes.plot([], [], color="black", marker="s", markersize=11, linestyle="")[0]
-        pole = axes.plot([], [], color=_COLOURS[2], linewidth=3)[0]
-        scenes.append((record.observations[0, :length, 0], cart, pole))
-    writer = PillowWriter(fps=12)
-    with writer.saving(figure, str(path), dpi=72):
-        for step in range(0, max(len(states) for states, _, _ in scenes), 4):
-            for states, cart, pole in scenes:
-                x, _, angle, _ = states[min(step, len(states) - 1)]
-                cart.set_data([x], [0])
-                tip = 2 * task["length"]  # the task's length is half the pole's
-                pole.set_data([x, x + tip * np.sin(angle)], [0, tip * np.cos(angle)])
-            writer.grab_frame()
+class _Moment(NamedTuple):
+    """A frame's cart: state [4], number of the episode, its steps so far, and whether it has just been lost."""
+
+    state: np.ndarray
+    episode: int
+    steps: int
+    lost: bool
+
+
+def _animation(before: Rollouts, after: Rollouts, summary: Mapping[str, Any], path: Path) -> Path:
+    """Fresh episodes of each, one after another in real time, for as long as the longest episode lasts."""
+    steps, pole = summary["best_step"], 2 * summary["parameters"]["length"]  # the task's length is half the pole's
+    titles = {"before": "before adaptation", "after": f"after {steps} gradient step{'s' * (steps != 1)}"}
+    longest = max(int(record.lengths().max()) for record in (before, after))
+    background = Image.new("RGB", (2 * _WIDTH * _SCALE, _HEIGHT * _SCALE), "white")
+    draw = ImageDraw.Draw(background)
+    for panel, (name, title) in enumerate(titles.items()):
+        words = f"mean return {summary[name]['return']:.0f}"
+        for text, size, y, colour in ((title, 17, 22, "black"), (words, 13, 46, _COLOURS[0])):
+            draw.text(_point(panel, _WIDTH / 2, y), text, colour, _font(size), anchor="mm")
+    frames = []
+    for moments in zip(*(_film(record, longest) for record in (before, after)), strict=True):
+        frame = background.copy()
+        draw = ImageDraw.Draw(frame)
+        for panel, moment in enumerate(moments):
+            _draw_cart(draw, panel, moment, pole)
+            _draw_clock(draw, panel, moment, longest)
+        frames.append(frame.reduce(_SCALE))
+    some = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[:: len(frames) // 8 + 1]]))
+    palette = some.quantize(64, Image.Quantize.FASTOCTREE)
+    indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    milliseconds = round(1000 * TIME_STEP * _STRIDE)
+    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=milliseconds, loop=0)
     return path
+
+
+def _film(record: Rollouts, longest: int) -> list[_Moment]:
+    """As many frames as the longest episode has; the end of an episode is held, then the next one begins."""
+    film: list[_Moment] = []
+    count = -(-longest // _STRIDE) + _PAUSE
+    for number, slot in enumerate(cycle(np.flatnonzero(record.lengths()[0]).tolist()), start=1):
+        length = int(record.lengths()[0, slot])
+        states = record.observations[0, :length, slot]
+        film += [_Moment(states[step], number, step + 1, False) for step in range(0, length, _STRIDE)]
+        lost = bool(record.terminated[0, length - 1, slot])
+        film += [_Moment(record.last_observations[0, slot] if lost else states[-1], number, length, lost)] * _PAUSE
+        if len(film) >= count:
+            break
+    return film[:count]
+
+
+def _point(panel: int, x: float, y: float) -> tuple[float, float]:
+    """A panel's point in the enlarged picture."""
+    return (panel * _WIDTH + x) * _SCALE, y * _SCALE
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size * _SCALE)
+
+
+def _draw_cart(draw: ImageDraw.ImageDraw, panel: int, moment: _Moment, pole: float) -> None:
+    """Cart, pole of so many metres, and in grey the angles and places within which an episode goes on."""
+    x, _, angle, _ = moment.state.tolist()
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return _point(panel, _WIDTH / 2 + x * _METRE, _GROUND - y * _METRE)
+
+    def tip(angle: float) -> tuple[float, float]:
+        return place(x + pole * np.sin(angle), _CART + pole * np.cos(angle))
+
+    draw.polygon([place(x, _CART), tip(-MAX_ANGLE), tip(0), tip(MAX_ANGLE)], "#e8ecef")
+    draw.line([place(-MAX_POSITION, 0), place(MAX_POSITION, 0)], _COLOURS[0], 2 * _SCALE)
+    for side in (-MAX_POSITION, MAX_POSITION):
+        draw.line([place(side, -0.07), place(side, 0.07)], _COLOURS[0], 2 * _SCALE)
+    draw.rounded_rectangle([place(x - _CART, _CART), place(x + _CART, 0.02)], 3 * _SCALE, "#2c3e50")
+    colour = _COLOURS[2] if moment.lost else _COLOURS[1]
+    draw.line([place(x, _CART), tip(angle)], colour, 6 * _SCALE)
+    for end in (place(x, _CART), tip(angle)):
+        draw.circle(end, 3 * _SCALE, colour)
+
+
+def _draw_clock(draw: ImageDraw.ImageDraw, panel: int, moment: _Moment, longest: int) -> None:
+    """A bar of the episode's steps so far."""
+    left, right, top, bottom = 28, _WIDTH - 168, _HEIGHT - 30, _HEIGHT - 22
+    colour = _COLOURS[2] if moment.lost else _COLOURS[3]
+    for end, fill in ((right, "#e8ecef"), (left + (right - left) * moment.steps / longest, colour)):
+        draw.rectangle([_point(panel, left, top), _point(panel, end, bottom)], fill)
+    words = f"episode {moment.episode}, step {moment.steps}"
+    draw.text(_point(panel, right + 12, (top + bottom) / 2), words, "black", _font(13), anchor="lm")

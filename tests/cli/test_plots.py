@@ -10,9 +10,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
+from ssm_metarl import AdaptOptions, adapt_checkpoint
 from ssm_metarl.cli import plots
-from ssm_metarl.cli.plots import plot_run, read_metrics
+from ssm_metarl.cli.plots import plot_run, plot_task, read_metrics
+from ssm_metarl.tasks.cartpole import TIME_STEP
 
 
 def write_metrics(run: Path, iterations: int, stages: int) -> list[dict[str, Any]]:
@@ -119,3 +122,20 @@ def test_without_an_iteration_there_is_nothing_to_draw(tmp_path: Path, content: 
     with pytest.raises(ValueError, match=rf"^{tmp_path}.* {reason}\.$"):
         plot_run(tmp_path, "a task")
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_the_animation_shows_the_longest_episode_in_real_time(tmp_path: Path) -> None:
+    """The pole that falls is shown again and again beside it, so that both panels move."""
+    report = adapt_checkpoint("pretrained:cartpole", {"direction": -1}, options=AdaptOptions(test_episodes=2))
+    longest = max(int(record.lengths().max()) for record in (report.before, report.after))
+    *_, path = plot_task(tmp_path, report.summary(), report.before, report.after)
+    seconds, left = 0.0, set()
+    with Image.open(path) as picture:
+        for frame in range(picture.n_frames):  # type: ignore[attr-defined]
+            picture.seek(frame)
+            seconds += picture.info["duration"] / 1000
+            left.add(picture.convert("L").crop((0, 60, picture.width // 2, 230)).tobytes())
+    assert seconds == pytest.approx(longest * TIME_STEP, abs=1.0)
+    assert seconds > longest * TIME_STEP, "and its end is held"
+    assert len(left) > int(report.before.lengths()[0, 0]) / plots._STRIDE, "more than one episode"
+    assert path.stat().st_size < 600_000
