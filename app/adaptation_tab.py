@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -47,14 +47,109 @@ PICTURES = {
 }
 
 
+NO_REPLAY = "Hybrid adaptation needs a model that was trained with episodes kept for replay."
+
+
+class Task(NamedTuple):
+    """What sets the task: a group of boxes for each family, of which the model's own is in sight, and all the boxes."""
+
+    cart: gr.Group
+    plane: gr.Group
+    other: gr.Group
+    boxes: list[Any]
+
+
+class Controls(NamedTuple):
+    """What a person sets and presses, and where the answers stand."""
+
+    model: gr.Dropdown
+    task: Task
+    mode: gr.Radio
+    steps: gr.Slider
+    episodes: gr.Slider
+    seed: gr.Number
+    keep: gr.Checkbox
+    adapt: gr.Button
+    result: gr.HTML
+    pictures: gr.HTML
+
+
+class Comparison(NamedTuple):
+    """What compares the modes, below them."""
+
+    split: gr.Dropdown
+    num_tasks: gr.Slider
+    compare: gr.Button
+    table: gr.HTML
+
+
 def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
-    """Lay the tab out; called within it."""
+    """Lay the tab out and wire it; called within it."""
+    do, it = Handlers(workspace), lay_out_controls()
+    below = lay_out_comparison()
+    it.model.change(do.choose, it.model, [*it.task[:3], it.mode], **LOOK)
+    inputs = [it.model, it.mode, it.steps, it.episodes, it.seed, it.keep, *it.task.boxes]
+    it.adapt.click(do.adapt, inputs, [it.result, it.pictures], show_progress_on=it.result, **COMPUTE)
+    inputs = [it.model, below.split, below.num_tasks, it.steps, it.episodes]
+    below.compare.click(do.compare, inputs, below.table, **COMPUTE)
+    offer_models([page.load, tab.select], workspace, it.model)
+
+
+def lay_out_controls() -> Controls:
+    """What sets a task and adapts to it, beside the answers."""
+    with gr.Row():
+        with gr.Column(scale=1):
+            model = model_choice("Model", elem_id="adapt-model")
+            task = lay_out_task()
+            mode = gr.Radio(["none", "standard", "hybrid"], value="standard", label="Adaptation", elem_id="mode")
+            steps = gr.Slider(1, 10, 3, step=1, label="Adaptation steps")
+            episodes = gr.Slider(1, 50, 5, step=1, label="Episodes a step")
+            seed = gr.Number(0, label="Seed", minimum=0, precision=0)
+            keep = gr.Checkbox(label="Keep the adapted policy in the runs folder")
+            adapt = gr.Button("Adapt", variant="primary", elem_id="adapt")
+        with gr.Column(scale=2):
+            result = gr.HTML("<p>Set a task and press Adapt.</p>", elem_id="adapt-result")
+            pictures = gr.HTML(elem_id="adapt-pictures")
+    return Controls(model, task, mode, steps, episodes, seed, keep, adapt, result, pictures)
+
+
+def lay_out_task() -> Task:
+    """The boxes of a task, in the order of `task_parameters`."""
+    with gr.Group(visible=False) as cart:
+        sliders = [_slider(name) for name in LABELS]
+        direction = gr.Radio([("right", 1), ("left", -1)], value=-1, label="Action 1 pushes to the")
+    with gr.Group(visible=False) as plane:
+        reach = max(outer for _, outer in navigation.GOALS.values())
+        goal = [
+            gr.Slider(-reach, reach, value, step=0.01, label=f"Hidden goal, {axis}", info="in training ± 0.5")
+            for axis, value in (("x", 0.3), ("y", -0.4))
+        ]
+    with gr.Group(visible=False) as other:
+        text = gr.Textbox("{}", label="Task parameters as JSON", info="what is left out is drawn by the seed")
+    return Task(cart, plane, other, [*sliders, direction, *goal, text])
+
+
+def lay_out_comparison() -> Comparison:
+    """What compares the modes."""
+    gr.Markdown("## The modes side by side, on the same held-out tasks")
+    with gr.Row():
+        split = gr.Dropdown(SPLITS, value="test", label="Held-out tasks")
+        num_tasks = gr.Slider(5, 100, 20, step=1, label="Number of tasks")
+        compare = gr.Button("Compare", elem_id="compare")
+    return Comparison(split, num_tasks, compare, gr.HTML(elem_id="modes"))
+
+
+class Handlers(NamedTuple):
+    """What the tab does, in its workspace; without a page, too."""
+
+    workspace: Workspace
 
     @readable
-    def choose(name: str | None) -> tuple[Any, ...]:
+    def choose(self, name: str | None) -> tuple[Any, ...]:
+        """Which groups of boxes a model needs, and which modes it has."""
         if not name:
             return gr.skip(), gr.skip(), gr.skip(), gr.skip()
-        checkpoint = load_checkpoint(workspace.checkpoint(name))
+        checkpoint = load_checkpoint(self.workspace.checkpoint(name))
         task = checkpoint.config.get("task")
         modes = ["none", "standard", *(["hybrid"] if checkpoint.replay else [])]
         return (
@@ -66,22 +161,24 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
 
     @readable
     def adapt(
-        name: str | None, mode: str, steps: int, episodes: int, start: float | None, keep: bool, *sliders: Any
+        self, name: str | None, mode: str, steps: int, episodes: int, start: float | None, keep: bool, *boxes: Any
     ) -> tuple[str, str]:
-        path = workspace.checkpoint(name)
-        params = task_parameters(str(load_checkpoint(path).config.get("task")), *sliders)
+        """Adapt to the task that the boxes set: before and after, and the pictures."""
+        path = self.workspace.checkpoint(name)
+        params = task_parameters(str(load_checkpoint(path).config.get("task")), *boxes)
         options = AdaptOptions(steps=int(steps), episodes=int(episodes))
-        report = adapt_checkpoint(path, params, mode=mode, options=options, seed=int(*numbers([seed], [start])))
+        report = adapt_checkpoint(path, params, mode=mode, options=options, seed=int(*numbers(["Seed"], [start])))
         with tempfile.TemporaryDirectory() as folder:
-            out = workspace.runs / run_name(report.task, f"adapt-{mode}") if keep else Path(folder)
+            out = self.workspace.runs / run_name(report.task, f"adapt-{mode}") if keep else Path(folder)
             summary = write_report(report, out)
             pictures = [Path(picture) for picture in summary["pictures"]]
             shown = pictures_html((picture, PICTURES[picture.name]) for picture in pictures)
         return headline(summary) + (kept(out) if keep else ""), shown
 
     @readable
-    def compare(name: str | None, split: str, num_tasks: int, steps: int, episodes: int) -> str:
-        path = workspace.checkpoint(name)
+    def compare(self, name: str | None, split: str, num_tasks: int, steps: int, episodes: int) -> str:
+        """The modes on the same held-out tasks, as a table."""
+        path = self.workspace.checkpoint(name)
         replay = load_checkpoint(path).replay
         report = compare_modes(
             path,
@@ -92,45 +189,6 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
         )
         note = "" if replay else f'<p class="legend">{NO_REPLAY}</p>'
         return table_html(modes_table(report.summary())) + note
-
-    with gr.Row():
-        with gr.Column(scale=1):
-            model = model_choice("Model", elem_id="adapt-model")
-            with gr.Group(visible=False) as cart:
-                sliders = [_slider(name) for name in LABELS]
-                direction = gr.Radio([("right", 1), ("left", -1)], value=-1, label="Action 1 pushes to the")
-            with gr.Group(visible=False) as plane:
-                reach = max(outer for _, outer in navigation.GOALS.values())
-                goal = [
-                    gr.Slider(-reach, reach, value, step=0.01, label=f"Hidden goal, {axis}", info="in training ± 0.5")
-                    for axis, value in (("x", 0.3), ("y", -0.4))
-                ]
-            with gr.Group(visible=False) as other:
-                text = gr.Textbox("{}", label="Task parameters as JSON", info="what is left out is drawn by the seed")
-            mode = gr.Radio(["none", "standard", "hybrid"], value="standard", label="Adaptation", elem_id="mode")
-            steps = gr.Slider(1, 10, 3, step=1, label="Adaptation steps")
-            episodes = gr.Slider(1, 50, 5, step=1, label="Episodes a step")
-            seed = gr.Number(0, label="Seed", minimum=0, precision=0)
-            keep = gr.Checkbox(label="Keep the adapted policy in the runs folder")
-            button = gr.Button("Adapt", variant="primary", elem_id="adapt")
-        with gr.Column(scale=2):
-            result = gr.HTML("<p>Set a task and press Adapt.</p>", elem_id="adapt-result")
-            pictures = gr.HTML(elem_id="adapt-pictures")
-    gr.Markdown("## The modes side by side, on the same held-out tasks")
-    with gr.Row():
-        split = gr.Dropdown(SPLITS, value="test", label="Held-out tasks")
-        num_tasks = gr.Slider(5, 100, 20, step=1, label="Number of tasks")
-        compare_button = gr.Button("Compare", elem_id="compare")
-    table = gr.HTML(elem_id="modes")
-
-    model.change(choose, model, [cart, plane, other, mode], **LOOK)
-    inputs = [model, mode, steps, episodes, seed, keep, *sliders, direction, *goal, text]
-    button.click(adapt, inputs, [result, pictures], show_progress_on=result, **COMPUTE)
-    compare_button.click(compare, [model, split, num_tasks, steps, episodes], table, **COMPUTE)
-    offer_models([page.load, tab.select], workspace, model)
-
-
-NO_REPLAY = "Hybrid adaptation needs a model that was trained with episodes kept for replay."
 
 
 def task_parameters(task: str, *values: Any) -> dict[str, Any]:

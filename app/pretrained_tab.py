@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -18,36 +18,61 @@ from ssm_metarl.storage.contents import Checkpoint
 SPLITS = ["test", "shifted-test", "validation", "shifted", "train"]
 
 
+NO_MODEL = "<p>Choose a model: one that comes with the package, or a run of your own.</p>"
+
+
+class Controls(NamedTuple):
+    """What a person sets, and where the answers stand."""
+
+    model: gr.Dropdown
+    split: gr.Dropdown
+    num_tasks: gr.Slider
+    steps: gr.Slider
+    evaluate: gr.Button
+    card: gr.HTML
+    evaluation: gr.HTML
+
+
 def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
-    """Lay the tab out; called within it."""
+    """Lay the tab out and wire it; called within it."""
+    it, do = lay_out(), Handlers(workspace)
+    it.model.change(do.show, it.model, [it.card, it.evaluation], **LOOK)
+    it.evaluate.click(do.assess, [it.model, it.split, it.num_tasks, it.steps], it.evaluation, **COMPUTE)
+    offer_models([page.load, tab.select], workspace, it.model)
 
-    @readable
-    def show(name: str | None) -> tuple[str, str]:
-        return (describe(workspace, name) if name else NO_MODEL), ""
 
-    @readable
-    def assess(name: str | None, split: str, num_tasks: int, steps: int) -> str:
-        path = workspace.checkpoint(name)
-        inner = load_checkpoint(path).config.get("inner_steps", 1)
-        report = evaluate_checkpoint(path, split=split, num_tasks=num_tasks, steps=steps if inner else 0)
-        return table_html(evaluation_table(report.summary()))
-
+def lay_out() -> Controls:
+    """The tab's components."""
     with gr.Row():
         with gr.Column(scale=1):
             model = model_choice("Model", elem_id="model")
             split = gr.Dropdown(SPLITS, value="test", label="Held-out tasks", info="shifted: outside of training")
             num_tasks = gr.Slider(5, 200, 40, step=1, label="Number of tasks")
             steps = gr.Slider(0, 5, 3, step=1, label="Most adaptation steps")
-            button = gr.Button("Evaluate", variant="primary")
+            evaluate = gr.Button("Evaluate", variant="primary")
         with gr.Column(scale=2):
             card = gr.HTML(NO_MODEL, label="Card", elem_id="card")
             evaluation = gr.HTML(label="Evaluation", elem_id="evaluation")
-    model.change(show, model, [card, evaluation], **LOOK)
-    button.click(assess, [model, split, num_tasks, steps], evaluation, **COMPUTE)
-    offer_models([page.load, tab.select], workspace, model)
+    return Controls(model, split, num_tasks, steps, evaluate, card, evaluation)
 
 
-NO_MODEL = "<p>Choose a model: one that comes with the package, or a run of your own.</p>"
+class Handlers(NamedTuple):
+    """What the tab does, in its workspace; without a page, too."""
+
+    workspace: Workspace
+
+    @readable
+    def show(self, name: str | None) -> tuple[str, str]:
+        """A model's card, and no evaluation yet."""
+        return (describe(self.workspace, name) if name else NO_MODEL), ""
+
+    @readable
+    def assess(self, name: str | None, split: str, num_tasks: int, steps: int) -> str:
+        """A model's returns on held-out tasks; one that has no inner steps is not adapted."""
+        path = self.workspace.checkpoint(name)
+        inner = load_checkpoint(path).config.get("inner_steps", 1)
+        report = evaluate_checkpoint(path, split=split, num_tasks=num_tasks, steps=steps if inner else 0)
+        return table_html(evaluation_table(report.summary()))
 
 
 def describe(workspace: Workspace, name: str) -> str:

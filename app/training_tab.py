@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import pandas as pd
+from gradio.components import FormComponent
 
 from ssm_metarl.algorithms.registry import ALGORITHMS
 from ssm_metarl.app.view import (
@@ -21,7 +23,7 @@ from ssm_metarl.app.view import (
     numbers,
     option_words,
     readable,
-    run_choice,
+    run_controls,
     start_job,
     table_html,
 )
@@ -34,20 +36,20 @@ from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
 from ssm_metarl.tasks import names
 
-OPTIONS = (
-    "iterations",
-    "meta_batch",
-    "episodes",
-    "inner_lr",
-    "inner_steps",
-    "outer_lr",
-    "hidden_dim",
-    "state_dim",
-    "num_layers",
-    "replay_episodes",
-    "seed",
-)
-"""Options of `train` that the page offers; the others are the task's own."""
+OPTIONS = {
+    "iterations": "Iterations",
+    "meta_batch": "Tasks an iteration (meta_batch)",
+    "episodes": "Episodes a task",
+    "inner_lr": "Inner learning rate",
+    "inner_steps": "Inner steps",
+    "outer_lr": "Outer learning rate",
+    "hidden_dim": "Width (hidden_dim)",
+    "state_dim": "State variables (state_dim)",
+    "num_layers": "SSM layers",
+    "replay_episodes": "Episodes kept for replay",
+    "seed": "Seed",
+}
+"""Options of `train` that the page offers, and what their boxes are called; the others are the task's own."""
 
 POINTS = 400
 """Most points of a curve; a longer one is thinned out."""
@@ -55,111 +57,137 @@ POINTS = 400
 PHASES = ("sample", "adapt", "update", "ray")
 
 
+class Controls(NamedTuple):
+    """What a person sets and presses; `boxes` are those of `OPTIONS`, in their order."""
+
+    task: gr.Dropdown
+    algorithm: gr.Dropdown
+    boxes: list[FormComponent]
+    start: gr.Button
+
+
+class Shown(NamedTuple):
+    """What shows the chosen run."""
+
+    curve: gr.LinePlot
+    speed: gr.LinePlot
+    phases: gr.LinePlot
+    evaluation: gr.HTML
+
+
 def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
-    """Lay the tab out; called within it."""
+    """Lay the tab out and wire it; called within it."""
+    do = Handlers(workspace)
+    with gr.Row():
+        with gr.Column(scale=1):
+            new = lay_out_controls()
+        with gr.Column(scale=2):
+            old = run_controls("train", "Stop with a checkpoint", "Go on for more iterations")
+            shown = lay_out_run()
+    what = [new.task, new.algorithm]
+    gr.on([new.task.change, new.algorithm.input], defaults, what, [new.algorithm, *new.boxes], **LOOK)
+    new.start.click(do.start, [*what, *new.boxes], old.run, show_progress_on=old.status, **JOBS)
+    old.stop.click(do.stop, old.run, old.status, **JOBS)
+    old.resume.click(do.go_on, [old.run, new.boxes[0]], old.status, **JOBS)
+    follow(page, workspace, "train", old, shown._asdict(), look)
+
+
+def lay_out_controls() -> Controls:
+    """The column that starts a run, with the first task's own options."""
+    label, first = OPTIONS, TrainConfig.for_task("navigation-2d").to_dict()
+
+    def slider(name: str, low: int, high: int, step: int = 1, **more: Any) -> gr.Slider:
+        return gr.Slider(low, high, first[name], step=step, label=OPTIONS[name], **more)
+
+    task = gr.Dropdown(list(names()), value="navigation-2d", label="Task", elem_id="train-task")
+    algorithm = gr.Dropdown(list(ALGORITHMS), value="promp", label="Algorithm")
+    iterations = slider("iterations", 1, 500, elem_id="iterations")
+    with gr.Accordion("Experience and learning", open=False):
+        learning = [
+            slider("meta_batch", 2, 200),
+            slider("episodes", 1, 100, elem_id="episodes"),
+            gr.Number(first["inner_lr"], label=label["inner_lr"], minimum=0.001, maximum=10, step=0.01),
+            slider("inner_steps", 0, 3, info="0: rl2, policy-gradient"),
+            gr.Number(first["outer_lr"], label=label["outer_lr"], minimum=1e-6, maximum=0.1, step=1e-4),
+        ]
+    with gr.Accordion("Policy, replay and seed", open=False):
+        words = "hybrid adaptation needs some"
+        policy = [
+            slider("hidden_dim", 4, 256),
+            slider("state_dim", 2, 256, step=2),
+            slider("num_layers", 0, 4, info="0: a policy without memory"),
+            gr.Slider(0, 512, 64, step=1, label=label["replay_episodes"], info=words),
+            gr.Number(0, label=label["seed"], minimum=0, precision=0),
+        ]
+    start = gr.Button("Start meta-training", variant="primary", elem_id="train-start")
+    return Controls(task, algorithm, [iterations, *learning, *policy], start)
+
+
+def lay_out_run() -> Shown:
+    """What shows a run, below its controls."""
+    curve = gr.LinePlot(
+        x="environment steps",
+        y="return",
+        color="stage",
+        title="Mean return of the meta-batch",
+        x_axis_format="~s",
+        height=280,
+    )
+    small: dict[str, Any] = {"x": "iteration", "x_axis_format": "~s", "height": 220, "min_width": 280}
+    with gr.Row():
+        speed = gr.LinePlot(y="steps/s", title="Steps a second", y_axis_format="~s", **small)
+        phases = gr.LinePlot(y="seconds", color="phase", title="Time by phase", **small)
+    return Shown(curve, speed, phases, gr.HTML(elem_id="train-evaluation"))
+
+
+class Handlers(NamedTuple):
+    """What the tab's buttons do, in its workspace; without a page, too."""
+
+    workspace: Workspace
 
     @readable
-    def defaults(task: str, algorithm: str | None) -> list[Any]:
-        config = TrainConfig.for_task(task, **({"algorithm": algorithm} if algorithm else {}))
-        return [config.algorithm, *(getattr(config, name) for name in OPTIONS)]
+    def start(self, task: str, algorithm: str, *values: float | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
+        """Start a run with the values of `OPTIONS`, and choose it."""
+        command = train_command(task, algorithm, dict(zip(OPTIONS, numbers(OPTIONS.values(), values), strict=True)))
+        name = start_job(self.workspace, command, progress)
+        return gr.update(choices=self.workspace.list_runs("train", self.workspace.jobs()), value=name)
 
     @readable
-    def start(task: str, algorithm: str, *values: float | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
-        command = train_command(task, algorithm, dict(zip(OPTIONS, numbers(boxes, values), strict=True)))
-        name = start_job(workspace, command, progress)
-        return gr.update(choices=workspace.list_runs("train", workspace.jobs()), value=name)
+    def stop(self, name: str | None) -> str:
+        """End a run's job."""
+        return line_html(name, f"job {self.workspace.stop(name)} ends its iteration and writes a checkpoint")
 
     @readable
-    def stop(name: str | None) -> str:
-        return line_html(name, f"job {workspace.stop(name)} ends its iteration and writes a checkpoint")
-
-    @readable
-    def go_on(name: str | None, iterations: float, progress: Any = gr.Progress()) -> str:  # noqa: B008
-        run = workspace.folder(name)
+    def go_on(self, name: str | None, iterations: float, progress: Any = gr.Progress()) -> str:  # noqa: B008
+        """Start a job that resumes a run for so many iterations more than its last checkpoint has."""
+        run = self.workspace.folder(name)
         saved = checkpoints(run)
         if not saved:
             raise ValueError(f"There is no checkpoint in {name} to go on from.")
         total = load_checkpoint(saved[-1]).progress["iteration"] + int(iterations)
-        start_job(workspace, ["train", "--resume", "--run-dir", str(run), "--iterations", str(total)], progress)
+        start_job(self.workspace, ["train", "--resume", "--run-dir", str(run), "--iterations", str(total)], progress)
         return line_html(name, f"resumes, to iteration {total}")
 
-    with gr.Row():
-        with gr.Column(scale=1):
-            task = gr.Dropdown(list(names()), value="navigation-2d", label="Task", elem_id="train-task")
-            algorithm = gr.Dropdown(list(ALGORITHMS), value="promp", label="Algorithm")
-            first = TrainConfig.for_task("navigation-2d")
-            iterations = gr.Slider(1, 500, first.iterations, step=1, label="Iterations", elem_id="iterations")
-            with gr.Accordion("Experience and learning", open=False):
-                boxes = [
-                    iterations,
-                    gr.Slider(2, 200, first.meta_batch, step=1, label="Tasks an iteration (meta_batch)"),
-                    gr.Slider(1, 100, first.episodes, step=1, label="Episodes a task", elem_id="episodes"),
-                    gr.Number(first.inner_lr, label="Inner learning rate", minimum=0.001, maximum=10, step=0.01),
-                    gr.Slider(0, 3, first.inner_steps, step=1, label="Inner steps", info="0: rl2, policy-gradient"),
-                    gr.Number(first.outer_lr, label="Outer learning rate", minimum=1e-6, maximum=0.1, step=1e-4),
-                ]
-            with gr.Accordion("Policy, replay and seed", open=False):
-                boxes += [
-                    gr.Slider(4, 256, first.hidden_dim, step=1, label="Width (hidden_dim)"),
-                    gr.Slider(2, 256, first.state_dim, step=2, label="State variables (state_dim)"),
-                    gr.Slider(0, 4, first.num_layers, step=1, label="SSM layers", info="0: a policy without memory"),
-                    gr.Slider(
-                        0, 512, 64, step=1, label="Episodes kept for replay", info="hybrid adaptation needs some"
-                    ),
-                    gr.Number(0, label="Seed", minimum=0, precision=0),
-                ]
-            begin = gr.Button("Start meta-training", variant="primary", elem_id="train-start")
-        with gr.Column(scale=2):
-            run = run_choice(elem_id="train-run")
-            status = gr.HTML(line_html("No run yet."), elem_id="train-status")
-            with gr.Row(equal_height=True):
-                end = gr.Button("Stop with a checkpoint", variant="stop", elem_id="train-stop")
-                resume = gr.Button("Go on for more iterations", elem_id="train-resume")
-            curve = gr.LinePlot(
-                x="environment steps",
-                y="return",
-                color="stage",
-                title="Mean return of the meta-batch",
-                x_axis_format="~s",
-                height=280,
-            )
-            with gr.Row():
-                speed = gr.LinePlot(
-                    x="iteration",
-                    y="steps/s",
-                    title="Steps a second",
-                    x_axis_format="~s",
-                    y_axis_format="~s",
-                    height=220,
-                    min_width=280,
-                )
-                phases = gr.LinePlot(
-                    x="iteration",
-                    y="seconds",
-                    color="phase",
-                    title="Time by phase",
-                    x_axis_format="~s",
-                    height=220,
-                    min_width=280,
-                )
-            evaluation = gr.HTML(elem_id="train-evaluation")
 
-    def look(name: str, folder: Path, job: dict[str, Any] | None, _: object) -> tuple[dict[str, Any], Show]:
-        lines = _lines(folder)
+@readable
+def defaults(task: str, algorithm: str | None) -> list[Any]:
+    """The algorithm and the values of `OPTIONS` that a task has of its own; None: the task's algorithm, too."""
+    config = TrainConfig.for_task(task, **({"algorithm": algorithm} if algorithm else {})).to_dict()
+    return [config[name] for name in ("algorithm", *OPTIONS)]
 
-        def show() -> dict[Any, Any]:
-            held_out = folder / "evaluation.json"
-            table = table_html(evaluation_table(json.loads(held_out.read_text()))) if held_out.is_file() else ""
-            plots = dict(zip((curve, speed, phases), curves(lines), strict=True))
-            return {status: _status(folder, name, job, lines), **plots, evaluation: table}
 
-        return {"lines": len(lines)}, show
+def look(name: str, folder: Path, job: dict[str, Any] | None, _: object) -> tuple[dict[str, Any], Show]:
+    """See `view.Look`: a run has news when its metrics have another line."""
+    lines = _lines(folder)
+    return {"lines": len(lines)}, partial(show, name, folder, job, lines)
 
-    gr.on([task.change, algorithm.input], defaults, [task, algorithm], [algorithm, *boxes], **LOOK)
-    begin.click(start, [task, algorithm, *boxes], run, show_progress_on=status, **JOBS)
-    end.click(stop, run, status, **JOBS)
-    resume.click(go_on, [run, iterations], status, **JOBS)
-    follow(page, workspace, "train", run, status, [curve, speed, phases, evaluation], look)
+
+def show(name: str, folder: Path, job: dict[str, Any] | None, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """How a run stands, by the names of `Shown`, and its status."""
+    held_out = folder / "evaluation.json"
+    table = table_html(evaluation_table(json.loads(held_out.read_text()))) if held_out.is_file() else ""
+    plots = dict(zip(("curve", "speed", "phases"), curves(lines), strict=True))
+    return {"status": _status(folder, name, job, lines), **plots, "evaluation": table}
 
 
 def train_command(task: str, algorithm: str, options: dict[str, float]) -> list[str]:

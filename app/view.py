@@ -10,13 +10,12 @@ import math
 import mimetypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import gradio as gr
-from gradio.components import FormComponent
 from rich.table import Table
 
-from ssm_metarl.app.workspace import Workspace, job_of
+from ssm_metarl.app.workspace import Kind, Workspace, job_of
 from ssm_metarl.distributed.collection import EnvironmentFailure
 from ssm_metarl.distributed.jobs import JobError
 
@@ -34,8 +33,8 @@ LOOK: Mapping[str, Any] = {"concurrency_id": "look", "concurrency_limit": 4, "sh
 
 POLL_SECONDS = 2.0
 
-Show: TypeAlias = Callable[[], dict[Any, Any]]
-"""Makes new values of components."""
+Show: TypeAlias = Callable[[], dict[str, Any]]
+"""Makes new values of the components that show a run, by their names in the tab."""
 
 Look: TypeAlias = Callable[[str, Path, dict[str, Any] | None, Mapping[str, Any]], tuple[dict[str, Any], Show]]
 """Takes a run's name, its folder, its job, and what was seen last time; gives what is seen now, and what shows it."""
@@ -61,10 +60,9 @@ def readable(handler: Callable[P, R]) -> Callable[P, R]:
 def follow(
     page: gr.Blocks,
     workspace: Workspace,
-    kind: Literal["train", "evolve"],
-    run: gr.Dropdown,
-    status: gr.HTML,
-    more: Sequence[Any],
+    kind: Kind,
+    controls: RunControls,
+    shown: Mapping[str, Any],
     look: Look,
 ) -> None:
     """Keep the list of runs, and what is shown of the chosen one, as they are; an error becomes the status line.
@@ -72,12 +70,12 @@ def follow(
     Args:
         page: with its opening the following begins.
         kind: of the runs.
-        run: list of the runs; a choice that was made is left alone, for it may be newer than the look.
-        status: says how the run stands.
-        more: the other components that show it.
+        controls: of the runs; a choice that was made is left alone, for it may be newer than the look.
+        shown: the components that show the run, by name; `status` is one of `controls`.
         look: see `Look`.
     """
-    memory = gr.State({})
+    memory, run, status = gr.State({}), controls.run, controls.status
+    parts = {"status": status, **shown}
 
     def news(name: str | None, seen: dict[str, Any]) -> dict[Any, Any]:
         found = workspace.jobs()
@@ -96,7 +94,9 @@ def follow(
             values[run] = gr.update(choices=runs, value=chosen)
         elif runs != seen.get("runs"):
             values[run] = gr.update(choices=runs)
-        return values if now.items() <= seen.items() else values | show()
+        if not now.items() <= seen.items():
+            values |= {parts[part]: value for part, value in show().items()}
+        return values
 
     def handle(name: str | None, seen: dict[str, Any]) -> dict[Any, Any]:
         try:
@@ -108,7 +108,7 @@ def follow(
         [page.load, run.change, gr.Timer(POLL_SECONDS).tick],
         handle,
         [run, memory],
-        [run, status, *more, memory],
+        [run, *parts.values(), memory],
         **POLL,
     )
 
@@ -119,16 +119,17 @@ def start_job(workspace: Workspace, command: Sequence[str], progress: gr.Progres
     return workspace.start(command)
 
 
-def numbers(boxes: Sequence[FormComponent], values: Sequence[float | None]) -> list[float]:
+def numbers(labels: Iterable[str], values: Sequence[float | None]) -> list[float]:
     """What boxes hold.
 
     Raises:
         ValueError: one was left empty, or holds no finite number.
     """
-    given = [value for value in values if value is not None and math.isfinite(value)]
-    if len(given) < len(values):
-        wrong = next(box.label for box, value in zip(boxes, values, strict=True) if value not in given)
-        raise ValueError(f"{wrong}: a number is missing.")
+    given = []
+    for label, value in zip(labels, values, strict=True):
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"{label}: a number is missing.")
+        given.append(value)
     return given
 
 
@@ -198,10 +199,28 @@ def model_choice(label: str, **options: Any) -> gr.Dropdown:
     )
 
 
-def run_choice(**options: Any) -> gr.Dropdown:
-    """A list of runs; a name is checked when it is used, for a page can be older than the server that it asks."""
+class RunControls(NamedTuple):
+    """What chooses a run, says how it stands, ends its job and lets it go on."""
+
+    run: gr.Dropdown
+    status: gr.HTML
+    stop: gr.Button
+    resume: gr.Button
+
+
+def run_controls(kind: Kind, stop: str, resume: str) -> RunControls:
+    """Those of a kind of run; a name is checked when it is used, for a page can be older than the server it asks.
+
+    Args:
+        kind: of the runs; begins the ids of the components.
+        stop, resume: what the buttons say.
+    """
     words = "a job continues when this page is closed"
-    return gr.Dropdown([], label="Run", info=words, allow_custom_value=True, **options)
+    run = gr.Dropdown([], label="Run", info=words, allow_custom_value=True, elem_id=f"{kind}-run")
+    status = gr.HTML(line_html("No run yet."), elem_id=f"{kind}-status")
+    with gr.Row(equal_height=True):
+        end = gr.Button(stop, variant="stop", elem_id=f"{kind}-stop")
+        return RunControls(run, status, end, gr.Button(resume, elem_id=f"{kind}-resume"))
 
 
 def offer_models(triggers: Sequence[Any], workspace: Workspace, model: gr.Dropdown, before: Sequence[str] = ()) -> None:

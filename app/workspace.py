@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from ssm_metarl import pretrained
 from ssm_metarl.cli.job import job_view, prepared
@@ -15,6 +15,9 @@ from ssm_metarl.storage.run_folder import resolve_checkpoint
 
 MAX_JOBS = 2
 """Jobs that the page lets run side by side."""
+
+Kind: TypeAlias = Literal["train", "evolve"]
+"""Of a run: the command that made it."""
 
 MARKS = {"train": "metrics.jsonl", "evolve": "rsi/state.json"}
 """By kind of run, the file that a folder of one has."""
@@ -85,7 +88,7 @@ class Workspace:
             return []
         return [job_view(job) for job in reversed(found)]
 
-    def list_runs(self, kind: Literal["train", "evolve"], found: Sequence[dict[str, Any]]) -> list[str]:
+    def list_runs(self, kind: Kind, found: Sequence[dict[str, Any]]) -> list[str]:
         """Names of the runs of a kind: those of jobs first, for they may have no folder yet, then by age.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import os
@@ -29,6 +30,7 @@ from ssm_metarl.app.workspace import MAX_JOBS, Workspace, job_of
 from ssm_metarl.cli.main import check_command, main
 from ssm_metarl.cli.options import Evolve, Train, parse
 from ssm_metarl.distributed import jobs
+from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +148,8 @@ def test_an_error_is_one_sentence(error: Exception, sentence: str) -> None:
 
 
 def test_what_the_page_trains_is_what_the_command_trains() -> None:
-    options = {name: getattr(TrainConfig.for_task("cartpole"), name) for name in training_tab.OPTIONS}
+    own = TrainConfig.for_task("cartpole").to_dict()
+    options = {name: own[name] for name in training_tab.OPTIONS}
     options |= {"iterations": 7, "inner_lr": 0.25, "replay_episodes": 64}
     words = training_tab.train_command("cartpole", "maml", options)
     parsed = parse(words)
@@ -172,6 +175,46 @@ def test_what_the_page_evolves_is_what_the_command_evolves(workspace: Workspace)
         evolution_tab.evolve_command(None, "navigation-2d", 1, 1, 0, 0, 2, 0)
 
 
+def test_a_run_goes_on_from_its_last_checkpoint(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(Workspace, "start", lambda self, command: started.append(command))
+    handlers = training_tab.Handlers(workspace)
+    assert "resumes, to iteration 5" in handlers.go_on("point", 4, progress=lambda *_, **__: None)
+    assert started == [["train", "--resume", "--run-dir", str(workspace.folder("point")), "--iterations", "5"]]
+    with pytest.raises(gr.Error, match="no checkpoint in empty"):
+        handlers.go_on("empty", 4, progress=lambda *_, **__: None)
+
+
+def test_a_tab_shows_how_a_run_stands(workspace: Workspace) -> None:
+    """Under the names of its components; and a run that has nothing to show yet, too."""
+    job = {"status": "RUNNING", "message": "", "command": "train --iterations 9"}
+    for name, line in (("point", "point · running · iteration 1 of 9 · return"), ("empty", "empty · running<")):
+        stamp, show = training_tab.look(name, workspace.folder(name), job, {})
+        assert stamp == {"lines": int(name == "point")}
+        shown = show()
+        assert set(shown) == {"status", *training_tab.Shown._fields}
+        assert line in shown["status"]
+    stamp, show = evolution_tab.look("empty", workspace.folder("empty"), job, {})
+    assert stamp == {"time": None, "kept": []}
+    assert set(show()) == {"status", *evolution_tab.Shown._fields}
+    assert "checkpoint" not in evolution_tab.look("empty", workspace.folder("empty"), job, stamp)[1]()
+
+
+@pytest.mark.parametrize(("replay", "modes"), [(True, ["none", "standard", "hybrid"]), (False, ["none", "standard"])])
+def test_a_model_offers_the_modes_that_it_can(
+    replay: bool, modes: list[str], workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: Path) -> Any:
+        checkpoint = load_checkpoint(path)
+        return checkpoint if replay else dataclasses.replace(checkpoint, replay=None)
+
+    monkeypatch.setattr(adaptation_tab, "load_checkpoint", load)
+    cart, plane, other, mode = adaptation_tab.Handlers(workspace).choose("point")
+    assert [group["visible"] for group in (cart, plane, other)] == [False, True, False]
+    assert mode["choices"] == modes
+    assert mode["info"] == (None if replay else adaptation_tab.NO_REPLAY)
+
+
 def test_the_sliders_set_the_task() -> None:
     physics = [9.0, 1.0, 0.1, 0.5, 10.0]
     parameters = adaptation_tab.task_parameters("cartpole", *physics, -1, 0.3, -0.4, "")
@@ -194,7 +237,7 @@ def test_without_an_interval_the_page_shows_a_dash() -> None:
 
 
 def test_an_empty_box_is_named() -> None:
-    boxes = [gr.Number(label="Seed"), gr.Slider(1, 9, label="Cycles")]
+    boxes = ["Seed", "Cycles"]
     assert view.numbers(boxes, [3, 4.5]) == [3, 4.5]
     for values, named in (([None, 2], "Seed"), ([2, float("nan")], "Cycles"), ([float("inf"), 2], "Seed")):
         with pytest.raises(ValueError, match=f"^{named}: a number is missing.$"):
