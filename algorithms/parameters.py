@@ -100,38 +100,19 @@ def parse_name(key: str) -> ParameterName:
 
 def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
     """Shape of each array of such a policy by name, ordered as in `SSMPolicy.numpy_weights()`."""
-    width, state, actions = spec.hidden_dim, spec.state_dim, spec.action_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    shapes |= {"encoder.weight": (spec.input_size, width), "encoder.bias": (width,)}
-    for i in range(spec.num_layers):
-        block = f"blocks.{i}."
-        shapes |= {
-            block + "nu": (state // 2,),
-            block + "theta": (state // 2,),
-            block + "B": (width, state),
-            block + "C": (state, width),
-            block + "D": (width,),
-        }
-        if spec.gated:  # in the order of a ParameterDict, which is the alphabet's
-            shapes |= {block + "gate.bias": (width,), block + "gate.weight": (width,)}
-        else:
-            shapes |= {block + "out.weight": (width, width), block + "out.bias": (width,)}
-        if spec.memory_slots:
-            memory = block + "memory."
-            shapes |= {memory + "weight": (width, width), memory + "bias": (width,)}
-            shapes[memory + "address"] = (width, spec.memory_slots)
-    shapes |= {"policy.weight": (width, actions), "policy.bias": (actions,)}
-    if not spec.discrete:
-        shapes["policy.log_std"] = (actions,)
-    sizes = {step_size(name): shape for name, shape in shapes.items()} if spec.learned_step_sizes else {}
-    shapes |= {"value.weight": (width, 1), "value.bias": (1,)}
-    told, units = (spec.task_size,), (CRITIC_UNITS,)
-    if spec.task_size:
-        shapes |= {"critic.weight": (width, *units), "critic.bias": units}
-        shapes |= {"critic.task": (*told, *units), "critic.out": (*units, 1)}
-    shapes |= dict(sorted(sizes.items()))
-    if spec.task_size:
-        shapes |= {"task_mean": told, "task_scale": told}
-    if spec.normalizes:
-        shapes |= {"input_mean": (spec.input_size,), "input_scale": (spec.input_size,), "reward_scale": (1,)}
-    return shapes
+    block = ["nu", "theta", "B", "C", "D"]
+    block += ["gate.bias", "gate.weight"] if spec.gated else ["out.weight", "out.bias"]  # a ParameterDict sorts
+    block += ["memory.weight", "memory.bias", "memory.address"] if spec.memory_slots else []
+    names = ["encoder.weight", "encoder.bias"]
+    names += [f"blocks.{i}.{leaf}" for i in range(spec.num_layers) for leaf in block]
+    names += ["policy.weight", "policy.bias"] + ["policy.log_std"] * (not spec.discrete)
+    step_sizes = sorted(map(step_size, names)) if spec.learned_step_sizes else []
+    names += ["value.weight", "value.bias"]
+    names += ["critic.weight", "critic.bias", "critic.task", "critic.out"] if spec.task_size else []
+    names += step_sizes
+    names += ["task_mean", "task_scale"] if spec.task_size else []
+    names += ["input_mean", "input_scale", "reward_scale"] if spec.normalizes else []
+    sizes = {"unit": spec.hidden_dim, "state": spec.state_dim, "mode": spec.state_dim // 2, "slot": spec.memory_slots}
+    sizes |= {"input": spec.input_size, "action": spec.action_size, "task": spec.task_size, "critic": CRITIC_UNITS}
+    sizes |= {"value": 1, "reward": 1}
+    return {name: tuple(sizes[axis] for axis in AXES[parse_name(name).leaf]) for name in names}
