@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.func import functional_call
 
-from ssm_metarl.algorithms.batch import Batch, replayed_batch, task_shards
-from ssm_metarl.algorithms.inner_loop import Weights, adapt_weights, batch_for, policy_outputs
+from ssm_metarl.algorithms.batch import Batch, replayed_batch
+from ssm_metarl.algorithms.inner_loop import Parameters, Weights, adapt_weights, batch_for, by_shard, policy_outputs
 from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.propensity import TaskModel, effective_sample_size
@@ -338,11 +338,12 @@ def log_probs(policy: SSMPolicy, weights: Mapping[str, Array], rollouts: Rollout
     inputs = torch.from_numpy(policy_inputs(policy.spec, rollouts.masked()))
     resets, actions = torch.from_numpy(rollouts.resets), torch.from_numpy(rollouts.actions)
 
-    def work(own: Mapping[str, Tensor], part: slice) -> Array:
-        output = functional_call(policy, dict(own), (inputs[part], resets[part]))
+    @torch.no_grad()
+    def work(module: SSMPolicy, own: Parameters, part: slice) -> Array:
+        output = functional_call(module, own, (inputs[part], resets[part]))
         return np.asarray(output.actions.log_prob(actions[part]).numpy())
 
-    return _sharded(work, weights, rollouts.valid.shape)
+    return np.concatenate(by_shard(policy, work, weights, rollouts.valid.shape))
 
 
 def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[str, Array], batch: Batch) -> Array:
@@ -355,26 +356,14 @@ def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[st
         [M] float64, nats a step.
     """
 
-    def work(own: Mapping[str, Tensor], part: slice) -> Array:
+    @torch.no_grad()
+    def work(module: SSMPolicy, own: Parameters, part: slice) -> Array:
         batch_part = batch.tasks(part)
         other = {name: torch.as_tensor(value[part]) for name, value in after.items()}
-        old, new = (policy_outputs(policy, dict(weights), batch_part).actions for weights in (own, other))
+        old, new = (policy_outputs(module, weights, batch_part).actions for weights in (own, other))
         return np.asarray((batch_part.counted(kl_divergence(old, new)) * batch_part.share).sum((1, 2)).numpy())
 
-    return _sharded(work, before, tuple(batch.share.shape)).astype(np.float64)
-
-
-def _sharded(
-    work: Callable[[Mapping[str, Tensor], slice], Array], weights: Mapping[str, Array], shape: Sequence[int]
-) -> Array:
-    """`work` without gradients on the weights of each shard of the tasks, joined along the tasks."""
-    tensors = {name: torch.as_tensor(value) for name, value in weights.items()}
-    shared = tensors["encoder.weight"].dim() == 2
-    with torch.no_grad():
-        return np.concatenate([
-            work(tensors if shared else {name: value[part] for name, value in tensors.items()}, part)
-            for part in task_shards(shape)
-        ])  # fmt: skip
+    return np.concatenate(by_shard(policy, work, before, batch.share.shape)).astype(np.float64)
 
 
 def _lead(vector: Array, value: Array) -> Array:

@@ -10,6 +10,7 @@ import gymnasium
 import numpy as np
 
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
+from ssm_metarl.algorithms.parameters import of_tasks
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import child
@@ -117,10 +118,8 @@ def collect_tasks(
     def attempt(part: slice) -> Rollouts:
         env = make_env(tasks[part], num_episodes)
         try:
-            shared = weights["encoder.weight"].ndim == 2
-            own = weights if shared else {name: value[part] for name, value in weights.items()}
             return collect(
-                env, spec, own, seeds[part], tasks[part], horizon,
+                env, spec, of_tasks(weights, part), seeds[part], tasks[part], horizon,
                 trial_episodes=trial_episodes, deterministic=deterministic,
             )  # fmt: skip
         finally:
@@ -134,8 +133,7 @@ def collect_tasks(
             try:
                 parts.append(attempt(slice(i, i + 1)))
             except Exception:
-                blank = _blank(spec, tasks[i], num_episodes)
-                parts.append(Rollouts.empty([tasks[i]], num_episodes, blank, [traceback.format_exc()] * num_episodes))
+                parts.append(_blank(spec, tasks[i], num_episodes, traceback.format_exc()))
         return Rollouts.concatenate(parts)
 
 
@@ -264,10 +262,13 @@ def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
     return final
 
 
-def _blank(spec: PolicySpec, task: Any, num_episodes: int) -> Rollouts:
-    """A record of one task and no step, for tasks of which nothing is known but the policy's sizes."""
-    mask = np.zeros((1, 1, num_episodes), bool)
-    number = np.zeros((1, 1, num_episodes), np.float32)
-    vectors = np.zeros((1, 1, num_episodes, spec.observation_size), np.float32)
-    actions: Array = np.zeros((1, *_action_shape(spec, (1, num_episodes))), _action_type(spec))
-    return Rollouts(vectors, actions, number, number, mask, mask, mask, mask, vectors[:, 0], (task,))
+def _blank(spec: PolicySpec, task: Any, num_episodes: int, error: str) -> Rollouts:
+    """A record of one task and no step, with an error once an episode lost."""
+    shape = (1, 1, num_episodes)
+    rewards, log_probs = np.zeros((2, *shape), np.float32)
+    observations = np.zeros((*shape, spec.observation_size), np.float32)
+    actions: Array = np.zeros(_action_shape(spec, shape), _action_type(spec))
+    starts, resets, terminated, valid = np.zeros((4, *shape), bool)
+    last = np.zeros_like(observations[:, 0])
+    arrays = (observations, actions, rewards, log_probs, starts, resets, terminated, valid, last)
+    return Rollouts(*arrays, (task,), (error,) * num_episodes)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from ssm_metarl.algorithms.batch import Batch, make_batch, task_shards
 from ssm_metarl.algorithms.inputs import critic_inputs, task_numbers
-from ssm_metarl.algorithms.parameters import adapts, step_size
+from ssm_metarl.algorithms.parameters import adapts, of_tasks, per_task, step_size
 from ssm_metarl.algorithms.policy import PolicyOutput, SSMPolicy, numpy_weights
 from ssm_metarl.algorithms.registry import ALGORITHMS, CRITICS, Algorithm, MetaConfig
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
@@ -92,6 +92,30 @@ class Run(Protocol):
         """The results in the shards' order."""
 
 
+def by_shard(
+    policy: SSMPolicy,
+    work: Callable[[SSMPolicy, Parameters, slice], Result],
+    weights: Mapping[str, Tensor] | Mapping[str, Array],
+    shape: Sequence[int],
+    run: Run | None = None,
+) -> list[Result]:
+    """The results of `work` for each shard of M tasks, in order.
+
+    Args:
+        work: given a module like `policy`, the weights of the shard's tasks, and the shard.
+        weights: shared or [M, ...].
+        shape: of the tasks' steps, [M, T, K].
+        run: see `Run`; None: one shard after the other with `policy`.
+    """
+    tensors = {name: torch.as_tensor(value) for name, value in weights.items()}
+
+    def one(module: SSMPolicy, part: slice) -> Result:
+        return work(module, of_tasks(tensors, part), part)
+
+    shards = task_shards(shape)
+    return run(one, shards) if run else [one(policy, part) for part in shards]
+
+
 def batch_for(
     policy: SSMPolicy,
     weights: Mapping[str, Array],
@@ -103,27 +127,24 @@ def batch_for(
 
     Args:
         weights: that acted, shared or [M, ...].
-        run: see `Run`; None: one shard after the other with `policy`.
+        run: see `by_shard`.
     """
     device = next(policy.parameters()).device
     if config.baseline not in CRITICS:
         return make_batch(policy.spec, rollouts, config, device)
     inputs, resets = critic_inputs(policy.spec, rollouts)
     own = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
-    shared = own["encoder.weight"].dim() == 2
     task_features = (
         torch.as_tensor(task_numbers(rollouts.tasks), device=device) if config.baseline == "privileged" else None
     )
 
-    def value(module: SSMPolicy, part: slice) -> Array:
-        parameters = own if shared else {name: value[part] for name, value in own.items()}
+    @torch.no_grad()
+    def value(module: SSMPolicy, parameters: Parameters, part: slice) -> Array:
         arguments = (torch.as_tensor(array[part], device=device) for array in (inputs, resets))
-        with torch.no_grad():
-            told = None if task_features is None else task_features[part]
-            return functional_call(module, parameters, (*arguments, None, told)).values.cpu().numpy()
+        told = None if task_features is None else task_features[part]
+        return np.asarray(functional_call(module, parameters, (*arguments, None, told)).values.cpu().numpy())
 
-    shards = task_shards(resets.shape)
-    values = run(value, shards) if run else [value(policy, part) for part in shards]
+    values = by_shard(policy, value, own, resets.shape, run)
     return make_batch(policy.spec, rollouts, config, device, np.concatenate(values), policy.reward_scaling)
 
 
@@ -138,21 +159,19 @@ def adapt_weights(
 
     Args:
         current: shared meta-parameters, or the tasks' own weights [M, ...] from the step before.
-        run: see `Run`; None: one shard after the other with `policy`.
+        run: see `by_shard`.
 
     Returns:
         Weights by name, [M, ...] float32 each.
     """
     device = batch.share.device
     tensors = {name: torch.as_tensor(value, device=device) for name, value in current.items()}
-    if tensors["encoder.weight"].dim() == 2:
+    if not per_task(tensors):
         tensors = for_tasks(tensors, batch.share.shape[0])
     fixed = numpy_weights({name: tensors.pop(name) for name, _ in policy.named_buffers()})  # the normaliser
 
-    def adapt(module: SSMPolicy, part: slice) -> Weights:
-        own = {name: value[part] for name, value in tensors.items()}
+    def adapt(module: SSMPolicy, own: Parameters, part: slice) -> Weights:
         return numpy_weights(inner_step(module, own, batch.tasks(part), config, differentiable=False)[0])
 
-    shards = task_shards(batch.share.shape)
-    parts = run(adapt, shards) if run else [adapt(policy, part) for part in shards]
+    parts = by_shard(policy, adapt, tensors, batch.share.shape, run)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | fixed

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.algorithms.rollouts import TIMED, Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 
 
@@ -78,8 +78,7 @@ def critic_inputs(spec: PolicySpec, rollouts: Rollouts) -> tuple[Array, Array]:
     """
     rollouts = rollouts.masked()
     padded: dict[str, Any] = {
-        name: np.concatenate([array := getattr(rollouts, name), np.zeros_like(array[:, :1])], 1)
-        for name in ("observations", "actions", "rewards", "log_probs", "starts", "resets", "terminated", "valid")
+        name: np.concatenate([array := getattr(rollouts, name), np.zeros_like(array[:, :1])], 1) for name in TIMED
     }
     task, slot = np.indices(rollouts.lengths().shape)
     padded["observations"][task, rollouts.lengths(), slot] = rollouts.last_observations

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ssm_metarl.algorithms.parameters import MAX_NU, MIN_DECAY
+from ssm_metarl.algorithms.parameters import MAX_NU, MIN_DECAY, per_task
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
 
@@ -34,9 +34,8 @@ class NumpyPolicy:
 
     def __init__(self, spec: PolicySpec, weights: Mapping[str, Array]) -> None:
         self.spec = spec
-        per_task = weights["encoder.weight"].ndim == 3
         # A column axis is inserted where a vector meets [M, K, ·]; matrices broadcast over tasks in matmul.
-        vector = (lambda x: np.ascontiguousarray(x)[:, None]) if per_task else np.ascontiguousarray
+        vector = (lambda x: np.ascontiguousarray(x)[:, None]) if per_task(weights) else np.ascontiguousarray
         # tanh is made of 1 - 2 / (exp(2z) + 1); its factor 2, which rounds nothing, is in the weights that make z.
         self.encoder = (np.ascontiguousarray(weights["encoder.weight"] * _TWO), vector(weights["encoder.bias"] * _TWO))
         head, head_bias = weights["policy.weight"], weights["policy.bias"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from ssm_metarl.algorithms.spec import PolicySpec
 
@@ -15,6 +16,19 @@ MAX_NU = 10.0
 
 CRITIC_UNITS = 128
 """Hidden units of the privileged critic."""
+
+
+Value = TypeVar("Value")
+
+
+def per_task(weights: Mapping[str, Any]) -> bool:
+    """Whether weights (arrays or tensors by name) have a task axis, [M, ...] each; else all tasks share them."""
+    return bool(weights["encoder.weight"].ndim == 3)
+
+
+def of_tasks(weights: Mapping[str, Value], part: slice) -> dict[str, Value]:
+    """The weights of some tasks; shared ones are those of any."""
+    return {name: value[part] for name, value in weights.items()} if per_task(weights) else dict(weights)  # type: ignore[index]
 
 
 def step_size(name: str) -> str:

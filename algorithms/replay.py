@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.algorithms.rollouts import TIMED, Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.checks import check_count
 
@@ -45,7 +44,8 @@ class ReplayBuffer:
     @property
     def nbytes(self) -> int:
         """Bytes of the episodes held; at most `bound`."""
-        return sum(getattr(episode, f.name).nbytes for episode in self._episodes for f in fields(Rollouts)[:9])
+        names = (*TIMED, "last_observations")
+        return sum(getattr(episode, name).nbytes for episode in self._episodes for name in names)
 
     @staticmethod
     def bound(spec: PolicySpec, capacity: int, horizon: int) -> int:
@@ -60,10 +60,7 @@ class ReplayBuffer:
         for task in np.flatnonzero(kept.any(1)).tolist():
             slot = int(kept[task].argmax())
             length = int(rollouts.valid[task, :, slot].sum())
-            arrays = {
-                f.name: getattr(rollouts, f.name)[task : task + 1, :length, slot : slot + 1].copy()
-                for f in fields(Rollouts)[:8]
-            }
+            arrays = {name: getattr(rollouts, name)[task : task + 1, :length, slot : slot + 1].copy() for name in TIMED}
             last = rollouts.last_observations[task : task + 1, slot : slot + 1].copy()
             self._episodes.append(Rollouts(**arrays, last_observations=last, tasks=(rollouts.tasks[task],)))
 
@@ -171,9 +168,7 @@ def as_slots(episodes: Rollouts, index: Array) -> Rollouts:
     Returns:
         A record [M, T, R, ...]; what stands for its tasks is empty, since each slot is of another one.
     """
-    arrays: dict[str, Any] = {
-        f.name: np.moveaxis(getattr(episodes, f.name)[:, :, 0][index], 1, 2) for f in fields(Rollouts)[:8]
-    }
+    arrays: dict[str, Any] = {name: np.moveaxis(getattr(episodes, name)[:, :, 0][index], 1, 2) for name in TIMED}
     longest = max(1, int(arrays["valid"].any((0, 2)).sum()))
     arrays = {name: np.ascontiguousarray(array[:, :longest]) for name, array in arrays.items()}
     last = episodes.last_observations[:, 0][index]

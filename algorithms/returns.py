@@ -162,12 +162,14 @@ def advantages(
         expected = np.where(valid, values[:, :-1], 0.0)
     else:
         returns = discounted_returns(rewards, valid, discount)
-        linear = baseline == "linear"
-        expected = linear_baseline(rollouts, returns) if linear else time_baseline(returns, valid)
+        if baseline == "linear":
+            expected = linear_baseline(rollouts, returns)
+        else:
+            expected = np.where(valid, step_means(returns, valid), 0.0)
     return generalized_advantages(rewards, expected, following, valid, discount, gae_lambda), expected
 
 
-def time_baseline(targets: Array, valid: Array) -> Array:
+def step_means(targets: Array, valid: Array) -> Array:
     """Mean target of each time step over all tasks and episode slots.
 
     Args:
@@ -175,13 +177,8 @@ def time_baseline(targets: Array, valid: Array) -> Array:
         valid: [M, T, K] bool.
 
     Returns:
-        [M, T, K] float64, 0 where not valid.
+        [1, T, 1] float64, 0 where none is valid.
     """
-    return np.where(valid, step_means(targets, valid), 0.0)
-
-
-def step_means(targets: Array, valid: Array) -> Array:
-    """What `time_baseline` is at the valid steps, given the same: [1, T, 1] float64, 0 where none is valid."""
     count = np.maximum(valid.sum((0, 2), keepdims=True), 1)
     return np.asarray(np.where(valid, targets, 0.0).sum((0, 2), keepdims=True) / count)
 

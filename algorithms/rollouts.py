@@ -10,6 +10,9 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+TIMED = ("observations", "actions", "rewards", "log_probs", "starts", "resets", "terminated", "valid")
+"""Arrays of `Rollouts` with a time axis."""
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -74,7 +77,7 @@ class Rollouts:
     def masked(self) -> Rollouts:
         """The record with zeros for every number and flag that is not `valid`, whatever stood there."""
         arrays: dict[str, Any] = {}
-        for name in _TIMED[:-1]:
+        for name in TIMED[:-1]:
             array = getattr(self, name)
             mask = self.valid[..., None] if array.ndim == 4 else self.valid
             arrays[name] = np.where(mask, array, np.zeros((), array.dtype))
@@ -101,7 +104,7 @@ class Rollouts:
             return parts[0]
         longest = max(part.valid.shape[1] for part in parts)
         joined: dict[str, Any] = {}
-        for name in _TIMED:
+        for name in TIMED:
             first = getattr(parts[0], name)
             total = sum(part.num_tasks for part in parts)
             joined[name] = np.zeros((total, longest, *first.shape[2:]), first.dtype)
@@ -125,7 +128,7 @@ class Rollouts:
         """
         longest = max(self.valid.shape[1], other.valid.shape[1])
         joined: dict[str, Any] = {}
-        for name in _TIMED:
+        for name in TIMED:
             pair = [getattr(self, name), getattr(other, name)]
             padding = [[(0, 0), (0, longest - x.shape[1]), *[(0, 0)] * (x.ndim - 2)] for x in pair]
             joined[name] = np.concatenate([np.pad(x, width) for x, width in zip(pair, padding, strict=True)], 2)
@@ -137,11 +140,8 @@ class Rollouts:
         """Record of `tasks` without a single valid step, shaped `like` another: what stands for dropped tasks."""
         count = len(tasks)
         arrays = {}
-        for name in _TIMED:
+        for name in TIMED:
             array = getattr(like, name)
             arrays[name] = np.zeros((count, 1, num_episodes, *array.shape[3:]), array.dtype)
         last = np.zeros((count, num_episodes, like.last_observations.shape[-1]), np.float32)
         return Rollouts(**arrays, last_observations=last, tasks=tuple(tasks), errors=tuple(errors))
-
-
-_TIMED = ("observations", "actions", "rewards", "log_probs", "starts", "resets", "terminated", "valid")

@@ -49,11 +49,10 @@ def stratified_bootstrap(
     statistic: Callable[[Array], float],
     rng: np.random.Generator,
     resamples: int = 1000,
-    level: float = 0.95,
 ) -> tuple[float, float]:
     """Bootstrap interval of a statistic of the tasks' family: tasks are drawn with replacement, episodes within them.
 
-    The interval covers the statistic's value over new tasks of the family with new episodes, as
+    The interval covers, in 95 of 100 cases, the statistic's value over new tasks of the family with new episodes, as
     `confidence_interval` over the tasks' means does for the mean.
 
     A drawn task brings its episodes without replacement: all of them. The spread between tasks already holds the chance
@@ -66,7 +65,6 @@ def stratified_bootstrap(
         statistic: of an array [M', K] of the M' tasks that have an episode, where a task can stand several times.
         rng: equal generators give equal intervals.
         resamples: how often to draw.
-        level: coverage, in (0, 1).
 
     Returns:
         Lower and upper bound; NaN where fewer than two tasks have an episode, or no task has two: one episode a task
@@ -77,7 +75,7 @@ def stratified_bootstrap(
     if len(known) < 2 or counts.max() < 2:
         return float("nan"), float("nan")
     drawn = [statistic(known[rng.integers(len(known), size=len(known))]) for _ in range(resamples)]
-    return percentile_interval(np.array(drawn), statistic(known), len(known), level)
+    return percentile_interval(np.array(drawn), statistic(known), len(known))
 
 
 def percentile_interval(drawn: Array, value: float, count: int, level: float = 0.95) -> tuple[float, float]:

@@ -151,6 +151,7 @@ class MetaWorld(TaskDistribution):
     observation_space = OBSERVATION_SPACE
     action_space = ACTION_SPACE
     splits = tuple(SPLITS)
+    enumerable = True
     recommended = presets.of_task("metaworld")
     in_context = presets.of_task("metaworld", "rl2")
 
@@ -227,8 +228,6 @@ class ML1(MetaWorld):
         ValueError: Meta-World is not installed, or has no such environment; the sentence gives the nearest.
     """
 
-    enumerable = True
-
     def __init__(self, env: str, *, horizon: int = HORIZON) -> None:
         name = f"{ML1_PREFIX}{env}"
         lookup(dict.fromkeys(load_extra("metaworld", "Meta-World", name).ML1.ENV_NAMES), env, "Meta-World environment")
@@ -244,8 +243,6 @@ class ML10(MetaWorld):
     Raises:
         ValueError: Meta-World is not installed.
     """
-
-    enumerable = True
 
     def __init__(self, *, horizon: int = HORIZON) -> None:
         super().__init__("ml10", horizon=horizon)

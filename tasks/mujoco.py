@@ -108,14 +108,16 @@ class MujocoEnv(BatchedEnv):
     drops it.
 
     Args:
-        robot: which.
         parameters: the tasks' parameters, arrays [N].
         horizon: most steps of an episode.
         threads: threads that share the episode slots of a step, 1 or more.
     """
 
-    def __init__(self, robot: Robot, parameters: dict[str, Floats], horizon: int, threads: int) -> None:
-        num_envs = len(next(iter(parameters.values())))
+    robot: ClassVar[Robot]
+
+    def __init__(self, parameters: dict[str, Floats], horizon: int, threads: int) -> None:
+        num_envs, robot = len(next(iter(parameters.values()))), self.robot
+        self._parameters = parameters
         super().__init__(robot.observation_space, robot.action_space, num_envs, horizon)
         mujoco = importlib.import_module("mujoco")
         rollout = importlib.import_module("mujoco.rollout")
@@ -125,7 +127,6 @@ class MujocoEnv(BatchedEnv):
         self._models = [model] * num_envs
         self._data = [mujoco.MjData(model) for _ in range(threads)]
         self._control_spec = int(mujoco.mjtState.mjSTATE_CTRL)
-        self._robot = robot
         self._step_time = model.opt.timestep * robot.frame_skip
         self._initial = np.concatenate([model.qpos0, np.zeros(model.nv)])
 
@@ -152,7 +153,7 @@ class MujocoEnv(BatchedEnv):
         self._rollout.close()
 
     def _start(self, slots: NDArray[np.intp]) -> None:
-        sizes = self._robot.positions, self._robot.velocities
+        sizes = self.robot.positions, self.robot.velocities
         noise = np.empty((len(slots), sum(sizes)))
         for row, slot in zip(noise, slots.tolist(), strict=True):
             generator = self._generator(slot)
@@ -174,13 +175,13 @@ class MujocoEnv(BatchedEnv):
             self._controls,
             control_spec=self._control_spec,
             skip_checks=True,
-            nstep=self._robot.frame_skip,
+            nstep=self.robot.frame_skip,
             initial_warmstart=self._no_warm_start,
             state=self._substeps,
         )
         self._state[:] = self._substeps[:, -1]
         velocity = (self._place - place) / self._step_time
-        rewards, terminated = self._judge(velocity, self._robot.control_cost * squares)
+        rewards, terminated = self._judge(velocity, self.robot.control_cost * squares)
         # MuJoCo sets an unstable simulation back, and its clock with it.
         rewards[self._time - time < 0.9 * self._step_time] = np.nan
         return rewards.astype(np.float32), terminated
@@ -192,23 +193,20 @@ class MujocoEnv(BatchedEnv):
 class DirectedCheetah(MujocoEnv):
     """N half cheetahs; reward: velocity in the task's direction, 1 or -1, less the cost."""
 
-    def __init__(self, parameters: dict[str, Floats], horizon: int, threads: int) -> None:
-        super().__init__(HALF_CHEETAH, parameters, horizon, threads)
-        self._direction = parameters["direction"]
+    robot = HALF_CHEETAH
 
     def _judge(self, velocity: Floats, cost: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-        return self._direction * velocity[:, 0] - cost, np.zeros(self.num_envs, dtype=np.bool_)
+        return self._parameters["direction"] * velocity[:, 0] - cost, np.zeros(self.num_envs, dtype=np.bool_)
 
 
 class PacedCheetah(MujocoEnv):
     """N half cheetahs; reward: minus the distance of the velocity from the task's, less the cost."""
 
-    def __init__(self, parameters: dict[str, Floats], horizon: int, threads: int) -> None:
-        super().__init__(HALF_CHEETAH, parameters, horizon, threads)
-        self._goal = parameters["velocity"]
+    robot = HALF_CHEETAH
 
     def _judge(self, velocity: Floats, cost: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-        return -np.abs(velocity[:, 0] - self._goal) - cost, np.zeros(self.num_envs, dtype=np.bool_)
+        miss = np.abs(velocity[:, 0] - self._parameters["velocity"])
+        return -miss - cost, np.zeros(self.num_envs, dtype=np.bool_)
 
 
 class DirectedAnt(MujocoEnv):
@@ -219,16 +217,14 @@ class DirectedAnt(MujocoEnv):
     integrator leaves behind short of the step's end, which differ by up to some hundredths of a m/s.
     """
 
+    robot = ANT
     MIN_HEIGHT, MAX_HEIGHT = 0.2, 1.0
-
-    def __init__(self, parameters: dict[str, Floats], horizon: int, threads: int) -> None:
-        super().__init__(ANT, parameters, horizon, threads)
-        self._cos, self._sin = np.cos(parameters["angle"]), np.sin(parameters["angle"])
 
     def _judge(self, velocity: Floats, cost: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         height = self._observed[:, 0]
         healthy = (height >= self.MIN_HEIGHT) & (height <= self.MAX_HEIGHT) & np.isfinite(self._state).all(axis=1)
-        return self._cos * velocity[:, 0] + self._sin * velocity[:, 1] + healthy - cost, ~healthy
+        angle = self._parameters["angle"]
+        return np.cos(angle) * velocity[:, 0] + np.sin(angle) * velocity[:, 1] + healthy - cost, ~healthy
 
 
 # --- Families ---------------------------------------------------------------------------------------------

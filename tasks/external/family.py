@@ -6,9 +6,8 @@ import abc
 import copy
 import functools
 import os
-import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -24,7 +23,6 @@ from ssm_metarl.tasks.parameters import stack_parameters
 
 REFERENCE_EPISODES = 100
 PROBE_STEPS = 50
-NO_RANGES: Mapping[str, Sequence[float]] = types.MappingProxyType({})
 
 
 class AdaptedFamily(TaskDistribution, abc.ABC):

@@ -22,7 +22,7 @@ from ssm_metarl.tasks.external.attributes import (
     set_attribute,
     with_attributes,
 )
-from ssm_metarl.tasks.external.family import NO_RANGES, AdaptedFamily
+from ssm_metarl.tasks.external.family import AdaptedFamily
 from ssm_metarl.tasks.external.importing import import_module, one_line
 from ssm_metarl.tasks.external.lending import PolicyEnv
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
@@ -56,9 +56,7 @@ class GymFamily(AdaptedFamily):
             supported, or a horizon that is missing.
     """
 
-    def __init__(
-        self, env_id: str, ranges: Mapping[str, Sequence[float]] = NO_RANGES, horizon: int | None = None
-    ) -> None:
+    def __init__(self, env_id: str, ranges: Mapping[str, Sequence[float]] = {}, horizon: int | None = None) -> None:
         super().__init__(f"{GYM}{env_id}")
         if not isinstance(ranges, Mapping):
             raise ValueError(f"{self.name}: ranges must be {{name: [low, high], ...}}, not {ranges!r}.")

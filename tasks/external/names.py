@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 import gymnasium
 
 from ssm_metarl.core import TaskDistribution
-from ssm_metarl.tasks.external.family import NO_RANGES
 from ssm_metarl.tasks.external.gym import GYM, GymFamily
 from ssm_metarl.tasks.external.importing import call, load_entry
 from ssm_metarl.tasks.external.own import TaskFamily
@@ -25,9 +24,7 @@ from ssm_metarl.tasks.external.own import TaskFamily
 _MODULE_ATTRIBUTE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def from_name(
-    name: str, ranges: Mapping[str, Sequence[float]] = NO_RANGES, horizon: int | None = None
-) -> TaskDistribution:
+def from_name(name: str, ranges: Mapping[str, Sequence[float]] = {}, horizon: int | None = None) -> TaskDistribution:
     """Make the family that a name with a colon means.
 
     Args:

@@ -16,7 +16,7 @@ from ssm_metarl.algorithms.inner_loop import batch_for, for_tasks
 from ssm_metarl.algorithms.inputs import critic_inputs
 from ssm_metarl.algorithms.objective import meta_loss
 from ssm_metarl.algorithms.registry import MetaConfig
-from ssm_metarl.algorithms.returns import advantages, discounted_returns, normalized, time_baseline
+from ssm_metarl.algorithms.returns import advantages, discounted_returns, normalized, step_means
 
 # --- The critic -------------------------------------------------------------------------------------------
 
@@ -58,10 +58,12 @@ def test_scaled_rewards_scale_advantages() -> None:
 def test_the_time_baseline_is_the_mean_of_a_step_over_all() -> None:
     _, _, record = recorded(1)
     returns = discounted_returns(record.rewards, record.valid, 0.9)
-    found = time_baseline(np.where(record.valid, returns, np.nan), record.valid)
+    means = step_means(np.where(record.valid, returns, np.nan), record.valid)
+    _, found = advantages(record, 0.9, 0.8, "time")
     for t in range(record.valid.shape[1]):
         here = record.valid[:, t]
-        np.testing.assert_allclose(found[:, t][here], returns[:, t][here].mean())
+        np.testing.assert_allclose(means[0, t, 0], returns[:, t][here].mean())
+        assert (found[:, t][here] == means[0, t, 0]).all()
         assert not found[:, t][~here].any()
 
 
