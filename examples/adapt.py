@@ -9,7 +9,7 @@ from typing import Any
 
 import gymnasium
 
-from ssm_metarl import AdaptOptions, adapt_checkpoint, load_player
+from ssm_metarl import adapt_checkpoint, load_player
 
 
 class Mirrored(gymnasium.ActionWrapper[Any, Any, Any]):
@@ -20,9 +20,8 @@ class Mirrored(gymnasium.ActionWrapper[Any, Any, Any]):
 
 
 def to_a_task() -> tuple[float, float]:
-    """Returns of fresh episodes before and after one gradient step on ten episodes of a heavy pole."""
-    options = AdaptOptions(steps=1, episodes=10)
-    summary = adapt_checkpoint("pretrained:cartpole", {"direction": -1, "masspole": 0.3}, options=options).summary()
+    """Returns of fresh episodes before and after the gradient step of meta-training, on episodes of a heavy pole."""
+    summary = adapt_checkpoint("pretrained:cartpole", {"direction": -1, "masspole": 0.3}).summary()
     return summary["before"]["return"], summary["after"]["return"]
 
 
