@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from ssm_metarl.checks import check_count, check_number
 
@@ -63,7 +64,14 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 (Finn et al. 2017, arXiv 1703.03400). RL² is ProMP that may do without inner steps: PPO on a policy that learns in its
 recurrent state. "policy-gradient" is that with RLlib's PPO, over single episodes."""
 
-BASELINES = ("linear", "critic", "privileged", "time")
+AlgorithmName = Literal["promp", "rl2", "maml", "fomaml", "policy-gradient"]
+"""The keys of `ALGORITHMS`."""
+
+Schedule = Literal["constant", "linear", "cosine"]
+"""The keys of `SCHEDULES`."""
+
+Baseline = Literal["linear", "critic", "privileged", "time", "informed"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)[:4]
 """What advantages are measured against, see `MetaConfig`."""
 
 CRITICS = ("critic", "privileged")
@@ -97,15 +105,15 @@ class MetaConfig:
         gae_lambda: of the generalized advantage estimator.
     """
 
-    algorithm: str = "promp"
+    algorithm: AlgorithmName = "promp"
     inner_lr: float = 0.1
     inner_steps: int = 1
     step_weights: tuple[float, ...] = ()
     outer_lr: float = 1e-3
-    lr_schedule: str = "constant"
+    lr_schedule: Schedule = "constant"
     epochs: int = 5
     minibatches: int = 1
-    baseline: str = "linear"
+    baseline: Baseline = "linear"
     value_weight: float = 0.5
     clip: float = 0.3
     kl_penalty: float = 0.01
@@ -119,7 +127,7 @@ class MetaConfig:
             object.__setattr__(self, "baseline", "privileged")
         _one_of("algorithm", self.algorithm, ALGORITHMS)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
-        _one_of("baseline", self.baseline, dict.fromkeys(BASELINES))
+        _one_of("baseline", self.baseline, BASELINES)
         for name in ("inner_lr", "outer_lr", "clip", "max_grad_norm"):
             check_number(name, getattr(self, name), above=0.0)
         for name in ("kl_penalty", "entropy_bonus", "value_weight"):
@@ -169,6 +177,6 @@ SCHEDULES = {
 """Factor of the outer learning rate by the fraction of iterations done, in [0, 1)."""
 
 
-def _one_of(name: str, value: str, valid: Mapping[str, object]) -> None:
+def _one_of(name: str, value: str, valid: Iterable[str]) -> None:
     if value not in tuple(valid):
         raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")

@@ -26,9 +26,8 @@ from ssm_metarl.cli.adapt import write_report
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import json_object
 from ssm_metarl.cli.tables import interval_words, modes_table, parameter_words
-from ssm_metarl.evaluation.adapt import MODES, AdaptOptions, adapt_checkpoint
+from ssm_metarl.evaluation.adapt import MODES, adapt_checkpoint
 from ssm_metarl.evaluation.compare import compare_modes
-from ssm_metarl.evaluation.tasks import TaskSource
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.tasks import cartpole, navigation
 
@@ -166,8 +165,8 @@ class Handlers(NamedTuple):
         """Adapt to the task that the boxes set: before and after, and the pictures."""
         path = self.workspace.checkpoint(name)
         params = task_parameters(str(load_checkpoint(path).config.get("task")), *boxes)
-        options = AdaptOptions(steps=int(steps), episodes=int(episodes))
-        report = adapt_checkpoint(path, params, mode=mode, options=options, seed=int(*numbers(["Seed"], [start])))
+        seed = int(*numbers(["Seed"], [start]))
+        report = adapt_checkpoint(path, params, mode=mode, steps=int(steps), episodes=int(episodes), seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             out = self.workspace.runs / run_name(report.task, f"adapt-{mode}") if keep else Path(folder)
             summary = write_report(report, out)
@@ -183,9 +182,10 @@ class Handlers(NamedTuple):
         report = compare_modes(
             path,
             MODES if replay else MODES[:2],
-            options=AdaptOptions(steps=int(steps), episodes=int(episodes)),
-            source=TaskSource(split=split),
+            split=split,
             num_tasks=int(num_tasks),
+            steps=int(steps),
+            episodes=int(episodes),
         )
         note = "" if replay else f'<p class="legend">{NO_REPLAY}</p>'
         return table_html(modes_table(report.summary())) + note

@@ -21,10 +21,10 @@ from _report import log, report
 from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
 from ssm_metarl.config import TrainConfig, available_cores
 from ssm_metarl.distributed.train import train
-from ssm_metarl.evaluation.adapt import MODES, AdaptOptions
+from ssm_metarl.evaluation.adapt import MODES
 from ssm_metarl.evaluation.compare import compare_modes
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
-from ssm_metarl.evaluation.tasks import TaskSource
+from ssm_metarl.evaluation.tasks import EvaluationConfig
 from ssm_metarl.storage.run_folder import checkpoints
 
 TASKS = 200
@@ -65,8 +65,9 @@ def show_pretrained() -> dict[str, Any]:
     cartpole = compare_modes(
         "pretrained:cartpole",
         ("none", "standard", "hybrid"),
-        options=AdaptOptions(steps=3, episodes=10),
         num_tasks=TASKS,
+        steps=3,
+        episodes=10,
     )
     navigation = evaluate_checkpoint("pretrained:navigation-2d", num_tasks=TASKS, steps=3, episodes=40)
     return {"cartpole": cartpole.summary(), "navigation-2d": navigation.summary()}
@@ -92,8 +93,7 @@ def show_modes(options: Options) -> dict[str, Any]:
     rows = []
     for episodes in EPISODES:
         log(f"{task}: {episodes} episodes a step")
-        how = AdaptOptions(steps=3, episodes=episodes)
-        found = compare_modes(source, MODES, options=how, num_tasks=tasks).summary()
+        found = compare_modes(source, MODES, num_tasks=tasks, steps=3, episodes=episodes).summary()
         name = f"{episodes} episode{'s' if episodes > 1 else ''}"
         rows += [{"name": f"{name}, {mode}", "cells": _cells(row)} for mode, row in found["modes"].items()]
     return {
@@ -128,9 +128,8 @@ def show_shifted() -> dict[str, Any]:
     rows = []
     for task in ("cartpole", "navigation-2d"):
         log(f"{task}: shifted-test")
-        how, source = AdaptOptions(steps=3, episodes=10), TaskSource(split="shifted-test")
-        modes = ("none", "standard", "hybrid")
-        found = compare_modes(f"pretrained:{task}", modes, options=how, source=source, num_tasks=TASKS).summary()
+        how = EvaluationConfig(split="shifted-test", num_tasks=TASKS, steps=3, episodes=10)
+        found = compare_modes(f"pretrained:{task}", ("none", "standard", "hybrid"), config=how).summary()
         rows += [{"name": f"{task}, {mode}", "cells": _cells(row)} for mode, row in found["modes"].items()]
     return {
         "title": "Pretrained models outside the training range",
@@ -153,7 +152,7 @@ def _table(rows: list[dict[str, Any]], bounds: Mapping[str, float]) -> dict[str,
 def _halfcheetah(options: Options) -> Path:
     config = TrainConfig.for_task("halfcheetah-dir", **HALFCHEETAH, learner_threads=options.learner_threads)
     run = options.out / "halfcheetah-dir"
-    if not run.exists() or checkpoints(run)[-1].name != f"checkpoint_{config.iterations:06d}":
+    if not run.exists() or checkpoints(run)[-1].name != f"checkpoint_{config.experience.iterations:06d}":
         train(config, run, resume=run.exists(), on_iteration=_progress)
     return run
 
@@ -168,8 +167,8 @@ def show_memoryless(options: Options) -> dict[str, Any]:
         steps = _trained(maml, run)
         plain = TrainConfig.for_task(
             "cartpole", **common, algorithm="rl2", inner_steps=0, baseline="linear", lr_schedule="constant",
-            meta_batch=maml.meta_batch, episodes=2 * maml.episodes, outer_lr=maml.outer_lr, epochs=maml.epochs,
-            minibatches=1, clip=maml.clip,
+            meta_batch=maml.experience.meta_batch, episodes=2 * maml.experience.episodes, outer_lr=maml.meta.outer_lr,
+            epochs=maml.meta.epochs, minibatches=1, clip=maml.meta.clip,
         )  # fmt: skip
         other = options.out / f"memoryless-plain-{seed}"
         plain_steps = _trained(plain, other, steps)
@@ -192,7 +191,7 @@ def show_memoryless(options: Options) -> dict[str, Any]:
 def _trained(config: TrainConfig, run: Path, steps: int | None = None) -> int:
     """Train unless it was done, and return the environment steps; given `steps`, go on until as many are taken."""
     metrics = run / "metrics.jsonl"
-    iterations = config.iterations
+    iterations = config.experience.iterations
     while True:
         done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         taken = json.loads(metrics.read_text().splitlines()[-1])["env_steps"] if done else 0
@@ -200,7 +199,7 @@ def _trained(config: TrainConfig, run: Path, steps: int | None = None) -> int:
             return int(taken)
         if done >= iterations:
             iterations = done + max(1, done // 10)
-        longer = TrainConfig.from_dict({**config.to_dict(), "iterations": iterations})
+        longer = config.replace(iterations=iterations)
         train(longer, run, resume=bool(done), on_iteration=_progress)
 
 

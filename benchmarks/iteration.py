@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import tyro
@@ -69,7 +69,7 @@ def figures(trainer: MetaTrainer, iterations: list[dict[str, Any]]) -> dict[str,
         "shares": {phase: seconds / sum(phases.values()) for phase, seconds in phases.items()},
         "seconds": phases,
         "parameters": sum(parameter.numel() for parameter in trainer.learner.policy.parameters()),
-        "sizes": {f.name: getattr(trainer.spec, f.name) for f in fields(PolicyConfig)},
+        "sizes": asdict(trainer.train_config.policy),
         "env_steps_per_iteration": trainer.env_steps / trainer.meta_iteration,
     }
 

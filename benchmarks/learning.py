@@ -246,15 +246,15 @@ def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any
     """
     done = folder / "result.json"
     if done.exists():
-        log(f"seed {config.seed}: read from {done}")
+        log(f"seed {config.experience.seed}: read from {done}")
         return json.loads(done.read_text())
     untrained = evaluate_untrained(target, config, folder / "untrained")
-    log(f"seed {config.seed}: untrained {untrained:.1f}; training in {folder / 'run'}")
+    log(f"seed {config.experience.seed}: untrained {untrained:.1f}; training in {folder / 'run'}")
     seconds = train_seed(config, folder / "run")
     checkpoint, env_steps = last_within(folder / "run", target.max_env_steps)
     evaluation = evaluate_seed(target, config, checkpoint, target.steps)
     result = {
-        "seed": config.seed,
+        "seed": config.experience.seed,
         "env_steps": env_steps,
         "seconds": seconds,
         "checkpoint": str(checkpoint),
@@ -287,7 +287,7 @@ def evaluate_seed(target: Target, config: TrainConfig, checkpoint: Path, steps: 
         num_tasks=target.num_tasks,
         steps=steps,
         episodes=target.episodes,
-        num_workers=config.num_workers,
+        num_workers=config.machine.num_workers,
     )
 
 
@@ -304,7 +304,7 @@ def train_seed(config: TrainConfig, run: Path) -> float:
     def progress(metrics: dict[str, Any]) -> None:
         returns = " → ".join(f"{value:.1f}" for value in metrics["return_by_step"])
         log(
-            f"seed {config.seed}: iteration {metrics['iteration']}/{config.iterations}, "
+            f"seed {config.experience.seed}: iteration {metrics['iteration']}/{config.experience.iterations}, "
             f"{metrics['env_steps']:,} steps, return {returns}, {metrics['seconds']['total']:.1f} s"
         )
 
@@ -313,7 +313,7 @@ def train_seed(config: TrainConfig, run: Path) -> float:
         (run / "metrics.jsonl").unlink(missing_ok=True)
     result = train(config, run, resume=resume, on_iteration=progress)
     if result.signal is not None:
-        log(f"seed {config.seed}: interrupted; the same command resumes from {result.checkpoint}")
+        log(f"seed {config.experience.seed}: interrupted; the same command resumes from {result.checkpoint}")
         raise SystemExit(128 + result.signal)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return max(result.seconds, sum(json.loads(line)["seconds"]["total"] for line in lines))

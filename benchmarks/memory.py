@@ -52,7 +52,7 @@ def main(options: Options) -> None:
     family = make(options.task)
     config = TrainConfig.for_task(options.task)
     spec = config.policy_spec(family)
-    tasks = family.sample(config.meta_batch, np.random.default_rng(seed_for(0)))
+    tasks = family.sample(config.experience.meta_batch, np.random.default_rng(seed_for(0)))
     seeds = [seed_for(0, task) for task in range(len(tasks))]
     shared = SSMPolicy(spec).numpy_weights()
     own = {name: np.stack([value] * len(tasks)) for name, value in shared.items()}
@@ -67,7 +67,7 @@ def main(options: Options) -> None:
             pool.collect(shared, tasks[each], seeds[each], 1)
             starts.append(time.perf_counter() - begin)
             for weights in (shared, own):
-                pool.collect(weights, tasks, seeds, config.episodes)
+                pool.collect(weights, tasks, seeds, config.experience.episodes)
             workers += [memory_mib(process) for process in pool.processes()]
         log(f"start {number + 1}: {starts[-1]:.2f} s, {workers[-1]['rss']:.0f} MiB a worker")
     result = {

@@ -77,8 +77,9 @@ def main(options: Options) -> None:
     for path in options.policies:
         config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(path)).config)
         trained, played = config.family(), make(options.task, family_options)
-        if (config.trial_episodes, trained.action_space) != (options.trial_episodes, played.action_space):
-            log(f"{path} was trained on other trials: {config.trial_episodes} episodes, {dict(config.task_options)}")
+        trial_episodes = config.experience.trial_episodes
+        if (trial_episodes, trained.action_space) != (options.trial_episodes, played.action_space):
+            log(f"{path} was trained on other trials: {trial_episodes} episodes, {dict(config.task_options)}")
         found = evaluate_checkpoint(
             path, task_options=family_options, num_tasks=options.num_tasks, steps=0, episodes=1, seed=options.seed
         )

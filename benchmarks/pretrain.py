@@ -19,7 +19,6 @@ from _report import log, machine, report
 from ssm_metarl import pretrained
 from ssm_metarl.config import TrainConfig, available_cores
 from ssm_metarl.distributed.train import train
-from ssm_metarl.evaluation.adapt import AdaptOptions
 from ssm_metarl.evaluation.compare import compare_modes
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -116,8 +115,9 @@ def main(options: Options) -> None:
     modes = compare_modes(
         folder,
         ("none", "standard", "hybrid"),
-        options=AdaptOptions(steps=3, episodes=model.evaluation),
         num_tasks=TASKS,
+        steps=3,
+        episodes=model.evaluation,
     )
     manifest = json.loads((folder / "manifest.json").read_text())
     card = {

@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,14 @@ def rllib_lstm(config: TrainConfig, num_tasks: int) -> Iterator[tuple[Step, Eval
     rllib = ppo_config(config, family)
     rllib.rl_module(
         model_config=DefaultModelConfig(
-            fcnet_hiddens=[config.hidden_dim],
+            fcnet_hiddens=[config.policy.hidden_dim],
             use_lstm=True,
-            lstm_cell_size=config.hidden_dim,
+            lstm_cell_size=config.policy.hidden_dim,
             max_seq_len=family.horizon + 1,
             vf_share_layers=True,
         )
     )
-    ppo = build(rllib, config.learner_threads)
+    ppo = build(rllib, config.machine.learner_threads)
 
     def step() -> int:
         return int(ppo.train()[ENV_RUNNER_RESULTS][NUM_ENV_STEPS_SAMPLED_LIFETIME])
@@ -136,7 +136,7 @@ def rllib_ssm(config: TrainConfig, num_tasks: int) -> Iterator[tuple[Step, Evalu
 @contextmanager
 def rl2(config: TrainConfig, num_tasks: int) -> Iterator[tuple[Step, Evaluate]]:
     """Our trainer and workers with the same policy; 100 episodes an iteration, each of them whole."""
-    config = replace(config, algorithm="rl2", episodes=5)
+    config = config.replace(algorithm="rl2", episodes=5)
     trainer = MetaTrainer(config.to_dict())
 
     def evaluate() -> float:

@@ -283,7 +283,7 @@ class GenerationTrainer(EvolvingTrainer):
         return {"composite": value}
 
     def _resized(self, loaded: Checkpoint) -> Checkpoint:
-        policy, optimizer = slice_copy(loaded, self.spec, self.train_config.seed)
+        policy, optimizer = slice_copy(loaded, self.spec, self.train_config.experience.seed)
         return Checkpoint(self.spec, loaded.config, loaded.progress, policy, optimizer)
 
 

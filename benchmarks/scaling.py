@@ -141,7 +141,7 @@ def family_and_spec(options: Options) -> tuple[SleepingLine, PolicySpec]:
     """The benchmark's family, registered, and its policy's sizes."""
     family = SleepingLine(options.step_ms)
     register(family.name, lambda: family)
-    return family, TrainConfig(task=family.name, **asdict(POLICY)).policy_spec(family)
+    return family, TrainConfig(task=family.name, policy=POLICY).policy_spec(family)
 
 
 # --- Processor time ---------------------------------------------------------------------------------------
@@ -380,9 +380,9 @@ def iteration(options: Options) -> dict[str, Any]:
     log(f"an iteration: {total * workers / 1e6:.1f} MB, update {seconds['update']:.1f} s")
     return {
         "tasks": workers,
-        "episodes": config.episodes,
+        "episodes": config.experience.episodes,
         "parameters": parameters,
-        "learner_threads": config.learner_threads,
+        "learner_threads": config.machine.learner_threads,
         "bytes_per_iteration": total * workers,
         "messages": messages,
         "seconds": seconds,
@@ -398,16 +398,16 @@ def message_costs(trainer: MetaTrainer, own_weights: bool) -> dict[str, float]:
     Bytes are those of the call's arguments and of its answer as Ray pickles them, without the headers of its
     protocol. Shared weights are small enough to travel with each call.
     """
-    config, pool = trainer.train_config, trainer.pool
-    tasks = trainer.distribution.sample(config.meta_batch, np.random.default_rng(seed_for(0)))
+    experience, pool = trainer.train_config.experience, trainer.pool
+    tasks = trainer.distribution.sample(experience.meta_batch, np.random.default_rng(seed_for(0)))
     seeds = [seed_for(0, task) for task in range(len(tasks))]
     shared = trainer.learner.weights()
     weights = {name: np.stack([value] * len(tasks)) for name, value in shared.items()} if own_weights else shared
     begin = time.process_time()
-    rollouts = pool.collect(weights, tasks, seeds, config.episodes)
+    rollouts = pool.collect(weights, tasks, seeds, experience.episodes)
     cpu = time.process_time() - begin
     first = {name: value[:1] for name, value in weights.items()} if own_weights else weights
-    sent = (first, tasks[:1], seeds[:1], config.episodes, False)
+    sent = (first, tasks[:1], seeds[:1], experience.episodes, False)
     return {
         "bytes_out_per_task": pickled_bytes(sent),
         "bytes_back_per_task": pickled_bytes((rollouts.select(slice(0, 1)), 0.0)),
@@ -541,13 +541,11 @@ def deaths(options: Options) -> dict[str, Any]:
 def run_training(options: Options, go_on: Callable[[int, float], bool], killer: Killer | None) -> Run:
     """Meta-train on the sleeping family while `go_on(iterations, seconds)`."""
     family, _ = family_and_spec(options)
-    config = TrainConfig(
-        task=family.name,
+    config = TrainConfig(task=family.name, policy=POLICY).replace(
         iterations=1000,  # its schedule's, beyond the end of either run
         meta_batch=options.most_workers,
         episodes=options.episodes,
         num_workers=options.most_workers,
-        **asdict(POLICY),
     )
     trainer = MetaTrainer({**config.to_dict(), "task_distribution": family})
     try:

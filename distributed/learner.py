@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import SCHEDULES, MetaConfig
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.config import TrainConfig
+from ssm_metarl.config import MachineConfig
 
 Shard = TypeVar("Shard")
 Result = TypeVar("Result")
@@ -43,14 +43,14 @@ class Learner:
 
     Args:
         spec: the policy's sizes.
-        config: algorithm, learning rates and device.
+        config: algorithm and learning rates.
+        machine: device and threads.
         seed: of the initial weights.
     """
 
-    def __init__(self, spec: PolicySpec, config: TrainConfig, seed: int) -> None:
+    def __init__(self, spec: PolicySpec, config: MetaConfig, machine: MachineConfig, seed: int) -> None:
         self.config = config
-        self._objective = MetaConfig(**{field.name: getattr(config, field.name) for field in fields(MetaConfig)})
-        self.device = torch.device(resolve_device(config.device))
+        self.device = torch.device(resolve_device(machine.device))
         self.policy = SSMPolicy(spec, seed).to(self.device)
         self.normalizer = Normalizer(spec, config.discount)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.outer_lr)
@@ -58,7 +58,7 @@ class Learner:
         if self.device.type == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
-            self._threads = config.learner_threads
+            self._threads = machine.learner_threads
         # functional_call lends its parameters to the module for the time of the call: a module a thread.
         self._modules: SimpleQueue[SSMPolicy] = SimpleQueue()
         self._lent = [SSMPolicy(spec).to(self.device) for _ in range(self._threads)]
@@ -109,7 +109,7 @@ class Learner:
         config = self.config
         factor = SCHEDULES[config.lr_schedule](progress)
         learning_rate = config.outer_lr * factor
-        objective = replace(self._objective, entropy_bonus=config.entropy_bonus * factor)
+        objective = replace(config, entropy_bonus=config.entropy_bonus * factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         parameters = list(self.policy.parameters())

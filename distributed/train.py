@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -26,9 +26,6 @@ from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.storage.mirror import Mirror
 from ssm_metarl.storage.run_folder import checkpoints, cut_metrics, mark_best, prepare_run, prune, resolve_checkpoint
 from ssm_metarl.tasks import TaskDistribution
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ def train(
     """
     begin = time.perf_counter()
     run = Path(run_dir)
-    check_device(config.device)
+    machine = config.machine
+    check_device(machine.device)
     kind = trainer_class(config)
     spec = config.policy_spec(distribution or config.family())
     copy = Mirror(run, mirror) if mirror else None
@@ -90,11 +88,11 @@ def train(
     first = None if start is None or resume else _first(start, spec)
     if not (first or resume or kind.learns_normalizer) and spec.normalizes:
         raise ValueError(
-            f"{config.algorithm} keeps the normaliser of the checkpoint that it starts from and learns none: "
+            f"{config.meta.algorithm} keeps the normaliser of the checkpoint that it starts from and learns none: "
             "normalize_observations and scale_rewards must be False without one."
         )
     last = _prepare(run, resume, spec)
-    start_ray(config.num_workers, always=kind.always_ray)
+    start_ray(machine.num_workers, always=kind.always_ray)
     trainer = kind.of_run(config, distribution)
     metrics: dict[str, Any] = {}
     try:
@@ -104,13 +102,13 @@ def train(
             trainer.start_from(first)
         checkpoint = last or _save(trainer, run, [])
         saved = trainer.meta_iteration
-        with interrupts() as interrupted, _RunLog(run, saved, config.checkpoint_every) as log:
-            while trainer.meta_iteration < config.iterations and not interrupted:
+        with interrupts() as interrupted, _RunLog(run, saved, machine.checkpoint_every) as log:
+            while trainer.meta_iteration < config.experience.iterations and not interrupted:
                 metrics = trainer.step()
                 log.add(metrics)
                 if on_iteration:
                     on_iteration(metrics)
-                if trainer.meta_iteration % config.checkpoint_every == 0:
+                if trainer.meta_iteration % machine.checkpoint_every == 0:
                     checkpoint, saved = _save(trainer, run, log.recent), trainer.meta_iteration
                     if copy:
                         copy.push()
@@ -157,7 +155,7 @@ class _RunLog:
 
 def trainer_class(config: TrainConfig) -> type[Trainer]:
     """The trainer that the registry names for a run's algorithm."""
-    module, _, name = ALGORITHMS[config.algorithm].trainer.partition(":")
+    module, _, name = ALGORITHMS[config.meta.algorithm].trainer.partition(":")
     found: type[Trainer] = getattr(import_module(module), name)
     return found
 

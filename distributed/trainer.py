@@ -68,25 +68,26 @@ class MetaTrainer(tune.Trainable):
         if self._trial_info is not None:  # under Tune, where the learner has the one CPU that was requested for it
             config["learner_threads"] = 1
         self.train_config = TrainConfig.from_dict(config)
-        algorithm = self.train_config.algorithm
+        experience, machine = self.train_config.experience, self.train_config.machine
+        algorithm = self.train_config.meta.algorithm
         if ALGORITHMS[algorithm].trainer != META_TRAINER:
             raise ValueError(f"{algorithm} is no meta-learning algorithm: only train runs it, with its own trainer.")
         self.distribution: TaskDistribution = distribution or self.train_config.family()
         self.spec = self.train_config.policy_spec(self.distribution)
         if self._trial_info is None:
-            check_resources(self.train_config.num_workers)
-        seed = seed_for(self.train_config.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
-        self.learner = Learner(self.spec, self.train_config, int(seed))
+            check_resources(machine.num_workers)
+        seed = seed_for(experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
+        self.learner = Learner(self.spec, self.train_config.meta, machine, int(seed))
         self.pool = Pool(
             self.distribution,
             self.spec,
-            num_workers=self.train_config.num_workers,
+            num_workers=machine.num_workers,
             name=f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
-            trial_episodes=self.train_config.trial_episodes,
-            sample_timeout_s=self.train_config.sample_timeout_s,
+            trial_episodes=experience.trial_episodes,
+            sample_timeout_s=machine.sample_timeout_s,
         )
         self.telemetry = Telemetry(self.trial_name, self.train_config.task)
-        self.replay = ReplayBuffer(self.train_config.replay_episodes) if self.train_config.replay_episodes else None
+        self.replay = ReplayBuffer(experience.replay_episodes) if experience.replay_episodes else None
         self.meta_iteration = 0
         self.env_steps = 0
 
@@ -101,22 +102,23 @@ class MetaTrainer(tune.Trainable):
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
         """
-        config, learner, watch = self.train_config, self.learner, Stopwatch(self.pool)
+        experience, inner_steps = self.train_config.experience, self.train_config.meta.inner_steps
+        learner, watch = self.learner, Stopwatch(self.pool)
         collector = self._collector()
         weights = learner.weights()
         stages, collected = list[Batch](), list[Rollouts]()
-        for stage in range(config.inner_steps + 1):
+        for stage in range(inner_steps + 1):
             with watch("sample"):
-                collected.append(collector(weights, config.episodes, stage))
+                collected.append(collector(weights, experience.episodes, stage))
             with watch("adapt"):
                 stages.append(learner.batch(weights, collected[-1]))
-                if stage < config.inner_steps:
+                if stage < inner_steps:
                     weights = learner.adapt(weights, stages[-1])
         with watch("update"):
             statistics = learner.update(
                 stages,
-                progress=min(self.meta_iteration / config.iterations, 1.0),
-                seed=seed_for(config.seed, Branch.MINIBATCHES, self.meta_iteration),
+                progress=min(self.meta_iteration / experience.iterations, 1.0),
+                seed=seed_for(experience.seed, Branch.MINIBATCHES, self.meta_iteration),
             )
             learner.observe(collected)
             if self.replay is not None:
@@ -142,14 +144,14 @@ class MetaTrainer(tune.Trainable):
 
     def _collector(self) -> StageCollector:
         """What plays the tasks of this iteration, stage by stage."""
-        seed, iteration = self.train_config.seed, self.meta_iteration
+        seed, iteration = self.train_config.experience.seed, self.meta_iteration
         rng = np.random.default_rng(seed_for(seed, Branch.TASKS, iteration))
-        tasks = self.distribution.sample(self.train_config.meta_batch, rng, "train")
+        tasks = self.distribution.sample(self.train_config.experience.meta_batch, rng, "train")
 
         def seeds(stage: int) -> list[np.random.SeedSequence]:
             return [seed_for(seed, Branch.ROLLOUTS, iteration, stage, task) for task in range(len(tasks))]
 
-        last = self.train_config.inner_steps
+        last = self.train_config.meta.inner_steps
         return StageCollector(self.pool, tasks, seeds, lambda stage: "support" if stage < last else "query")
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:

@@ -5,36 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ssm_metarl.algorithms.adapters import Adaptation, HybridAdapter, StandardAdapter
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.algorithms.registry import MetaConfig
-from ssm_metarl.algorithms.replay import ReplayBuffer
 from ssm_metarl.algorithms.rollouts import Rollouts
-from ssm_metarl.algorithms.statistics import (
-    confidence_interval,
-    interval_values,
-)
+from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
 from ssm_metarl.checks import check_count
-from ssm_metarl.evaluation.tasks import TaskSource, collect_split, open_subject, sample_split
+from ssm_metarl.evaluation.tasks import EvaluationConfig, Subject, collector, open_subject, sample_tasks
 from ssm_metarl.seeds import Branch
 from ssm_metarl.storage.contents import Checkpoint
-from ssm_metarl.tasks import Task
+from ssm_metarl.tasks import Task, TaskDistribution
 
-MODES = ("none", "standard", "replay", "hybrid")
+Mode = Literal["none", "standard", "replay", "hybrid"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 """How a policy adapts: not at all; with the task's own episodes; with randomly drawn replay beside them, unweighted;
 with replay weighted by propensity."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptOptions:
-    """How a policy adapts to new tasks; see `StandardAdapter` and `HybridAdapter`.
+    """What adaptation has beside the steps and episodes of `EvaluationConfig`; see `StandardAdapter`, `HybridAdapter`.
 
     Attributes:
-        steps: adaptation steps; None: as many as the policy was trained for, at least one.
-        episodes: episodes a task and step that the steps are made of; None: as in training.
-        step_size: of a step; None: as in training.
         kl_bound: most that a step may move the policy, nats a step; a larger one is halved.
         optimizer: sgd, the inner step of meta-training, or adam.
         replay_episodes: most stored episodes a step uses (replay, hybrid).
@@ -42,18 +35,16 @@ class AdaptOptions:
         test_episodes: fresh episodes a task that judge the adapted policy, and count as no cost.
     """
 
-    steps: int | None = None
-    episodes: int | None = None
-    step_size: float | None = None
     kl_bound: float = float("inf")
-    optimizer: str = "sgd"
+    optimizer: Literal["sgd", "adam"] = "sgd"
     replay_episodes: int = 20
     pull: float = 0.0
     test_episodes: int = 20
 
-    def adapter(
-        self, mode: str, policy: SSMPolicy, config: MetaConfig, replay: ReplayBuffer | None, seed: int = 0
-    ) -> StandardAdapter:
+    def __post_init__(self) -> None:
+        check_count("test_episodes", self.test_episodes, 1)
+
+    def adapter(self, mode: str, subject: Subject, config: EvaluationConfig) -> StandardAdapter:
         """The adapter of a mode.
 
         Raises:
@@ -61,25 +52,24 @@ class AdaptOptions:
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}.")
-        check_count("test_episodes", self.test_episodes, 1)
-        if self.episodes is not None:
-            check_count("episodes", self.episodes, 1)
+        if config.deterministic:
+            raise ValueError("Modes of adaptation are compared with sampled actions; leave deterministic out.")
         common: dict[str, Any] = {
-            "steps": 0 if mode == "none" else max(config.inner_steps, 1) if self.steps is None else self.steps,
-            "step_size": self.step_size,
+            "steps": 0 if mode == "none" else config.extent(subject.trained, 1)[0],
+            "step_size": config.inner_lr,
             "kl_bound": self.kl_bound,
             "optimizer": self.optimizer,
         }
         if mode in ("none", "standard"):
-            return StandardAdapter(policy, config, **common)
+            return StandardAdapter(subject.policy, subject.trained.meta, **common)
         return HybridAdapter(
-            policy,
-            config,
-            replay,
+            subject.policy,
+            subject.trained.meta,
+            subject.checkpoint.replay,
             replay_episodes=self.replay_episodes,
             weighted=mode == "hybrid",
             pull=self.pull,
-            seed=seed,
+            seed=config.seed,
             **common,
         )
 
@@ -133,13 +123,13 @@ def adapt_checkpoint(
     *,
     mode: str = "standard",
     options: AdaptOptions | None = None,
-    source: TaskSource | None = None,
-    seed: int = 0,
-    num_workers: int = 0,
+    config: EvaluationConfig | None = None,
+    distribution: TaskDistribution | None = None,
+    **changes: Any,
 ) -> TaskReport:
     """Adapt a checkpoint's policy to one task, and play it before and after:
 
-        report = adapt_checkpoint("pretrained:cartpole", {"direction": -1}, mode="hybrid")
+        report = adapt_checkpoint("pretrained:cartpole", {"direction": -1}, mode="hybrid", episodes=2)
         report.policy
 
     Args:
@@ -147,20 +137,20 @@ def adapt_checkpoint(
         params: the task's parameters; what is not given is as in a task drawn from the split.
         mode: see `MODES`.
         options: of the adapter.
-        source: where the task comes from.
-        seed: of the task and the rollouts.
-        num_workers: Ray actors; 0: in process.
+        config: where the task comes from, steps and episodes.
+        distribution: the family itself, instead of a registered one.
+        **changes: options of `EvaluationConfig`, in place of those of `config`.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         ValueError: an impossible option, task or parameter, or a mode that needs a replay without one.
         EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
-    options, source = options or AdaptOptions(), source or TaskSource()
-    check_count("seed", seed, 0)
-    with open_subject(path, source, num_workers) as subject:
-        adapter = options.adapter(mode, subject.policy, subject.config, subject.checkpoint.replay, seed)
-        task = sample_split(subject.family, source.split, 1, seed)[0]
+    options = options or AdaptOptions()
+    config = replace(config or EvaluationConfig(), num_tasks=1, **changes)
+    with open_subject(path, config, distribution) as subject:
+        adapter = options.adapter(mode, subject, config)
+        task = sample_tasks(subject.family, config)[0]
         if params:
             if not isinstance(task, Mapping):
                 raise ValueError(f"A task of {subject.family.name} is {task!r} and has no parameters to set.")
@@ -170,9 +160,9 @@ def adapt_checkpoint(
                 )
             task = {**task, **params}
         subject.family.make_vector_env([task], 1).close()  # refuses impossible values in one sentence
-        episodes = subject.config.episodes if options.episodes is None else options.episodes
-        adaptation = adapter.adapt(collect_split(subject.pool, [task], source.split, seed), episodes)
-        test = [collect_split(subject.pool, [task], source.split, seed, branch=Branch.ADAPTED) for _ in range(2)]
+        _, episodes = config.extent(subject.trained)
+        adaptation = adapter.adapt(collector(subject.pool, [task], config), episodes)
+        test = [collector(subject.pool, [task], config, Branch.ADAPTED) for _ in range(2)]
         before = test[0](subject.policy.numpy_weights(), options.test_episodes, 0)
         after = test[1](adaptation.weights, options.test_episodes, 0)
         adapted = adaptation.policy(subject.policy)

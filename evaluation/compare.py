@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from ssm_metarl.algorithms.statistics import (
     probability_of_improvement,
     stratified_bootstrap,
 )
-from ssm_metarl.checks import check_count
 from ssm_metarl.evaluation.adapt import MODES, AdaptOptions
-from ssm_metarl.evaluation.tasks import TaskSource, collect_split, open_subject, sample_split
+from ssm_metarl.evaluation.tasks import EvaluationConfig, collector, open_subject, sample_tasks
 from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tasks import TaskDistribution
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,9 @@ def compare_modes(
     modes: Sequence[str] = MODES,
     *,
     options: AdaptOptions | None = None,
-    source: TaskSource | None = None,
-    num_tasks: int = 100,
-    seed: int = 0,
-    num_workers: int = 0,
+    config: EvaluationConfig | None = None,
+    distribution: TaskDistribution | None = None,
+    **changes: Any,
 ) -> ModeComparison:
     """Adapt a checkpoint's policy in several modes to the same held-out tasks, and try each on fresh episodes.
 
@@ -87,29 +86,25 @@ def compare_modes(
         path: a checkpoint, a run folder for its best one, or pretrained:NAME.
         modes: of `MODES`; the first is what the others are compared with.
         options: of the adapters.
-        source: where the tasks come from.
-        num_tasks: how many tasks.
-        seed: of tasks and rollouts: each mode gets the same.
-        num_workers: Ray actors; 0: in process.
+        config: which tasks, steps and episodes; each mode gets the same.
+        distribution: the family itself, instead of a registered one.
+        **changes: options of `EvaluationConfig`, in place of those of `config`.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         ValueError: an impossible option, or a mode that needs a replay without one.
         EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
-    options, source = options or AdaptOptions(), source or TaskSource()
-    check_count("num_tasks", num_tasks, 1)
-    check_count("seed", seed, 0)
+    options, config = options or AdaptOptions(), replace(config or EvaluationConfig(), **changes)
     if not modes or len(set(modes)) < len(modes):
         raise ValueError(f"modes must be one or more different ones of {', '.join(MODES)}.")
-    with open_subject(path, source, num_workers) as subject:
-        replay = subject.checkpoint.replay
-        adapters = {mode: options.adapter(mode, subject.policy, subject.config, replay, seed) for mode in modes}
-        tasks = sample_split(subject.family, source.split, num_tasks, seed)
-        episodes = subject.config.episodes if options.episodes is None else options.episodes
+    with open_subject(path, config, distribution) as subject:
+        adapters = {mode: options.adapter(mode, subject, config) for mode in modes}
+        tasks = sample_tasks(subject.family, config)
+        _, episodes = config.extent(subject.trained)
         adaptations, returns = {}, {}
         for mode, adapter in adapters.items():
-            adaptations[mode] = adapter.adapt(collect_split(subject.pool, tasks, source.split, seed), episodes)
-            test = collect_split(subject.pool, tasks, source.split, seed, branch=Branch.ADAPTED)
+            adaptations[mode] = adapter.adapt(collector(subject.pool, tasks, config), episodes)
+            test = collector(subject.pool, tasks, config, Branch.ADAPTED)
             returns[mode] = test(adaptations[mode].weights, options.test_episodes, 0).returns()
-        return ModeComparison(subject.family.name, source.split, returns, adaptations, seed)
+        return ModeComparison(subject.family.name, config.split, returns, adaptations, config.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.statistics import confidence_interval, finite
-from ssm_metarl.checks import check_count
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Collect
 from ssm_metarl.distributed.pool import Pool
-from ssm_metarl.evaluation.tasks import TaskSource, collect_split, open_subject, sample_split
+from ssm_metarl.evaluation.tasks import EvaluationConfig, collector, open_subject, sample_tasks
 from ssm_metarl.tasks import TaskDistribution
 
 
@@ -60,7 +58,14 @@ class Evaluation:
         }
 
 
-def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int, episodes: int) -> Evaluation:
+def evaluate(
+    policy: SSMPolicy,
+    config: MetaConfig,
+    collect: Collect,
+    steps: int,
+    episodes: int,
+    step_size: float | None = None,
+) -> Evaluation:
     """Returns of every task before adaptation and after each of `steps` inner steps (see `StandardAdapter`).
 
     Args:
@@ -69,78 +74,46 @@ def evaluate(policy: SSMPolicy, config: MetaConfig, collect: Collect, steps: int
         collect: rolls the tasks out; called for steps 0..S in order.
         steps: number S of adaptation steps.
         episodes: episodes a task and step.
+        step_size: of the inner steps; None: as in training.
     """
-    found = StandardAdapter(policy, config, steps=steps).adapt(collect, episodes)
+    found = StandardAdapter(policy, config, steps=steps, step_size=step_size).adapt(collect, episodes)
     return Evaluation(found.returns, found.lengths, found.environment_steps, found.seconds)
 
 
 def evaluate_checkpoint(
     path: str | Path,
+    config: EvaluationConfig | None = None,
     *,
-    task: str | None = None,
-    task_options: Mapping[str, Any] | None = None,
-    task_ranges: Mapping[str, Any] | None = None,
-    split: str = "test",
-    num_tasks: int = 100,
-    steps: int | None = None,
-    episodes: int | None = None,
-    seed: int = 0,
-    num_workers: int = 0,
-    deterministic: bool = False,
     distribution: TaskDistribution | None = None,
-    inner_lr: float | None = None,
+    **changes: Any,
 ) -> Evaluation:
-    """Returns of a checkpoint's policy on held-out tasks before adaptation and after 1..`steps` inner steps.
+    """Returns of a checkpoint's policy on held-out tasks before adaptation and after 1..`steps` inner steps:
+
+        evaluate_checkpoint("pretrained:cartpole", split="shifted-test", steps=3).summary()
 
     Args:
         path: a checkpoint, a run folder for its best one, or pretrained:NAME.
-        task, task_options, task_ranges, split, distribution: the tasks, see `TaskSource`.
-        num_tasks: how many tasks.
-        steps: adaptation steps S; None: as many as the policy was trained for.
-        episodes: episodes a task and step; None: as in training.
-        seed: of tasks and rollouts: equal seeds give equal tasks and common random numbers.
-        num_workers: Ray actors; 0: in process.
-        deterministic: take the most likely actions.
-        inner_lr: step size; None: as in training.
+        config: which tasks, how and where.
+        distribution: the family itself, instead of a registered one.
+        **changes: options of `EvaluationConfig`, in place of those of `config`.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
         ValueError: an unknown task or split, an impossible number, or a family whose spaces the policy does not fit.
         EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
-    counts = {"num_tasks": (num_tasks, 1), "seed": (seed, 0)}
-    counts |= {"steps": (0 if steps is None else steps, 0), "episodes": (1 if episodes is None else episodes, 1)}
-    for name, (value, least) in counts.items():
-        check_count(name, value, least)
-    source = TaskSource(task, task_options, task_ranges, split, distribution)
-    with open_subject(path, source, num_workers, inner_lr=inner_lr) as subject:
-        config = subject.config
-        return evaluate_policy(
-            subject.policy,
-            config,
-            subject.family,
-            subject.pool,
-            split=split,
-            num_tasks=num_tasks,
-            steps=config.inner_steps if steps is None else steps,
-            episodes=config.episodes if episodes is None else episodes,
-            seed=seed,
-            deterministic=deterministic,
-        )
+    config = replace(config or EvaluationConfig(), **changes)
+    with open_subject(path, config, distribution) as subject:
+        return evaluate_policy(subject.policy, subject.trained, subject.family, subject.pool, config)
 
 
 def evaluate_policy(
     policy: SSMPolicy,
-    config: TrainConfig,
+    trained: TrainConfig,
     family: TaskDistribution,
     pool: Pool,
-    *,
-    split: str,
-    num_tasks: int,
-    steps: int,
-    episodes: int,
-    seed: int,
-    deterministic: bool = False,
+    config: EvaluationConfig | None = None,
+    **changes: Any,
 ) -> Evaluation:
     """`evaluate_checkpoint` for a policy in memory and a pool of its sizes; see there.
 
@@ -148,6 +121,7 @@ def evaluate_policy(
         ValueError: an unknown split.
         EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """
-    tasks = sample_split(family, split, num_tasks, seed)
-    collect = collect_split(pool, tasks, split, seed, deterministic=deterministic)
-    return replace(evaluate(policy, config, collect, steps, episodes), task=family.name, split=split)
+    config = replace(config or EvaluationConfig(), **changes)
+    collect = collector(pool, sample_tasks(family, config), config)
+    found = evaluate(policy, trained.meta, collect, *config.extent(trained), config.inner_lr)
+    return replace(found, task=family.name, split=config.split)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.checks import check_count
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.seeds import Branch, child, seed_for
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
@@ -49,7 +49,7 @@ class Player:
         trial_episodes: episodes over which it keeps its memory.
         deterministic: take the most likely action instead of sampling.
         noise: what actions are sampled with.
-        meta: how it was meta-trained, options of `MetaConfig` and `episodes`; only `adapt` needs it.
+        trained: how it was meta-trained; only `adapt` needs it.
 
     Attributes:
         adaptation: what `adapt` found, of the player that it returned; None for another.
@@ -63,12 +63,12 @@ class Player:
         trial_episodes: int = 1,
         deterministic: bool = False,
         noise: np.random.Generator | None = None,
-        meta: Mapping[str, Any] | None = None,
+        trained: TrainConfig | None = None,
     ) -> None:
         check_count("trial_episodes", trial_episodes, 1)
         self.spec, self.trial_episodes, self.deterministic = spec, trial_episodes, deterministic
         self.adaptation: Adaptation | None = None
-        self._weights, self._meta = dict(weights), dict(meta or {})
+        self._weights, self._trained = dict(weights), trained or TrainConfig()
         self._policy = NumpyPolicy(spec, self._weights)
         self._noise = noise or np.random.default_rng()
         self._num_episodes: int | None = None
@@ -162,11 +162,10 @@ class Player:
         """
         from ssm_metarl.algorithms.adapters import StandardAdapter
         from ssm_metarl.algorithms.policy import SSMPolicy
-        from ssm_metarl.algorithms.registry import MetaConfig
 
-        config = MetaConfig(**{f.name: self._meta[f.name] for f in fields(MetaConfig) if f.name in self._meta})
-        episodes = int(self._meta.get("episodes", 1)) if episodes is None else episodes
-        steps = max(config.inner_steps, 1) if steps is None else steps
+        meta, experience = self._trained.meta, self._trained.experience
+        episodes = experience.episodes if episodes is None else episodes
+        steps = max(meta.inner_steps, 1) if steps is None else steps
         check_count("episodes", episodes, 1)
         check_count("seed", seed, 0)
         vector, longest = _vector_env(env, self.spec, horizon)
@@ -185,14 +184,14 @@ class Player:
 
         policy = SSMPolicy(self.spec)
         policy.load_numpy(self._weights)
-        found = StandardAdapter(policy, config, steps=steps).adapt(play, rounds * vector.num_envs)
+        found = StandardAdapter(policy, meta, steps=steps).adapt(play, rounds * vector.num_envs)
         adapted = Player(
             self.spec,
             {name: value[0].copy() for name, value in found.weights.items()},
             trial_episodes=self.trial_episodes,
             deterministic=self.deterministic,
             noise=np.random.default_rng(child(seed_for(seed, Branch.PLAYER), 1)),
-            meta=self._meta,
+            trained=self._trained,
         )
         adapted.adaptation = found
         return adapted
@@ -263,16 +262,14 @@ def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0)
 
 def player_of(checkpoint: Checkpoint, *, deterministic: bool = False, seed: int = 0) -> Player:
     """`load_player` for a checkpoint in memory."""
-    config: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in checkpoint.config.items()
-    }
+    trained = TrainConfig.from_dict(checkpoint.config)
     return Player(
         checkpoint.spec,
         checkpoint.policy,
-        trial_episodes=int(config.get("trial_episodes", 1)),
+        trial_episodes=trained.experience.trial_episodes,
         deterministic=deterministic,
         noise=np.random.default_rng(child(seed_for(seed, Branch.PLAYER), 1)),
-        meta=config,
+        trained=trained,
     )
 
 

@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 # Public name -> the module that defines it.
 _EXPORTS: dict[str, str] = {
     "AdaptOptions": "ssm_metarl.evaluation.adapt",
+    "EvaluationConfig": "ssm_metarl.evaluation.tasks",
     "EvolveConfig": "ssm_metarl.tuning.population",
     "HybridAdapter": "ssm_metarl.algorithms.adapters",
     "MetaTrainer": "ssm_metarl.distributed.trainer",
@@ -24,7 +25,6 @@ _EXPORTS: dict[str, str] = {
     "SSMPolicy": "ssm_metarl.algorithms.policy",
     "StandardAdapter": "ssm_metarl.algorithms.adapters",
     "TaskDistribution": "ssm_metarl.tasks",
-    "TaskSource": "ssm_metarl.evaluation.tasks",
     "TrainConfig": "ssm_metarl.config",
     "adapt_checkpoint": "ssm_metarl.evaluation.adapt",
     "compare_modes": "ssm_metarl.evaluation.compare",

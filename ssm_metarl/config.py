@@ -1,11 +1,11 @@
-"""Everything that defines a training run, in one frozen dataclass."""
+"""Everything that defines a training run: frozen dataclasses, each of which checks itself."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_type_hints
 
 import numpy as np
 from gymnasium import spaces
@@ -25,10 +25,65 @@ def available_cores() -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(MetaConfig, PolicyConfig):
-    """A meta-training run: task family, amount of experience, meta-learning algorithm and policy.
+class ExperienceConfig:
+    """Amount of experience, and the seed of everything random in it.
 
-    Build one with the options that are known to train a family, and change what you like:
+    Attributes:
+        iterations: meta-iterations of the whole run; the learning-rate schedule spans them.
+        meta_batch: tasks M of an iteration.
+        episodes: episodes K a task, for each inner step and for the query; trials, where a trial has several episodes.
+        trial_episodes: episodes of a trial, over which the policy keeps its recurrent state and sums its return.
+        seed: of everything random in the run.
+        replay_episodes: query episodes that are kept for hybrid adaptation, one a task, the last ones; 0: none.
+    """
+
+    iterations: int = 30
+    meta_batch: int = 20
+    episodes: int = 20
+    trial_episodes: int = 1
+    seed: int = 0
+    replay_episodes: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "meta_batch", "episodes", "trial_episodes"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("seed", "replay_episodes"):
+            check_count(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """Where a run computes, and how often it is saved.
+
+    Attributes:
+        num_workers: Ray actors that collect rollouts; 0 collects in process, without Ray.
+        learner_threads: threads that share the learner's tasks (on a CPU).
+        device: where the learner computes, such as "cpu" or "cuda"; "auto": on a GPU where there is one.
+        checkpoint_every: iterations between checkpoints; there is one at the end, too.
+        sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not
+            reproducible.
+    """
+
+    num_workers: int = 0
+    learner_threads: int = field(default_factory=available_cores)
+    device: str = "cpu"
+    checkpoint_every: int = 10
+    sample_timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        check_count("num_workers", self.num_workers, 0)
+        for name in ("learner_threads", "checkpoint_every"):
+            check_count(name, getattr(self, name), 1)
+        if self.sample_timeout_s is not None:
+            check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A meta-training run: task family, policy, meta-learning algorithm, amount of experience and machine.
+
+    It is read part by part, `config.meta.outer_lr`. Where people write, the options of all parts have one level: build
+    one with the options that are known to train a family, and change what you like:
 
         config = TrainConfig.for_task("cartpole", iterations=20, hidden_dim=32)
 
@@ -36,47 +91,25 @@ class TrainConfig(MetaConfig, PolicyConfig):
         task: name of the task family, gym:ID, or module:attribute for your own.
         task_options: of the family, such as `{"arms": 10}` for bandit; JSON values.
         task_ranges: for `gym:ID`, the numbers that differ between tasks, `{"gravity": [5, 15]}`.
-        iterations: meta-iterations of the whole run; the learning-rate schedule spans them.
-        meta_batch: tasks M of an iteration.
-        episodes: episodes K a task, for each inner step and for the query; trials, where a trial has several episodes.
-        trial_episodes: episodes of a trial, over which the policy keeps its recurrent state and sums its return.
-        seed: of everything random in the run.
-        num_workers: Ray actors that collect rollouts; 0 collects in process, without Ray.
-        learner_threads: threads that share the learner's tasks (on a CPU).
-        device: where the learner computes, such as "cpu" or "cuda"; "auto": on a GPU where there is one.
-        checkpoint_every: iterations between checkpoints; there is one at the end, too.
-        replay_episodes: query episodes that are kept for hybrid adaptation, one a task, the last ones; 0: none.
-        sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not
-            reproducible.
+        policy: sizes and form of the policy.
+        meta: how it adapts and is meta-trained.
+        experience: amount of experience.
+        machine: where the run computes.
     """
 
     task: str = "navigation-2d"
     task_options: Mapping[str, Any] = field(default_factory=dict)
     task_ranges: Mapping[str, Any] = field(default_factory=dict)
-    iterations: int = 30
-    meta_batch: int = 20
-    episodes: int = 20
-    trial_episodes: int = 1
-    seed: int = 0
-    num_workers: int = 0
-    learner_threads: int = field(default_factory=available_cores)
-    device: str = "cpu"
-    checkpoint_every: int = 10
-    replay_episodes: int = 0
-    sample_timeout_s: float | None = None
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    experience: ExperienceConfig = field(default_factory=ExperienceConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
-        PolicyConfig.__post_init__(self)
-        MetaConfig.__post_init__(self)
-        for name in ("iterations", "meta_batch", "episodes", "trial_episodes", "learner_threads", "checkpoint_every"):
-            check_count(name, getattr(self, name), 1)
-        for name in ("seed", "num_workers", "replay_episodes"):
-            check_count(name, getattr(self, name), 0)
-        if self.sample_timeout_s is not None:
-            check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
-        for name, value in ALGORITHMS[self.algorithm].fixed.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} must be {value!r} for {self.algorithm}, not {getattr(self, name)!r}.")
+        options = self.to_dict()
+        for name, value in ALGORITHMS[self.meta.algorithm].fixed.items():
+            if options[name] != value:
+                raise ValueError(f"{name} must be {value!r} for {self.meta.algorithm}, not {options[name]!r}.")
 
     def family(self) -> TaskDistribution:
         """A new instance of the task family.
@@ -94,7 +127,7 @@ class TrainConfig(MetaConfig, PolicyConfig):
             ValueError: for an unknown task, an unknown option or an impossible value, in one sentence.
         """
         family = make(task, options.get("task_options", {}), options.get("task_ranges", {}))
-        algorithm = options.get("algorithm", family.recommended.get("algorithm", cls.algorithm))
+        algorithm = options.get("algorithm", family.recommended.get("algorithm", MetaConfig.algorithm))
         entry = ALGORITHMS.get(algorithm)
         own = getattr(family, entry.family_preset) if entry and entry.family_preset else {}
         start = {**presets.of_algorithm(algorithm), **own, "algorithm": algorithm}
@@ -107,15 +140,28 @@ class TrainConfig(MetaConfig, PolicyConfig):
         Raises:
             ValueError: for an unknown key (the nearest valid one is named) or an impossible value.
         """
-        check_keys(values, {f.name for f in fields(cls)}, "option")
-        listed: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return cls(**listed)
+        check_keys(values, set(OPTIONS), "option")
+        own: dict[str, Any] = {}
+        given: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+        for name, value in values.items():
+            place = given.get(OPTIONS[name], own)
+            place[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**own, **{part: kind(**given[part]) for part, kind in PARTS.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """All options as JSON values."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """All options as JSON values, on one level."""
+        nested = asdict(self)
+        parts = [nested.pop(part) for part in PARTS]
+        flat = {name: value for values in (*parts, nested) for name, value in values.items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+    def replace(self, **options: Any) -> TrainConfig:
+        """The same with other options of any part.
+
+        Raises:
+            ValueError: for an unknown option or an impossible value, in one sentence.
+        """
+        return self.from_dict({**self.to_dict(), **options})
 
     def policy_spec(self, distribution: TaskDistribution) -> PolicySpec:
         """Sizes of the policy for a family's spaces.
@@ -135,11 +181,22 @@ class TrainConfig(MetaConfig, PolicyConfig):
             size = action.shape[0]
         else:
             raise ValueError(f"{distribution.name}: actions must be Discrete or a Box with one axis, not {action}.")
-        form = {f.name: getattr(self, f.name) for f in fields(PolicyConfig)}
         example = (
-            distribution.sample(1, np.random.default_rng(seed_for(self.seed, Branch.TASKS)))
-            if self.baseline == "privileged"
+            distribution.sample(1, np.random.default_rng(seed_for(self.experience.seed, Branch.TASKS)))
+            if self.meta.baseline == "privileged"
             else []
         )
         bounds = () if isinstance(action, spaces.Discrete) else action_bounds(action.low, action.high)
-        return PolicySpec(observation.shape[0], size, discrete, task_numbers(example).size, *bounds, **form)
+        return PolicySpec(
+            observation.shape[0], size, discrete, task_numbers(example).size, *bounds, **asdict(self.policy)
+        )
+
+
+PARTS: Mapping[str, Any] = {name: kind for name, kind in get_type_hints(TrainConfig).items() if is_dataclass(kind)}
+"""The parts of a `TrainConfig` by name."""
+
+OPTIONS: Mapping[str, str] = {
+    **{f.name: "" for f in fields(TrainConfig) if f.name not in PARTS},
+    **{f.name: part for part, kind in PARTS.items() for f in fields(kind)},
+}
+"""The part that each option belongs to; "": to `TrainConfig` itself."""

@@ -79,7 +79,7 @@ class ScriptedTrainer(tune.Trainable):
         if not done:
             self.trained += STEPS
             self.lineage += STEPS
-            rate = self.options.outer_lr
+            rate = self.options.meta.outer_lr
             gain = 0.02 - 0.01 * abs(np.log10(rate / 0.01)) if rate <= 0.1 else -0.2
             self.skill = float(np.clip(self.skill + gain, 0.0, 1.0))
             done = self.assignment.budget <= self.trained
@@ -96,7 +96,9 @@ class ScriptedTrainer(tune.Trainable):
         return {"report": [asdict(report)], "composite": 0.0}
 
     def _assessment(self) -> Assessment:
-        offsets = np.linspace(-0.1, 0.1, TASKS) + np.random.default_rng(self.options.seed).normal(0, 0.004, TASKS)
+        offsets = np.linspace(-0.1, 0.1, TASKS) + np.random.default_rng(self.options.experience.seed).normal(
+            0, 0.004, TASKS
+        )
         after = np.clip(self.skill + offsets, 0.0, 1.0)
         validation = np.stack([after / 2, after], 1)
         rows = [values for _, values in self.assignment.history] + [after.tolist()]
@@ -104,9 +106,11 @@ class ScriptedTrainer(tune.Trainable):
         return Assessment(validation, None, np.array(rows), np.array(steps))
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:
-        spec = make_spec(hidden_dim=self.options.hidden_dim, state_dim=self.options.state_dim, **NAVIGATION)
+        spec = make_spec(
+            hidden_dim=self.options.policy.hidden_dim, state_dim=self.options.policy.state_dim, **NAVIGATION
+        )
         progress = {"iteration": 0, "env_steps": self.lineage, "skill": self.skill}
-        weights = make_policy(spec, self.options.seed % 1000).numpy_weights()
+        weights = make_policy(spec, self.options.experience.seed % 1000).numpy_weights()
         save_checkpoint(Path(checkpoint_dir), Checkpoint(spec, self.options.to_dict(), progress, weights, {}))
         return checkpoint_dir
 

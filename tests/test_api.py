@@ -62,7 +62,7 @@ def test_the_readmes_example_runs_in_a_fresh_process_without_ray(tmp_path: Path)
 
 
 def test_a_trainer_stepped_by_hand_is_the_run_that_train_makes(tmp_path: Path) -> None:
-    config = TrainConfig(iterations=2, **SMALL)
+    config = TrainConfig().replace(iterations=2, **SMALL)
     trainer = MetaTrainer(config.to_dict())
     by_hand = [trainer.train() for _ in range(2)]
     trainer.save_checkpoint(str(tmp_path / "by hand"))
@@ -100,7 +100,7 @@ def test_a_family_of_the_users_own_is_trained_by_name(tmp_path: Path, monkeypatc
 
     register("corner", Corner)
     config = TrainConfig.for_task("corner", iterations=1, **{**SMALL, "episodes": 3})
-    assert (config.inner_lr, config.episodes) == (0.25, 3)
+    assert (config.meta.inner_lr, config.experience.episodes) == (0.25, 3)
     run = train(config, tmp_path).run_dir
     report = evaluate_checkpoint(run, num_tasks=2, steps=1)
     assert (report.task, report.returns.shape) == ("corner", (2, 2))
@@ -109,7 +109,7 @@ def test_a_family_of_the_users_own_is_trained_by_name(tmp_path: Path, monkeypatc
 def test_a_loaded_policy_acts_and_its_parts_have_their_public_types(tmp_path: Path) -> None:
     import torch
 
-    result = train(TrainConfig(iterations=1, **SMALL), tmp_path)
+    result = train(TrainConfig().replace(iterations=1, **SMALL), tmp_path)
     policy, checkpoint = load_policy(result.run_dir)
     assert isinstance(policy, SSMPolicy)
     assert isinstance(policy.spec, PolicySpec)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssm_metarl import AdaptOptions, compare_modes, load_pretrained, pretrained
+from ssm_metarl import compare_modes, load_pretrained, pretrained
 from ssm_metarl.cli.main import main
 from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.storage.run_folder import resolve_checkpoint
@@ -65,15 +65,14 @@ def test_they_are_small() -> None:
 
 def test_cartpole_balances_after_adaptation() -> None:
     """20 of the 200 held-out tasks of its card."""
-    found = compare_modes("pretrained:cartpole", ("none", "standard"), options=AdaptOptions(episodes=10), num_tasks=20)
+    found = compare_modes("pretrained:cartpole", ("none", "standard"), episodes=10, num_tasks=20)
     summary = found.summary()["modes"]
     assert summary["standard"]["mean"]["value"] > 420
     assert summary["standard"]["gain"]["ci_low"] > 0
 
 
 def test_navigation_arrives_after_adaptation() -> None:
-    options = AdaptOptions(episodes=20)
-    found = compare_modes("pretrained:navigation-2d", ("none", "standard"), options=options, num_tasks=20)
+    found = compare_modes("pretrained:navigation-2d", ("none", "standard"), episodes=20, num_tasks=20)
     summary = found.summary()["modes"]
     assert summary["standard"]["mean"]["value"] > -3
     assert np.isfinite(summary["none"]["mean"]["value"])

@@ -118,5 +118,5 @@ def test_options_reach_the_family(task: str, options: dict[str, Any]) -> None:
     family = make(task, options)
     assert all(getattr(family, {"pulls": "horizon"}.get(name, name)) == value for name, value in options.items())
     config = TrainConfig.for_task(task, task_options=options, **SMALL)
-    assert config.algorithm == "rl2"
+    assert config.meta.algorithm == "rl2"
     assert TrainConfig.from_dict(config.to_dict()).family().horizon == family.horizon

@@ -112,13 +112,14 @@ def evolve(
     """
     begin = time.perf_counter()
     run = Path(run_dir).resolve()
-    check_device(config.device)
+    check_device(config.machine.device)
     family = distribution or config.family()
     store = RunStore(run, mirror)
     check_reference(family)
-    if ALGORITHMS[config.algorithm].trainer != META_TRAINER:
-        raise ValueError(f"A population meta-trains: algorithm cannot be {config.algorithm}, which only train runs.")
-    config = replace(config, lr_schedule="constant")  # there is no last iteration, at which a schedule could end
+    algorithm = config.meta.algorithm
+    if ALGORITHMS[algorithm].trainer != META_TRAINER:
+        raise ValueError(f"A population meta-trains: algorithm cannot be {algorithm}, which only train runs.")
+    config = config.replace(lr_schedule="constant")  # there is no last iteration, at which a schedule could end
     if resume:
         store.pull()
         evolution = Evolution.resume(store, **_changes(run, config, evolution_config))
@@ -137,9 +138,9 @@ def evolve(
             write_folder(f"{store.archive}/{START}", lambda folder: save_checkpoint(folder, checkpoint))
         evolution = Evolution(evolution_config, config.to_dict(), store, START if checkpoint else None)
         evolution.commit()
-    start_ray(config.num_workers, always=True)
-    check_resources(config.num_workers)
-    constants = {name: getattr(config, name) for name in MACHINE}
+    start_ray(config.machine.num_workers, always=True)
+    check_resources(config.machine.num_workers)
+    constants = {name: getattr(config.machine, name) for name in MACHINE}
     with interrupts() as interrupted:
         _fit(evolution, run, {**constants, "task_distribution": family}, trainable, interrupted)
     seconds = time.perf_counter() - begin
@@ -152,8 +153,8 @@ def evolve(
 
 def default_generation_steps(config: TrainConfig, family: TaskDistribution) -> int:
     """Five meta-iterations with episodes of full length: trials then differ by a tenth of a generation at most."""
-    trial = config.trial_episodes * family.horizon
-    return 5 * config.meta_batch * config.episodes * trial * (config.inner_steps + 1)
+    experience, trial = config.experience, config.experience.trial_episodes * family.horizon
+    return 5 * experience.meta_batch * experience.episodes * trial * (config.meta.inner_steps + 1)
 
 
 def check_reference(family: TaskDistribution) -> None:

@@ -144,13 +144,14 @@ class EvolvingTrainer(MetaTrainer):
         if loaded.spec != self.spec:
             loaded = self._resized(loaded)
         self._continue_from(loaded)
-        self.learner.check_rates(self.train_config.inner_lr, self.train_config.outer_lr)
+        self.learner.check_rates(self.train_config.meta.inner_lr, self.train_config.meta.outer_lr)
         self._extra_seconds += time.perf_counter() - begin
 
     def _resized(self, loaded: Checkpoint) -> Checkpoint:
         """The checkpoint's policy and moments in this trainer's sizes."""
         rollouts = self._probe(loaded)
-        node = seed_for(self.train_config.seed, Branch.RESIZE, self.assignment.generation, self.assignment.trial)
+        root = self.train_config.experience.seed
+        node = seed_for(root, Branch.RESIZE, self.assignment.generation, self.assignment.trial)
         seed = int(node.generate_state(1)[0])
         morph = resize(
             loaded.spec,
@@ -166,12 +167,12 @@ class EvolvingTrainer(MetaTrainer):
 
     def _probe(self, loaded: Checkpoint) -> Rollouts:
         """A few training episodes of the policy as it was."""
-        key = (self.assignment.generation, self.assignment.trial)
+        key, seed = (self.assignment.generation, self.assignment.trial), self.train_config.experience.seed
         tasks = self.distribution.sample(
-            PROBE_TASKS, np.random.default_rng(seed_for(self.train_config.seed, Branch.TASKS, *key, 0)), "train"
+            PROBE_TASKS, np.random.default_rng(seed_for(seed, Branch.TASKS, *key, 0)), "train"
         )
-        seeds = [seed_for(self.train_config.seed, Branch.ROLLOUTS, *key, 0, 0, task) for task in range(PROBE_TASKS)]
-        episodes = self.train_config.trial_episodes
+        seeds = [seed_for(seed, Branch.ROLLOUTS, *key, 0, 0, task) for task in range(PROBE_TASKS)]
+        episodes = self.train_config.experience.trial_episodes
         with Pool(self.distribution, loaded.spec, num_workers=0, trial_episodes=episodes) as pool:
             rollouts = pool.collect(loaded.policy, tasks, seeds, PROBE_EPISODES)
         self._spent += rollouts.num_steps
@@ -205,6 +206,5 @@ class EvolvingTrainer(MetaTrainer):
         )
         self._spent += evaluation.environment_steps
         # A task that a policy lost altogether counts as played at random: diverging must not make a comparison easier.
-        return np.nan_to_num(
-            normalise(evaluation.returns / self.train_config.trial_episodes, self.distribution.reference), nan=0.0
-        )
+        returns = evaluation.returns / self.train_config.experience.trial_episodes
+        return np.nan_to_num(normalise(returns, self.distribution.reference), nan=0.0)

@@ -111,19 +111,22 @@ def ppo_config(
         begin: iterations already done: chance and the learning rate's schedule continue from there.
         reward_scale: what rewards are divided by for the critic.
     """
+    meta, experience, machine = config.meta, config.experience, config.machine
     spec = config.policy_spec(distribution)
-    episodes = config.meta_batch * config.episodes
+    episodes = experience.meta_batch * experience.episodes
     batch = episodes * distribution.horizon
-    slots = max(1, min(SLOTS, episodes // max(config.num_workers, 1)))
+    slots = max(1, min(SLOTS, episodes // max(machine.num_workers, 1)))
 
     def schedule(first: float) -> float | list[list[float]]:
         """Of RLlib's form: values at numbers of environment steps."""
-        factors = [SCHEDULES[config.lr_schedule](i / config.iterations) for i in range(begin, config.iterations + 1)]
+        factors = [
+            SCHEDULES[meta.lr_schedule](i / experience.iterations) for i in range(begin, experience.iterations + 1)
+        ]
         points = [[i * batch, first * factor] for i, factor in enumerate(factors)]
-        return points if config.lr_schedule != "constant" and len(points) > 1 else first
+        return points if meta.lr_schedule != "constant" and len(points) > 1 else first
 
     # Less than the longest episode would round RLlib's sequences a minibatch down to none.
-    minibatch = max(math.ceil(batch / config.minibatches), distribution.horizon + 1)
+    minibatch = max(math.ceil(batch / meta.minibatches), distribution.horizon + 1)
     rllib = PPOConfig(algo_class=EpisodicPPO)
     rllib.api_stack(enable_rl_module_and_learner=True, enable_env_runner_and_connector_v2=True)
     rllib.environment(
@@ -135,30 +138,30 @@ def ppo_config(
         disable_env_checking=True,
     )
     rllib.env_runners(
-        num_env_runners=config.num_workers,
+        num_env_runners=machine.num_workers,
         num_envs_per_env_runner=slots,
         gym_env_vectorize_mode="vector_entry_point",
         sample_timeout_s=None,  # RLlib's minute would throw away what a slower worker has collected
     )
-    rllib.learners(num_learners=0, num_gpus_per_learner=int(resolve_device(config.device).startswith("cuda")))
+    rllib.learners(num_learners=0, num_gpus_per_learner=int(resolve_device(machine.device).startswith("cuda")))
     rllib.training(
-        lr=schedule(config.outer_lr),
-        gamma=config.discount,
-        lambda_=config.gae_lambda,
-        clip_param=config.clip,
-        entropy_coeff=schedule(config.entropy_bonus),
+        lr=schedule(meta.outer_lr),
+        gamma=meta.discount,
+        lambda_=meta.gae_lambda,
+        clip_param=meta.clip,
+        entropy_coeff=schedule(meta.entropy_bonus),
         use_kl_loss=False,
         # RLlib's values and targets are in rewards, the weight is of the error in units of the critic.
-        vf_loss_coeff=config.value_weight / reward_scale**2,
+        vf_loss_coeff=meta.value_weight / reward_scale**2,
         vf_clip_param=math.inf,  # the default gives no gradient where a value is off by more than sqrt(10)
-        num_epochs=config.epochs,
-        minibatch_size=minibatch if config.minibatches > 1 and minibatch <= batch else None,
+        num_epochs=meta.epochs,
+        minibatch_size=minibatch if meta.minibatches > 1 and minibatch <= batch else None,
         train_batch_size=batch,
-        grad_clip=config.max_grad_norm,
+        grad_clip=meta.max_grad_norm,
         grad_clip_by="global_norm",
     )
     rllib.debugging(
-        seed=int(seed_for(config.seed, Branch.ROLLOUTS, begin).generate_state(1)[0]) // 2, log_level="ERROR"
+        seed=int(seed_for(experience.seed, Branch.ROLLOUTS, begin).generate_state(1)[0]) // 2, log_level="ERROR"
     )
     return rllib
 

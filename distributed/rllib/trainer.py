@@ -54,8 +54,8 @@ class PolicyGradientTrainer:
         self.train_config = config
         self.distribution = distribution or config.family()
         self.spec = config.policy_spec(self.distribution)
-        check_resources(config.num_workers)
-        seed = seed_for(config.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
+        check_resources(config.machine.num_workers)
+        seed = seed_for(config.experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
         self.meta_iteration = self.env_steps = 0
         # Of the policy, its Adam and its normaliser, while RLlib does not hold them.
         self._weights: Mapping[str, Array] = SSMPolicy(self.spec, int(seed)).numpy_weights()
@@ -77,7 +77,7 @@ class PolicyGradientTrainer:
         begin = time.perf_counter()
         if self._ppo is None:
             self._ppo = self._build()
-        ppo, config = self._ppo, self.train_config
+        ppo, meta = self._ppo, self.train_config.meta
         results = ppo.train()
         finished = [infos for infos in ppo.finished if not infos["error"]]
         errors = [infos["error"] for infos in ppo.finished if infos["error"]]
@@ -87,7 +87,7 @@ class PolicyGradientTrainer:
         steps = int(results[ENV_RUNNER_RESULTS].get(NUM_ENV_STEPS_SAMPLED, 0))
         if not steps:
             raise RuntimeError("No worker returned an episode.")
-        done = self.meta_iteration / config.iterations
+        done = self.meta_iteration / self.train_config.experience.iterations
         self.meta_iteration += 1
         self.env_steps += steps
         learned = results[LEARNER_RESULTS][DEFAULT_MODULE_ID]
@@ -105,7 +105,7 @@ class PolicyGradientTrainer:
             "loss": float(learned["total_loss"]),
             "entropy": float(learned["entropy"]),
             "grad_norm": float(learned["gradients_default_optimizer_global_norm"]),
-            "learning_rate": config.outer_lr * SCHEDULES[config.lr_schedule](min(done, 1.0)),
+            "learning_rate": meta.outer_lr * SCHEDULES[meta.lr_schedule](min(done, 1.0)),
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> str:
@@ -164,7 +164,7 @@ class PolicyGradientTrainer:
         config = ppo_config(self.train_config, self.distribution, begin=self.meta_iteration, reward_scale=scale)
         model = {"spec": self.spec.to_dict(), "max_seq_len": self.distribution.horizon + 1}
         config.rl_module(rl_module_spec=RLModuleSpec(module_class=SSMModule, model_config=model))
-        ppo = build(config, self.train_config.learner_threads)
+        ppo = build(config, self.train_config.machine.learner_threads)
         load_state(ppo.ssm, ppo.adam, self._weights, self._optimizer)
         ppo.env_runner_group.sync_weights(from_worker_or_learner_group=ppo.learner_group, inference_only=True)
         return ppo

@@ -15,7 +15,6 @@ from ssm_metarl.cli.options import Adapt
 from ssm_metarl.cli.plots import plot_task
 from ssm_metarl.cli.tables import interval_words, parameter_words
 from ssm_metarl.evaluation.adapt import TaskReport, adapt_checkpoint
-from ssm_metarl.evaluation.tasks import TaskSource
 from ssm_metarl.storage.checkpoint import save_checkpoint
 
 
@@ -32,15 +31,8 @@ def run_adapt(options: Adapt, console: Console, runs: str) -> int:
     out = options.out
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder.")
-    source = TaskSource(options.task, options.task_options, options.task_ranges, options.split)
     report = adapt_checkpoint(
-        options.checkpoint,
-        options.params,
-        mode=options.mode,
-        options=options.options,
-        source=source,
-        seed=options.seed,
-        num_workers=options.num_workers,
+        options.checkpoint, options.params, mode=options.mode, options=options.adaptation, config=options.config
     )
     summary = write_report(report, out or Path(runs) / run_name(report.task, f"adapt-{options.mode}"))
     _show(summary, console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from ssm_metarl.cli.console import console, say
 from ssm_metarl.cli.job import run_name
@@ -13,18 +13,18 @@ from ssm_metarl.cli.plots import plot_evolution
 from ssm_metarl.cli.population import PopulationView, evolution_summary
 from ssm_metarl.cli.train import checked_config, run_place
 from ssm_metarl.tuning.evolve import evolve
-from ssm_metarl.tuning.population import EvolveConfig, all_generations
+from ssm_metarl.tuning.population import all_generations
 from ssm_metarl.tuning.store import request_rollback
 
 
 def run_evolve(options: Evolve) -> int:
     """Carry out `evolve`; returns the exit code."""
-    rules = EvolveConfig(**asdict(options.evolution))
+    rules = options.evolution
     if options.cycles is not None:
         if options.proposals < 1:
             raise ValueError(f"proposals must be 1 or more, not {options.proposals}.")
         rules = replace(rules, population=options.proposals + 1, generations=options.cycles, survivors=1)
-    config = checked_config(options.config, trials=rules.population)
+    config = checked_config(options, trials=rules.population)
     name = run_name(config.task, "evolve")
     run_dir, mirror = run_place(options, name)
     with PopulationView(run_dir, console):

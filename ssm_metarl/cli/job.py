@@ -16,15 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus
+from ssm_metarl import pretrained
+from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus, Line, parse
 from ssm_metarl.cli.population import population_table
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import jobs
 from ssm_metarl.storage.mirror import Mirror, is_uri
 from ssm_metarl.storage.run_folder import resolve_checkpoint
 from ssm_metarl.tuning.store import read_state
-
-PATH_OPTIONS = ("--run-dir", "--storage", "--from")
-"""Options that name files: made absolute when a job is submitted, for a job runs in a folder of its own."""
 
 
 def run_job(options: JobCommand, command: Sequence[str], console: Console) -> int:
@@ -61,32 +60,30 @@ def prepared(command: Sequence[str], storage: str) -> tuple[list[str], str | Non
 
     Returns:
         The command, and its run folder if it makes one.
+
+    Raises:
+        ValueError: a job cannot do it, or it would be refused when it runs; what only the cluster knows is not looked
+            at.
     """
-    given = list(command) or _improve(storage)
-    for i, word in enumerate(given):
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            name = name.replace("_", "-")
-            given[i] = name + equals + value
-        if name in PATH_OPTIONS and equals:
-            given[i] = f"{name}={_absolute(value)}"
-        elif name in PATH_OPTIONS and i + 1 < len(given):
-            given[i + 1] = _absolute(given[i + 1])
-        elif not word.startswith("-") and i and Path(word).exists() and not given[i - 1].startswith("--"):
-            given[i] = _absolute(word)  # a checkpoint to evaluate
-    if given[0] not in ("train", "evolve"):
-        return given, None
-    run_dir = _value(given, "--run-dir")
+    words = list(command) or _improve(storage)
+    if words[0] not in ("train", "evolve", "evaluate"):
+        raise ValueError(f"A job can train, evolve or evaluate, not {words[0]!r}.")
+    line = parse(words)
+    if not (line.given.get("resume") or "start" in line.given):
+        line.options()
+    # A job runs in a folder of its own.
+    given = {name: _absolute(value) if isinstance(value, Path) else value for name, value in line.given.items()}
+    if "storage" in given:
+        given["storage"] = _absolute(given["storage"])
+    if line.command == "evaluate":
+        return Line(line.command, given).words(), None
+    run_dir = given.get("run_dir")
     if run_dir is None:
-        task = _value(given, "--task") or "navigation-2d"
-        parent = _value(given, "--storage") or _absolute(storage)
-        name = run_name(task, given[0])
-        run_dir = f"{parent.rstrip('/')}/{name}"
-        if is_uri(parent):
-            given += ["--run-dir", name, *([] if _value(given, "--storage") else ["--storage", parent])]
-        else:
-            given += ["--run-dir", run_dir]
-    return given, run_dir
+        parent = given.get("storage", _absolute(storage)).rstrip("/")
+        name = run_name(given.get("task", TrainConfig.task), line.command)
+        run_dir = f"{parent}/{name}"
+        given |= {"storage": parent, "run_dir": name} if is_uri(parent) else {"run_dir": run_dir}
+    return Line(line.command, given).words(), run_dir
 
 
 def run_name(task: str, kind: str) -> str:
@@ -104,18 +101,8 @@ def _improve(storage: str) -> list[str]:
     return ["evolve", "--generations", "0"]
 
 
-def _value(words: Sequence[str], option: str) -> str | None:
-    """What a command line gives for an option."""
-    for i, word in enumerate(words):
-        if word == option and i + 1 < len(words):
-            return words[i + 1]
-        if word.startswith(option + "="):
-            return word.partition("=")[2]
-    return None
-
-
-def _absolute(path: str) -> str:
-    return path if is_uri(path) else str(Path(path).absolute())
+def _absolute(path: str | Path) -> str:
+    return str(path) if is_uri(path) or str(path).startswith(pretrained.PREFIX) else str(Path(path).absolute())
 
 
 def _start(options: JobStart, command: list[str], console: Console) -> int:

@@ -2,52 +2,120 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
+import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from ssm_metarl.algorithms.registry import ALGORITHMS
-from ssm_metarl.algorithms.spec import PolicyConfig
+from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.cli.console import RUNS
-from ssm_metarl.config import TrainConfig
-from ssm_metarl.evaluation.adapt import AdaptOptions
+from ssm_metarl.config import OPTIONS, TrainConfig
+from ssm_metarl.evaluation.adapt import AdaptOptions, Mode
+from ssm_metarl.evaluation.tasks import EvaluationConfig
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.mirror import Mirror, is_uri
 from ssm_metarl.storage.run_folder import checkpoints, resolve_checkpoint
 from ssm_metarl.tuning.population import EvolveConfig
 from ssm_metarl.tuning.store import read_state
 
+# --- Commands ---------------------------------------------------------------------------------------------
 
-def json_object(text: str) -> dict[str, Any]:
-    """A JSON object of the command line.
 
-    Raises:
-        ValueError: it is none.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The options that train and evolve have in common.
+
+    Attributes:
+        config: of the run, or of the first generation's trials.
+        num_workers: Ray actors that collect rollouts, of each trial; 0 collects in process; auto: the free processors
+            of the cluster that is joined, or this machine's cores, less one for each learner.
+        start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with; its task,
+            policy and, for the same algorithm, all other options are the defaults.
+        run_dir: folder of the run; by default a new one in --storage.
+        storage: parent of the run folders, on a cluster a path that its machines share; or a URI such as
+            s3://bucket/runs, where they are copied with every checkpoint or decision and resumed from.
+        address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
+        resume: resume from the last checkpoint or decision in --run-dir, with the options it was started with unless
+            given anew.
+        json: print the final summary as one JSON object.
     """
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is not a JSON object, such as '{{\"gravity\": [5, 15]}}'.")
-    return value
+
+    config: TrainConfig
+    num_workers: int | Literal["auto"] = "auto"
+    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    run_dir: Path | None = None
+    storage: str = RUNS
+    address: str | None = None
+    resume: bool = False
+    json: bool = False
 
 
-JsonObject = Annotated[
-    Mapping[str, Any],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="JSON",
-        instance_from_str=lambda words: json_object(words[0]),
-        is_instance=lambda value: isinstance(value, Mapping),
-        str_from_instance=lambda value: [json.dumps(value)],
-    ),
-]
+@dataclass(frozen=True, kw_only=True)
+class Train(Run):
+    """Meta-train a policy, evaluate it on held-out tasks and draw the curves.
+
+    Attributes:
+        eval_tasks: held-out tasks of the final evaluation.
+    """
+
+    eval_tasks: int = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evolve(Run):
+    """Let a population of policies improve itself: sizes and learning rates evolve, and what does not help is undone.
+
+    Attributes:
+        evolution: the rules.
+        cycles: instead of --population and --generations: as many cycles of one incumbent and its challengers.
+        proposals: challengers of a cycle.
+    """
+
+    evolution: EvolveConfig
+    cycles: int | None = None
+    proposals: int = 3
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """Make a kept checkpoint the best and the parent of a self-improving run's next generation.
+
+    Attributes:
+        run: the run's folder, of a run that is running or will be resumed.
+        checkpoint: name of a folder in its rsi/checkpoints.
+        storage: the URI that was given to evolve, if one was.
+    """
+
+    run: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[str]
+    storage: str = RUNS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Evaluate a checkpoint on held-out tasks before adaptation and after 1..steps inner steps.
+
+    With --modes, ways of adapting are compared instead, each with the episodes given and judged on fresh ones.
+
+    Attributes:
+        checkpoint: a checkpoint's folder, a run's for its best checkpoint, or pretrained:NAME.
+        modes: of adaptation (see adapt); the others are compared with the first.
+        config: which tasks, how and where.
+        address: of a Ray cluster to join; by default RAY_ADDRESS, else Ray starts in this process.
+        json: print one JSON object.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    config: EvaluationConfig
+    modes: tuple[Mode, ...] = ()
+    address: str | None = None
+    json: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,31 +130,52 @@ class Adapt:
         params: the task's parameters, such as '{"direction": -1}'; the others are as in a task drawn from --split.
         mode: none, standard (this task's episodes), hybrid (and replayed ones, by propensity), or replay (any replayed
             ones, the control).
-        options: of the adaptation.
-        task: family of the task; by default the one of training.
-        task_options: of the family; by default as in training.
-        task_ranges: of gym:ID; by default as in training.
-        split: that the task is drawn from.
-        seed: of the task and the episodes.
-        num_workers: Ray actors that collect rollouts; 0: in process.
+        config: where the task comes from, steps and episodes.
+        adaptation: what the mode has beside.
         address: of a Ray cluster to join; by default RAY_ADDRESS, else Ray starts in this process.
         out: folder of the results, new or empty; by default a new one in runs.
         json: print one JSON object.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    params: JsonObject = field(default_factory=dict)
-    mode: str = "standard"
-    options: tyro.conf.OmitArgPrefixes[AdaptOptions] = field(default_factory=AdaptOptions)
-    task: str | None = None
-    task_options: JsonObject | None = None
-    task_ranges: JsonObject | None = None
-    split: str = "test"
-    seed: int = 0
-    num_workers: int = 0
+    config: EvaluationConfig = field(
+        metadata={"without": ("num_tasks", "deterministic"), "aliases": ("inner_lr", "--step-size")}
+    )
+    adaptation: AdaptOptions
+    params: Mapping[str, Any] = field(default_factory=dict)
+    mode: Mode = "standard"
     address: str | None = None
     out: Path | None = None
     json: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the learning curve and the adaptation curve of a run into its folder.
+
+    Attributes:
+        run: the run's folder.
+    """
+
+    run: tyro.conf.Positional[Path]
+
+
+@dataclass(frozen=True)
+class App:
+    """Open the web interface: pretrained models, meta-training, adaptation and self-improvement in a browser.
+
+    Attributes:
+        host: address to listen on; whoever reaches it can start work on this machine.
+        port: to listen on.
+        storage: parent of the run folders; the page reads and writes nothing else.
+        address: of the job server of a cluster, such as http://head:8265; by default RAY_API_SERVER_ADDRESS,
+            RAY_ADDRESS, or a head of this machine, started with the first job.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    storage: Path = Path(RUNS)
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +262,16 @@ class JobShutdown:
 
 
 JobCommand = JobStart | JobStatus | JobLogs | JobStop | JobList | JobShutdown
+Command = Train | Evolve | Rollback | Evaluate | Adapt | Plot | App | JobCommand
 
-COMMANDS = {
+COMMANDS: Mapping[str, Any] = {
+    "train": Train,
+    "evolve": Evolve,
+    "evolve rollback": Rollback,
+    "evaluate": Evaluate,
+    "adapt": Adapt,
+    "plot": Plot,
+    "app": App,
     "job start": JobStart,
     "job status": JobStatus,
     "job logs": JobLogs,
@@ -183,253 +280,236 @@ COMMANDS = {
     "job shutdown": JobShutdown,
 }
 
-
-@dataclass(frozen=True, kw_only=True)
-class UncheckedConfig(TrainConfig):
-    """A `TrainConfig` that is checked when the command runs, where a mistake becomes one sentence of ours.
-
-    Attributes:
-        num_workers: Ray actors that collect rollouts; 0 collects in process; auto: the free processors of the cluster
-            that is joined, less one for the learner, or this machine's cores.
-    """
-
-    num_workers: int | Literal["auto"] = "auto"  # type: ignore[assignment]
-    task_options: JsonObject = field(default_factory=dict)
-    task_ranges: JsonObject = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        pass
+# --- Parsing ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Train:
-    """Meta-train a policy, evaluate it on held-out tasks and draw the curves.
+class Line:
+    """A command line that was read, but not carried out: nothing is checked but the form.
 
     Attributes:
-        config: the run's options.
-        start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with; its task,
-            policy and, for the same algorithm, all other options are the defaults.
-        run_dir: folder of the run; by default a new one in --storage.
-        storage: parent of the run folders; or a URI such as s3://bucket/runs, where they are copied with every
-            checkpoint and resumed from.
-        address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
-        resume: resume from the last checkpoint in --run-dir, with the options it was started with unless given anew.
-        eval_tasks: held-out tasks of the final evaluation.
-        json: print the final summary as one JSON object.
+        command: a key of `COMMANDS`.
+        given: the options that it gives, by name, those of the parts of a command on one level with its own.
     """
 
-    config: tyro.conf.OmitArgPrefixes[UncheckedConfig]
-    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    run_dir: Path | None = None
-    storage: str = RUNS
-    address: str | None = None
-    resume: bool = False
-    eval_tasks: int = 40
-    json: bool = False
+    command: str
+    given: Mapping[str, Any]
+
+    def options(self) -> Command:
+        """The command with all of its options, checked; a run to resume is fetched from its copy first.
+
+        Raises:
+            ValueError: an impossible value, or no run to resume; one sentence.
+            CheckpointError: a checkpoint to start from is not there, or damaged.
+        """
+        if self.given.get("resume"):
+            run = self._run()
+            if mirror := copy_of(self.given.get("storage", RUNS), run):
+                Mirror(run, mirror).pull()
+        command: Command = _nested(COMMANDS[self.command], {**self.defaults(), **self.given})
+        return command
+
+    def words(self) -> list[str]:
+        """The command line again."""
+        kind, positional, named = COMMANDS[self.command], list[str](), list[str]()
+        required = {f.name for f in fields(kind) if _required(f)}
+        for name, value in self.given.items():
+            option = "--" + ("from" if name == "start" else name.replace("_", "-"))
+            if name in required:
+                positional.append(str(value))
+            elif isinstance(value, bool):
+                named.append(option if value else f"--no-{option[2:]}")
+            elif isinstance(value, tuple):
+                named += [option, *map(str, value)]
+            else:
+                named += [option, json.dumps(value) if isinstance(value, Mapping) else str(value)]
+        return [*self.command.split(), *positional, *named]
+
+    def defaults(self) -> dict[str, Any]:
+        """Options that are not given: the task's own, those of a checkpoint to start from or of a run to resume."""
+        given = self.given
+        if self.command not in ("train", "evolve"):
+            return {}
+        if given.get("resume"):
+            return _of_evolution(self._run()) if self.command == "evolve" else _of_training(self._run())
+        origin = {name: given[name] for name in ("task", "task_options", "task_ranges", "algorithm") if name in given}
+        if start := given.get("start"):
+            config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(start)).config)
+            if self.command == "train" and origin.get("algorithm", config.meta.algorithm) != config.meta.algorithm:
+                kept = {name: value for name, value in config.to_dict().items() if OPTIONS[name] in ("", "policy")}
+                config = TrainConfig.for_task(**kept, algorithm=origin["algorithm"])
+        else:
+            config = TrainConfig.for_task(**{"task": TrainConfig.task, **origin})
+        if self.command == "train":
+            return {**config.to_dict(), "num_workers": "auto", "device": "auto"}
+        # A trial is one process on one processor, so that a population fits a laptop.
+        single = {"num_workers": 0, "learner_threads": 1, "device": "cpu"}
+        return {**config.to_dict(), **single, **({} if config.meta.inner_steps else {"validation_steps": 0})}
+
+    def _run(self) -> Path:
+        if self.given.get("run_dir") is None:
+            raise ValueError("--resume needs --run-dir, the folder of the run to resume.")
+        return Path(self.given["run_dir"])
 
 
-@dataclass(frozen=True, kw_only=True)
-class UncheckedEvolution(EvolveConfig):
-    """An `EvolveConfig` that is checked when the command runs."""
+def _of_training(run: Path) -> dict[str, Any]:
+    """Options of a run of train."""
+    found = checkpoints(run) if run.is_dir() else []
+    if not found:
+        raise ValueError(f"There is no checkpoint in {run} to resume from.")
+    return TrainConfig.from_dict(load_checkpoint(found[-1]).config).to_dict()
 
-    def __post_init__(self) -> None:
-        pass
+
+def _of_evolution(run: Path) -> dict[str, Any]:
+    """Options of a run of evolve."""
+    state = read_state(run)
+    rules = {f.name: state["config"][f.name] for f in fields(EvolveConfig)}
+    return {**TrainConfig.from_dict(state["base"]).to_dict(), **rules}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evolve:
-    """Let a population of policies improve itself: sizes and learning rates evolve, and what does not help is undone.
+def parse(arguments: Sequence[str]) -> Line:
+    """Read a command line; it ends the process where the form is wrong, or help is asked for.
 
-    Attributes:
-        config: options of the first generation's trials.
-        evolution: the rules.
-        start: a checkpoint, or a run for its best one, that all trials start from; by default initial weights.
-        run_dir: folder of the run; by default a new one in --storage.
-        storage: parent of the run folders, on a cluster a path that its machines share; or a URI such as
-            s3://bucket/runs, where they are copied with every decision and resumed from.
-        address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
-        resume: resume from the last decision in --run-dir.
-        cycles: instead of --population and --generations: as many cycles of one incumbent and its challengers.
-        proposals: challengers of a cycle.
-        json: print the final summary as one JSON object.
+    Help shows the chosen task's own defaults, or those of a checkpoint to start from or of a run to resume.
     """
-
-    config: tyro.conf.OmitArgPrefixes[UncheckedConfig]
-    evolution: tyro.conf.OmitArgPrefixes[UncheckedEvolution]
-    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    run_dir: Path | None = None
-    storage: str = RUNS
-    address: str | None = None
-    resume: bool = False
-    cycles: int | None = None
-    proposals: int = 3
-    json: bool = False
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """Make a kept checkpoint the best and the parent of a self-improving run's next generation.
-
-    Attributes:
-        run: the run's folder, of a run that is running or will be resumed.
-        checkpoint: name of a folder in its rsi/checkpoints.
-        storage: the URI that was given to evolve, if one was.
-    """
-
-    run: tyro.conf.Positional[Path]
-    checkpoint: tyro.conf.Positional[str]
-    storage: str = RUNS
-
-
-@dataclass(frozen=True)
-class Evaluate:
-    """Evaluate a checkpoint on held-out tasks before adaptation and after 1..steps inner steps.
-
-    With --modes, ways of adapting are compared instead, each with the episodes given and judged on fresh ones.
-
-    Attributes:
-        checkpoint: a checkpoint's folder, a run's for its best checkpoint, or pretrained:NAME.
-        modes: of none, standard, replay and hybrid (see adapt); the others are compared with the first.
-        task: family of the tasks; by default the one of training.
-        task_options: of the family; by default as in training.
-        task_ranges: of gym:ID; by default as in training.
-        split: train, validation, test, or outside the training range shifted and shifted-test.
-        num_tasks: number of tasks.
-        steps: inner steps; by default as many as the policy was trained for.
-        episodes: episodes a task and step; by default as in training.
-        inner_lr: step size of the inner steps; by default as in training.
-        seed: of tasks and rollouts.
-        num_workers: Ray actors that collect rollouts; 0: in process.
-        address: of a Ray cluster to join; by default RAY_ADDRESS, else Ray starts in this process.
-        deterministic: take the most likely actions instead of sampling.
-        json: print one JSON object.
-    """
-
-    checkpoint: tyro.conf.Positional[Path]
-    modes: tuple[str, ...] = ()
-    task: str | None = None
-    task_options: JsonObject | None = None
-    task_ranges: JsonObject | None = None
-    split: str = "test"
-    num_tasks: int = 100
-    steps: int | None = None
-    episodes: int | None = None
-    inner_lr: float | None = None
-    seed: int = 0
-    num_workers: int = 0
-    address: str | None = None
-    deterministic: bool = False
-    json: bool = False
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Draw the learning curve and the adaptation curve of a run into its folder.
-
-    Attributes:
-        run: the run's folder.
-    """
-
-    run: tyro.conf.Positional[Path]
-
-
-@dataclass(frozen=True)
-class App:
-    """Open the web interface: pretrained models, meta-training, adaptation and self-improvement in a browser.
-
-    Attributes:
-        host: address to listen on; whoever reaches it can start work on this machine.
-        port: to listen on.
-        storage: parent of the run folders; the page reads and writes nothing else.
-        address: of the job server of a cluster, such as http://head:8265; by default RAY_API_SERVER_ADDRESS,
-            RAY_ADDRESS, or a head of this machine, started with the first job.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 7860
-    storage: Path = Path(RUNS)
-    address: str | None = None
-
-
-def parse(arguments: Sequence[str]) -> Train | Evolve | Rollback | Evaluate | Adapt | Plot | App | JobCommand:
-    """Options of one command; they show the chosen task's own defaults, or those of the run to resume."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # A missing value is left for tyro to complain about.
-    peek.add_argument("--task", nargs="?", default="navigation-2d", const="navigation-2d")
-    peek.add_argument("--task-options", "--task_options", nargs="?", default="{}", const="{}")
-    peek.add_argument("--task-ranges", "--task_ranges", nargs="?", default="{}", const="{}")
-    peek.add_argument("--algorithm", nargs="?")
-    peek.add_argument("--run-dir", "--run_dir", nargs="?", type=Path)
-    peek.add_argument("--storage", nargs="?", default=RUNS, const=RUNS)
-    peek.add_argument("--resume", action="store_true")
-    peek.add_argument("--from", nargs="?", type=Path, dest="start")
-    known, _ = peek.parse_known_args(arguments)
-    if arguments[0] in ("train", "evolve") and known.resume and known.run_dir is None:
-        raise ValueError("--resume needs --run-dir, the folder of the run to resume.")
-    if known.resume and known.run_dir is not None and is_uri(known.storage):
-        Mirror(known.run_dir, copy_of(known.storage, known.run_dir) or "").pull()
-    config = TrainConfig()
-    if arguments[0] == "train":
-        config = _default_config(known)
-    trials, rules = _default_evolution(known) if arguments[0] == "evolve" else (config, EvolveConfig())
-    options = {**asdict(config), **({} if known.resume else {"num_workers": "auto", "device": "auto"})}
-    default = Train(config=UncheckedConfig(**options))
-    population = Evolve(config=UncheckedConfig(**asdict(trials)), evolution=UncheckedEvolution(**asdict(rules)))
+    command, default = arguments[0], dict[str, Any]()
+    if command in COMMANDS and {"-h", "--help"}.intersection(arguments):
+        default = {"default": _nested(COMMANDS[command], _defaults_for_help(arguments), make=False)}
     commands = [
-        Annotated[Train, tyro.conf.subcommand("train", default=default)],
-        Annotated[Evolve, tyro.conf.subcommand("evolve", default=population)],
-        Annotated[Rollback, tyro.conf.subcommand("evolve rollback")],
-        Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
-        Annotated[Adapt, tyro.conf.subcommand("adapt")],
-        Annotated[Plot, tyro.conf.subcommand("plot")],
-        Annotated[App, tyro.conf.subcommand("app")],
-        *(Annotated[job, tyro.conf.subcommand(name)] for name, job in COMMANDS.items()),
+        Annotated[_asked(kind), tyro.conf.subcommand(name, **(default if name == command else {}))]
+        for name, kind in COMMANDS.items()
     ]
     union: Any = Union[tuple(commands)]  # noqa: UP007 (of a list)
-    return tyro.cli(union, args=arguments, prog="run_local.py", description=__doc__)
+    found = tyro.cli(union, args=arguments, prog="run_local.py", description=__doc__)
+    return Line(command, _flat(COMMANDS[command], found))
 
 
-def _default_config(known: argparse.Namespace) -> TrainConfig:
-    """Options of `train`: the task's own, those of a checkpoint to start from or a run to resume."""
-    if known.start is not None and not known.resume:
-        return _from_checkpoint(known)
-    if not known.resume:
-        return TrainConfig.for_task(known.task, **_family_options(known))
-    found = checkpoints(known.run_dir) if known.run_dir.is_dir() else []
-    if not found:
-        raise ValueError(f"There is no checkpoint in {known.run_dir} to resume from.")
-    return TrainConfig.from_dict(load_checkpoint(found[-1]).config)
+def _defaults_for_help(arguments: Sequence[str]) -> dict[str, Any]:
+    """`Line.defaults` of a command line that asks for help; of the others' options it may be wrong."""
+    command, *words = arguments
+    if command not in ("train", "evolve"):
+        return {}
+    hints = {**_hints(MetaConfig), **_hints(TrainConfig), **_hints(Train)}
+    names = ("task", "task_options", "task_ranges", "algorithm", "start", "run_dir", "storage", "resume")
+    origin = _typed_dict("Origin", {name: hints[name] for name in names}, total=False)
+    words = [word for word in words if word not in ("-h", "--help")]
+    found, _ = tyro.cli(origin, args=words, return_unknown_args=True)
+    given = _flat(Train, found)
+    if is_uri(given.get("storage", RUNS)):
+        given.pop("resume", None)  # nothing is fetched to be shown
+    return Line(command, given).defaults()
 
 
-def _from_checkpoint(known: argparse.Namespace) -> TrainConfig:
-    """Options of a run that begins with a checkpoint's weights: its own, but for another algorithm that one's."""
-    config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(known.start)).config)
-    if known.algorithm not in ALGORITHMS or known.algorithm == config.algorithm:
-        return config
-    kept = ("task", "task_options", "task_ranges", *(f.name for f in fields(PolicyConfig)))
-    return TrainConfig.for_task(**{name: getattr(config, name) for name in kept}, algorithm=known.algorithm)
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object of the command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object, such as '{{\"gravity\": [5, 15]}}'.")
+    return value
 
 
-def _default_evolution(known: argparse.Namespace) -> tuple[TrainConfig, EvolveConfig]:
-    """Options of the trials and the rules: the task's own, those of a checkpoint to start from or a run to resume."""
-    # A trial is one process on one processor, so that a population fits a laptop.
-    single = {"num_workers": 0, "learner_threads": 1, "device": "cpu"}
-    if known.resume:
-        state = read_state(known.run_dir)
-        rules = {f.name: state["config"][f.name] for f in fields(EvolveConfig)}
-        return TrainConfig.from_dict(state["base"]), EvolveConfig(**rules)
-    if known.start is not None:
-        config = load_checkpoint(resolve_checkpoint(known.start)).config
-        trials = TrainConfig.from_dict({**config, **single})
-    else:
-        trials = TrainConfig.for_task(known.task, **_family_options(known), **single)
-    return trials, EvolveConfig() if trials.inner_steps else EvolveConfig(validation_steps=0)
+_typed_dict: Any = TypedDict
+"""As a function: mypy wants the keys of a TypedDict in the source."""
 
 
-def _family_options(known: argparse.Namespace) -> dict[str, Any]:
-    """What decides on the other options' defaults beside the task's name."""
-    options = {"task_options": json_object(known.task_options), "task_ranges": json_object(known.task_ranges)}
-    return options | ({"algorithm": known.algorithm} if known.algorithm in ALGORITHMS else {})
+class _JsonText(str):
+    """A mapping on the command line."""
+
+
+_JSON = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda words: _JsonText(words[0]),
+    is_instance=lambda value: isinstance(value, Mapping),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
+"""How tyro reads a mapping: it is checked afterwards, where a mistake becomes one sentence of ours."""
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of a dataclass's fields as tyro is to know them."""
+    hints = get_type_hints(kind, include_extras=True)
+    mapping = Annotated[Mapping[str, Any], _JSON]
+    known = [(Mapping[str, Any], mapping), (Mapping[str, Any] | None, mapping | None)]
+    return {name: next((own for each, own in known if each == hint), hint) for name, hint in hints.items()}
+
+
+def _split(kind: Any, without: frozenset[str]) -> tuple[list[Field[Any]], list[tuple[Field[Any], Any, frozenset[str]]]]:
+    """The options of a dataclass, and the dataclasses in it, each with the names of options that it is not to have."""
+    hints = get_type_hints(kind)
+    own = [f for f in fields(kind) if not is_dataclass(hints[f.name]) and f.name not in without]
+    taken = without.union(f.name for f in own)
+    parts = [f for f in fields(kind) if is_dataclass(hints[f.name])]
+    return own, [(f, hints[f.name], taken.union(f.metadata.get("without", ()))) for f in parts]
+
+
+@functools.cache
+def _asked(kind: Any, without: frozenset[str] = frozenset(), aliases: tuple[str, ...] = ()) -> Any:
+    """A command as tyro asks for it: a dictionary of what is given, with one for each part.
+
+    Args:
+        kind: the dataclass.
+        without: options that are left out.
+        aliases: an option's name, and another one for it.
+    """
+    hints, (own, parts), table = _hints(kind), _split(kind, without), dict[str, Any]()
+    for f in own:
+        hint = hints[f.name]
+        table[f.name] = Required[hint] if _required(f) else hint
+    if aliases:
+        name, other = aliases
+        table[name] = Annotated[table[name], tyro.conf.arg(aliases=[other])]
+    for f, part, hidden in parts:
+        inner = _asked(part, hidden, f.metadata.get("aliases", ()))
+        table[f.name] = Annotated[inner, tyro.conf.OmitArgPrefixes]
+    asked = _typed_dict(kind.__name__, table, total=False)
+    inherited = [inspect.getdoc(base) or "" for base in kind.__mro__[1:] if is_dataclass(base)]
+    asked.__doc__ = "\n".join([inspect.getdoc(kind) or "", *(doc.partition("Attributes:\n")[2] for doc in inherited)])
+    return asked
+
+
+def _required(f: Field[Any]) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _flat(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A dictionary as of `_asked` on one level."""
+    parts = {f.name: part for f, part, _ in _split(kind, frozenset())[1]}
+    flat = {
+        name: json_object(value) if isinstance(value, _JsonText) else value
+        for name, value in values.items()
+        if name not in parts
+    }
+    for name, part in parts.items():
+        flat |= _flat(part, values.get(name, {}))
+    return flat
+
+
+def _nested(kind: Any, values: Mapping[str, Any], without: frozenset[str] = frozenset(), make: bool = True) -> Any:
+    """A dataclass of the values and its defaults, or a dictionary of both as `_asked` takes for its default.
+
+    Args:
+        kind: the dataclass.
+        values: on one level; a list stands for a tuple.
+        without: options that keep their defaults, and that the dictionary does not have.
+        make: the dataclass, not the dictionary.
+    """
+    own, parts = _split(kind, without)
+    found = {f.name: values[f.name] for f in own if f.name in values}
+    found = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    found |= {f.name: _nested(part, values, hidden, make) for f, part, hidden in parts}
+    if make:
+        return kind(**found)
+    defaults = {f.name: f.default for f in own if f.default is not MISSING}
+    made = {f.name: f.default_factory() for f in own if f.default_factory is not MISSING}
+    return {**defaults, **made, **found}
 
 
 def copy_of(storage: str, run: Path) -> str | None:

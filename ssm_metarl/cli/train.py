@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ssm_metarl.cli.console import RUNS, console, say
 from ssm_metarl.cli.job import run_name
-from ssm_metarl.cli.options import Evolve, Train, UncheckedConfig, copy_of
+from ssm_metarl.cli.options import Run, Train, copy_of
 from ssm_metarl.cli.plots import plot_run
 from ssm_metarl.cli.tables import evaluation_table
 from ssm_metarl.config import TrainConfig
@@ -23,17 +22,15 @@ from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.mirror import Mirror, is_uri
 
 
-def checked_config(config: UncheckedConfig, trials: int) -> TrainConfig:
-    """The options of a run, checked before the workers of "auto" are counted, for which Ray may have to be started."""
-    values = asdict(config)
-    automatic = values["num_workers"] == "auto"
-    checked = TrainConfig(**{**values, **({"num_workers": 0} if automatic else {})})
-    checked.family()  # refuses an unknown task, or impossible options of one
-    check_device(checked.device)
-    return replace(checked, num_workers=auto_workers(trials)) if automatic else checked
+def checked_config(options: Run, trials: int) -> TrainConfig:
+    """The options of a run; the workers of "auto" are counted last, for Ray may have to be started for that."""
+    options.config.family()  # refuses an unknown task, or impossible options of one
+    check_device(options.config.machine.device)
+    automatic = options.num_workers == "auto"
+    return options.config.replace(num_workers=auto_workers(trials) if automatic else options.num_workers)
 
 
-def run_place(options: Train | Evolve, name: str) -> tuple[Path, str | None]:
+def run_place(options: Run, name: str) -> tuple[Path, str | None]:
     """A run's folder, and the URI of its copy if it is to have one."""
     parent = RUNS if is_uri(options.storage) else options.storage
     run_dir = options.run_dir or Path(parent) / name
@@ -44,11 +41,11 @@ def run_train(options: Train) -> int:
     """Carry out `train`; returns the exit code."""
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
-    config = checked_config(options.config, trials=1)
-    name = run_name(config.task, config.algorithm)
+    config = checked_config(options, trials=1)
+    name = run_name(config.task, config.meta.algorithm)
     run_dir, mirror = run_place(options, name)
     with _progress() as progress:
-        bar = progress.add_task(config.task, total=config.iterations, returns="", speed="")
+        bar = progress.add_task(config.task, total=config.experience.iterations, returns="", speed="")
 
         def show(metrics: dict[str, Any]) -> None:
             if show.steps is None:  # type: ignore[attr-defined]
@@ -58,10 +55,10 @@ def run_train(options: Train) -> int:
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
             rate = steps / metrics["seconds"]["total"] / 1000
             speed = f"{rate:.{0 if rate > 10 else 1}f}k steps/s" if steps else ""
-            returns = f"return {before:.1f} → {after:.1f}" if config.inner_steps else f"return {after:.1f}"
+            returns = f"return {before:.1f} → {after:.1f}" if config.meta.inner_steps else f"return {after:.1f}"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
             if not console.is_terminal:
-                console.print(f"iteration {metrics['iteration']}/{config.iterations}: {returns} {speed}")
+                console.print(f"iteration {metrics['iteration']}/{config.experience.iterations}: {returns} {speed}")
 
         show.steps = None  # type: ignore[attr-defined]
         result = train(config, run_dir, start=options.start, resume=options.resume, on_iteration=show, mirror=mirror)
@@ -75,7 +72,10 @@ def run_train(options: Train) -> int:
     if result.signal is None:
         console.print(f"Evaluating on {options.eval_tasks} held-out tasks …")
         report = evaluate_checkpoint(
-            result.checkpoint, num_tasks=options.eval_tasks, seed=config.seed, num_workers=config.num_workers
+            result.checkpoint,
+            num_tasks=options.eval_tasks,
+            seed=config.experience.seed,
+            num_workers=config.machine.num_workers,
         ).summary()
         summary["evaluation"] = report
         (run_dir / "evaluation.json").write_text(json.dumps(summary["evaluation"], indent=1))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_metarl.algorithms.registry import ALGORITHMS, SCHEDULES, MetaConfig
+from ssm_metarl.algorithms.registry import ALGORITHMS, SCHEDULES, AlgorithmName, MetaConfig, Schedule
 
 
 def test_two_step_weights_are_before_and_after_however_many_steps() -> None:
@@ -84,6 +84,11 @@ def test_only_rl2_learns_without_inner_steps(algorithm: str) -> None:
     assert MetaConfig(algorithm="rl2", inner_steps=0).weights == (1.0,)
     with pytest.raises(ValueError, match="step_weights"):
         MetaConfig(algorithm="rl2", inner_steps=0, step_weights=(1.0, 1.0))
+
+
+def test_the_names_that_help_lists_are_those_of_the_registry() -> None:
+    assert get_args(AlgorithmName) == tuple(ALGORITHMS)
+    assert get_args(Schedule) == tuple(SCHEDULES)
 
 
 def test_the_former_name_of_the_privileged_baseline_is_taken() -> None:

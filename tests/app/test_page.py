@@ -27,7 +27,8 @@ from rich.table import Table
 from ssm_metarl import TrainConfig, train
 from ssm_metarl.app import adaptation_tab, evolution_tab, pretrained_tab, server, training_tab, view
 from ssm_metarl.app.workspace import MAX_JOBS, Workspace, job_of
-from ssm_metarl.cli.main import check_command, main
+from ssm_metarl.cli.job import prepared
+from ssm_metarl.cli.main import main
 from ssm_metarl.cli.options import Evolve, Train, parse
 from ssm_metarl.distributed import jobs
 from ssm_metarl.storage.checkpoint import load_checkpoint
@@ -152,7 +153,7 @@ def test_what_the_page_trains_is_what_the_command_trains() -> None:
     options = {name: own[name] for name in training_tab.OPTIONS}
     options |= {"iterations": 7, "inner_lr": 0.25, "replay_episodes": 64}
     words = training_tab.train_command("cartpole", "maml", options)
-    parsed = parse(words)
+    parsed = parse(words).options()
     assert isinstance(parsed, Train)
     expected = TrainConfig.for_task("cartpole", algorithm="maml", **options)
     same = {name: value for name, value in expected.to_dict().items() if name not in ("num_workers", "device")}
@@ -166,10 +167,10 @@ def test_what_the_page_trains_is_what_the_command_trains() -> None:
 def test_what_the_page_evolves_is_what_the_command_evolves(workspace: Workspace) -> None:
     for start in (None, workspace.checkpoint("point")):
         words = evolution_tab.evolve_command(start, "navigation-2d", 2, 1, 2000, 4, 2, 5)
-        check_command(words)
-        parsed = parse(words)
+        prepared(words, str(workspace.runs))
+        parsed = parse(words).options()
         assert isinstance(parsed, Evolve)
-        assert (parsed.cycles, parsed.proposals, parsed.start, parsed.config.seed) == (2, 1, start, 5)
+        assert (parsed.cycles, parsed.proposals, parsed.start, parsed.config.experience.seed) == (2, 1, start, 5)
         assert parsed.evolution.generation_steps == 2000
     with pytest.raises(ValueError, match="validation_tasks must be"):
         evolution_tab.evolve_command(None, "navigation-2d", 1, 1, 0, 0, 2, 0)

@@ -17,17 +17,21 @@ pytestmark = pytest.mark.usefixtures("no_cluster")
 
 def test_paths_of_a_command_are_made_absolute(tmp_path: Path) -> None:
     here = tmp_path / "work"
-    (here / "old").mkdir()
+    for name in ("old", "bandit"):
+        (here / name).mkdir()
     command, run_dir = job_cli.prepared(["evolve", "--from", "old", "--storage=shared", "--seed", "1"], "runs")
-    assert command[:5] == ["evolve", "--from", str(here / "old"), f"--storage={here / 'shared'}", "--seed"]
+    assert command[:5] == ["evolve", "--from", str(here / "old"), "--storage", str(here / "shared")]
+    assert command[-4:-2] == ["--seed", "1"]
     assert run_dir is not None
     assert run_dir.startswith(str(here / "shared" / "navigation-2d-evolve-"))
     assert command[-2:] == ["--run-dir", run_dir]
-    assert job_cli.prepared(["train", "--run_dir", "x", "--task", "old"], "runs") == (
-        ["train", "--run-dir", str(here / "x"), "--task", "old"],
+    assert job_cli.prepared(["train", "--run_dir", "x", "--task", "bandit"], "runs") == (
+        ["train", "--run-dir", str(here / "x"), "--task", "bandit"],
         str(here / "x"),
     )
     assert job_cli.prepared(["evaluate", "old"], "runs") == (["evaluate", str(here / "old")], None)
+    shipped = ["evaluate", "pretrained:cartpole", "--num-tasks", "3"]
+    assert job_cli.prepared(shipped, "runs") == (shipped, None)
     command, run_dir = job_cli.prepared(["train"], "s3://bucket/runs")
     assert run_dir is not None
     assert run_dir.startswith("s3://bucket/runs/navigation-2d-train-")
@@ -49,7 +53,7 @@ def test_without_a_command_the_best_there_is_goes_on(tmp_path: Path) -> None:
     assert job_cli.prepared([], "runs")[0][:5] == ["evolve", "--from", best, "--generations", "0"]
     os.utime(runs / "evolved", (10**9 + 1, 10**9 + 1))
     command, run_dir = job_cli.prepared([], "runs")
-    assert command == ["evolve", "--resume", "--run-dir", str(runs / "evolved"), "--generations", "0"]
+    assert command == ["evolve", "--run-dir", str(runs / "evolved"), "--resume", "--generations", "0"]
     assert run_dir == str(runs / "evolved")
 
 

@@ -28,7 +28,8 @@ OURS = [name for name in ALGORITHMS if name != "policy-gradient"]  # which RLlib
 
 def make_learner(seed: int = 0, discrete: bool = False, hidden_dim: int = 6, **options: Any) -> Learner:
     options = {"learner_threads": 1, "epochs": 3} | options
-    return Learner(make_spec(discrete=discrete, hidden_dim=hidden_dim), TrainConfig(**options), seed)
+    config = TrainConfig().replace(**options)
+    return Learner(make_spec(discrete=discrete, hidden_dim=hidden_dim), config.meta, config.machine, seed)
 
 
 def rollouts(learner: Learner, weights: Any, seed: int, num_episodes: int = NUM_EPISODES) -> Rollouts:
@@ -97,8 +98,8 @@ from ssm_metarl.config import TrainConfig
 for user in (module, inner_loop):
     user.task_shards = lambda shape: [slice(i, i + 1) for i in range(shape[0])]
 for threads in (1, 2, 3):
-    config = TrainConfig(learner_threads=threads, epochs=3, step_weights=(1, 2))
-    learner = module.Learner(make_spec(hidden_dim=6), config, 0)
+    config = TrainConfig().replace(learner_threads=threads, epochs=3, step_weights=(1, 2))
+    learner = module.Learner(make_spec(hidden_dim=6), config.meta, config.machine, 0)
     weights, stages = learner.weights(), []
     for stage in range(2):
         played = toy_rollouts(learner.policy.spec, weights, uneven(6, 5, 8, stage), 5, 8, stage)

@@ -10,7 +10,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from builders import make_policy, make_spec
-from ssm_metarl import Player, load_player, load_policy
+from ssm_metarl import Player, TrainConfig, load_player, load_policy
 from ssm_metarl.algorithms.collect import collect
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import child, seed_for
@@ -160,7 +160,7 @@ def test_a_policy_that_diverged_does_not_act(discrete: bool) -> None:
 
 def test_adapting_leaves_the_player_and_the_environment_as_they_are() -> None:
     env = Reach()
-    player = player_for(SPEC, meta={"inner_lr": 0.05, "inner_steps": 1, "episodes": 3})
+    player = player_for(SPEC, trained=TrainConfig().replace(inner_lr=0.05, inner_steps=1, episodes=3))
     before = {name: value.copy() for name, value in player._weights.items()}
     adapted, again = (player.adapt(env, 4, steps=2, seed=1) for _ in range(2))
     assert adapted.adaptation is not None
@@ -175,7 +175,7 @@ def test_adapting_leaves_the_player_and_the_environment_as_they_are() -> None:
 
 
 def test_adapting_learns() -> None:
-    player = Player(SPEC, make_policy(SPEC, noise=0.0).numpy_weights(), meta={"inner_lr": 0.5, "inner_steps": 1})
+    player = Player(SPEC, make_policy(SPEC, noise=0.0).numpy_weights(), trained=TrainConfig().replace(inner_lr=0.5))
     found = player.adapt(Reach(), 60, steps=6).adaptation
     assert found is not None
     assert found.returns[0, -1] > found.returns[0, 0] + 0.2
@@ -183,7 +183,7 @@ def test_adapting_learns() -> None:
 
 def test_a_vector_environment_shares_the_episodes() -> None:
     envs = SyncVectorEnv([Reach, Reach], autoreset_mode=AutoresetMode.SAME_STEP)
-    player = player_for(SPEC, meta={"episodes": 4})
+    player = player_for(SPEC, trained=TrainConfig().replace(episodes=4))
     found = player.adapt(envs, 3, steps=1, horizon=4).adaptation
     assert found is not None
     assert found.environment_steps <= 2 * 4 * 4

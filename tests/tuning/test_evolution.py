@@ -308,7 +308,7 @@ def new_run() -> Iterator[NewRun]:
             there = store(Path(root) / str(next(numbers)))
             there.create()
             config = EvolveConfig(**{"population": 4, "generations": 3, "generation_steps": STEPS, **options})
-            evolution = Evolution(config, TrainConfig(seed=seed, **(base or {})).to_dict(), there)
+            evolution = Evolution(config, TrainConfig().replace(seed=seed, **(base or {})).to_dict(), there)
             evolution.commit()
             return evolution
 

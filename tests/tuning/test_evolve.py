@@ -317,7 +317,7 @@ def test_a_family_of_ones_own_evolves(tmp_path: Path, monkeypatch: pytest.Monkey
         name = "windy"
 
     monkeypatch.setitem(base._FACTORIES, "windy", Windy)
-    config = TrainConfig(task="windy", **REAL)
+    config = TrainConfig().replace(task="windy", **REAL)
     rules = EvolveConfig(**{**REAL_RULES, "population": 2, "generations": 1})
     assert evolve(config, rules, tmp_path / "run").state["finished"] == "1 generation"
     monkeypatch.setattr(Windy, "reference", None)

@@ -25,15 +25,19 @@ def configs(draw: Any) -> dict[str, Any]:
     """Any parent that training takes, within the bounds or beyond them."""
     inner_steps = draw(st.integers(1, 4))
     weights = st.lists(st.floats(0.1, 2.0), min_size=inner_steps + 1, max_size=inner_steps + 1)
-    return TrainConfig(
-        state_dim=2 * draw(st.integers(1, 160)),
-        hidden_dim=draw(st.integers(1, 320)),
-        num_layers=draw(st.integers(0, 5)),
-        inner_lr=draw(st.floats(1e-4, 30.0)),
-        outer_lr=draw(st.floats(1e-7, 0.5)),
-        inner_steps=inner_steps,
-        step_weights=tuple(draw(st.just([]) | weights)),
-    ).to_dict()
+    return (
+        TrainConfig()
+        .replace(
+            state_dim=2 * draw(st.integers(1, 160)),
+            hidden_dim=draw(st.integers(1, 320)),
+            num_layers=draw(st.integers(0, 5)),
+            inner_lr=draw(st.floats(1e-4, 30.0)),
+            outer_lr=draw(st.floats(1e-7, 0.5)),
+            inner_steps=inner_steps,
+            step_weights=tuple(draw(st.just([]) | weights)),
+        )
+        .to_dict()
+    )
 
 
 def mutated(config: dict[str, Any], proposal: Proposal) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def draws(config: dict[str, Any], seed: int, taboo: set[str] | None = None) -> P
 
 
 def test_alternatives_by_hand() -> None:
-    config = TrainConfig(state_dim=32, hidden_dim=5, num_layers=1, inner_lr=0.1, outer_lr=1e-3).to_dict()
+    config = TrainConfig().replace(state_dim=32, hidden_dim=5, num_layers=1, inner_lr=0.1, outer_lr=1e-3).to_dict()
     assert alternatives("state_dim", config) == [26, 38]
     assert alternatives("hidden_dim", config) == [7]  # 3 would be under the bound
     assert alternatives("num_layers", config) == [0, 2]
@@ -124,7 +128,7 @@ def counts(config: dict[str, Any], verdicts: Mapping[str, Sequence[float]], draw
 
 
 def test_every_option_is_proposed_alone_and_in_pairs() -> None:
-    config = TrainConfig(inner_steps=2).to_dict()
+    config = TrainConfig().replace(inner_steps=2).to_dict()
     found = [draws(config, seed) for seed in range(400)]
     chosen = {frozenset(proposal.after) for proposal in found if proposal}
     assert len(chosen) == len(BOUNDS) * (len(BOUNDS) + 1) // 2
@@ -134,7 +138,7 @@ def test_every_option_is_proposed_alone_and_in_pairs() -> None:
 
 
 def test_moves_that_were_kept_come_more_often_and_none_is_given_up() -> None:
-    config = TrainConfig(inner_steps=2).to_dict()
+    config = TrainConfig().replace(inner_steps=2).to_dict()
     often = counts(config, {"inner_lr up": (15.0, 1.0), "num_layers up": (0.0, 15.0), "hidden_dim down": (1.0, 1.0)})
     assert often["inner_lr up"] > 3 * often["outer_lr up"]
     assert often["num_layers up"] < often["outer_lr up"] / 3
@@ -190,4 +194,4 @@ def test_step_weights_fit_any_number_of_steps(weights: list[float], inner_steps:
     if len(weights) == inner_steps + 1:
         assert fitted == weights
     if sum(weights) > 0:
-        TrainConfig(inner_steps=inner_steps, step_weights=tuple(fitted))
+        TrainConfig().replace(inner_steps=inner_steps, step_weights=tuple(fitted))

@@ -34,7 +34,7 @@ class Noting:
 
 
 def task_env(family: Any, num_episodes: int = 3, inputs: str = "full") -> TaskEnv:
-    spec = TrainConfig(inputs=inputs).policy_spec(family)  # type: ignore[arg-type]
+    spec = TrainConfig().replace(inputs=inputs).policy_spec(family)  # type: ignore[arg-type]
     return TaskEnv({"distribution": family, "spec": spec, "num_envs": num_episodes})
 
 
