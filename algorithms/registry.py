@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ssm_metarl.checks import check_count, check_number
+from ssm_metarl.checks import brief, check_count, check_number
 
 META_TRAINER = "ssm_metarl.distributed.trainer:MetaTrainer"
 """The trainer that populations and Ray Tune can have, too."""
@@ -142,7 +142,7 @@ class MetaConfig:
         check_count("minibatches", self.minibatches, 1)
         weights = self.step_weights
         if not isinstance(weights, tuple | list):
-            raise ValueError(f"step_weights must be a tuple of numbers, not {weights!r}.")
+            raise ValueError(f"step_weights must be a tuple of numbers, not {brief(weights)}.")
         for weight in weights:
             check_number("step_weights", weight, low=0.0)
         if len(weights) not in (0, *([2] if self.inner_steps else []), self.inner_steps + 1):
@@ -151,7 +151,7 @@ class MetaConfig:
                 f"that is {self.inner_steps + 1}, or two for before and after, not {len(weights)}."
             )
         if weights and not 0 < sum(weights) < math.inf:
-            raise ValueError(f"step_weights must have a positive sum, not {weights!r}.")
+            raise ValueError(f"step_weights must have a positive sum, not {brief(weights)}.")
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -179,4 +179,4 @@ SCHEDULES = {
 
 def _one_of(name: str, value: str, valid: Iterable[str]) -> None:
     if value not in tuple(valid):
-        raise ValueError(f"{name} must be one of {', '.join(valid)}, not {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(valid)}, not {brief(value)}.")

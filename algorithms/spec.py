@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.checks import check_count, check_flag, check_keys, check_number
+from ssm_metarl.checks import brief, check_count, check_flag, check_keys, check_number
 
 ABSENT_BOUND = 1e30
 """A Box with bounds of at least this size is taken for unbounded: such numbers are written where there is no bound."""
@@ -66,7 +66,7 @@ class PolicyConfig:
         for name in ("gated", "learned_step_sizes", "normalize_observations", "scale_rewards"):
             check_flag(name, getattr(self, name))
         if self.inputs not in ("full", "observation"):
-            raise ValueError(f"inputs must be 'full' or 'observation', not {self.inputs!r}.")
+            raise ValueError(f"inputs must be 'full' or 'observation', not {brief(self.inputs)}.")
         for name in ("initial_std", "encoder_scale"):
             check_number(name, getattr(self, name), above=0.0)
         check_number("min_period", self.min_period, low=2.0)

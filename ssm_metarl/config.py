@@ -14,7 +14,7 @@ from ssm_metarl import presets
 from ssm_metarl.algorithms.inputs import task_numbers
 from ssm_metarl.algorithms.registry import ALGORITHMS, MetaConfig
 from ssm_metarl.algorithms.spec import PolicyConfig, PolicySpec, action_bounds
-from ssm_metarl.checks import check_count, check_keys, check_number
+from ssm_metarl.checks import brief, check_count, check_keys, check_mapping, check_number, check_text
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tasks import TaskDistribution, make
 
@@ -74,6 +74,7 @@ class MachineConfig:
         check_count("num_workers", self.num_workers, 0)
         for name in ("learner_threads", "checkpoint_every"):
             check_count(name, getattr(self, name), 1)
+        check_text("device", self.device)
         if self.sample_timeout_s is not None:
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
 
@@ -106,10 +107,13 @@ class TrainConfig:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self) -> None:
+        check_text("task", self.task)
+        for name in ("task_options", "task_ranges"):
+            check_mapping(name, getattr(self, name))
         options = self.to_dict()
         for name, value in ALGORITHMS[self.meta.algorithm].fixed.items():
             if options[name] != value:
-                raise ValueError(f"{name} must be {value!r} for {self.meta.algorithm}, not {options[name]!r}.")
+                raise ValueError(f"{name} must be {value!r} for {self.meta.algorithm}, not {brief(options[name])}.")
 
     def family(self) -> TaskDistribution:
         """A new instance of the task family.
@@ -147,6 +151,23 @@ class TrainConfig:
             place = given.get(OPTIONS[name], own)
             place[name] = tuple(value) if isinstance(value, list) else value
         return cls(**own, **{part: kind(**given[part]) for part, kind in PARTS.items()})
+
+    @classmethod
+    def from_checkpoint(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The configuration that a checkpoint keeps, which must have every option: none is guessed.
+
+        Raises:
+            ValueError: an option is missing, unknown or impossible; one sentence.
+        """
+        if missing := [name for name in OPTIONS if name not in values]:
+            raise ValueError(
+                f"The checkpoint's config has no {', '.join(missing[:5])}{' …' * (len(missing) > 5)}: it is damaged, "
+                "or of another version of ssm-metarl."
+            )
+        config = cls.from_dict(values)
+        for name, most in MOST.items():
+            check_count(name, values[name], 0, most)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values, on one level."""
@@ -191,6 +212,15 @@ class TrainConfig:
             observation.shape[0], size, discrete, task_numbers(example).size, *bounds, **asdict(self.policy)
         )
 
+
+MOST: Mapping[str, int] = {
+    "inner_steps": 100,
+    "meta_batch": 100_000,
+    "episodes": 100_000,
+    "trial_episodes": 100_000,
+    "replay_episodes": 10_000_000,
+}
+"""Greatest values that a checkpoint's config may have: whoever reads one would play for ever, or run out of memory."""
 
 PARTS: Mapping[str, Any] = {name: kind for name, kind in get_type_hints(TrainConfig).items() if is_dataclass(kind)}
 """The parts of a `TrainConfig` by name."""

@@ -9,15 +9,20 @@ import uuid
 from pathlib import Path
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file so that a crash at any moment leaves the old one or the new one, whole.
+
+    Args:
+        path: of the file.
+        content: of it.
+        mode: who may read and write it, within the process's own mask.
 
     Raises:
         OSError: where the disk refuses; the old file stays.
     """
     temporary = temporary_beside(path)
     try:
-        write_new(temporary, content)
+        write_new(temporary, content, mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -38,13 +43,13 @@ def temporary_beside(path: Path) -> Path:
     return path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
 
 
-def write_new(path: Path, content: bytes) -> None:
+def write_new(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file that is not there yet, to the disk itself.
 
     Raises:
         OSError: it is there, or the disk refuses.
     """
-    with open(path, "xb") as file:
+    with open(path, "xb", opener=lambda path, flags: os.open(path, flags, mode)) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

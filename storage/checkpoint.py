@@ -4,16 +4,15 @@ A run folder holds `checkpoint_000123/` folders and `best.json`. A checkpoint ho
 
     policy.safetensors, optimizer.safetensors, config.json, progress.json, manifest.json
 
-and, of a run with `--replay-episodes`, replay.safetensors. The manifest, written last, has the format's version and
-the SHA-256 of each other file: no manifest, no checkpoint. A checkpoint is made in a hidden folder beside its place and
-renamed. One that is to be replaced is first renamed to `.checkpoint_000123.old`, which stands in for it should the
-process die before the new one is in place.
+and, of a run with `--replay-episodes`, replay.safetensors. The manifest, written last, has the format's version, the
+SHA-256 and the size of each other file: no manifest, no checkpoint. A checkpoint is made in a hidden folder beside its
+place and renamed. One that is to be replaced is first renamed to `.checkpoint_000123.old`, which stands in for it
+should the process die before the new one is in place.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from pathlib import Path
@@ -22,15 +21,14 @@ from typing import TYPE_CHECKING
 from ssm_metarl import pretrained
 from ssm_metarl.storage.atomic import sync_folder, temporary_beside, write_new
 from ssm_metarl.storage.contents import (
-    FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
     CheckpointError,
+    check_sizes,
     decode,
     encode,
-    read_digests,
-    read_file,
-    sha256,
+    manifest_of,
+    read_contents,
 )
 from ssm_metarl.storage.run_folder import discard, present, resolve_checkpoint, stand_in
 
@@ -58,8 +56,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     directory = Path(directory)
     contents = encode(directory, checkpoint)
     decode(directory, contents)
-    digests = {name: sha256(content) for name, content in contents.items()}
-    manifest = json.dumps({"format": FORMAT_VERSION, "sha256": digests}, indent=1).encode()
+    check_sizes(directory, checkpoint.spec, contents)
+    manifest = manifest_of(contents)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(directory)
     try:
@@ -81,20 +79,15 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         path: the checkpoint's folder, under any name (`resolve_checkpoint` finds one in a run folder).
 
     Raises:
-        CheckpointError: where a file is missing, unreadable, truncated, altered, a link, of an unknown
-            format, or does not fit the policy that `config.json` describes.
+        CheckpointError: where a file is missing, unreadable, truncated, altered, a link, too large, of an
+            unknown format, or does not fit the policy that `config.json` describes.
     """
     folder = present(Path(path))
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is not a checkpoint: there is no such folder.")
     if not os.path.lexists(folder / MANIFEST):
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}.")
-    digests = read_digests(folder / MANIFEST)
-    contents = {name: read_file(folder / name) for name in digests}
-    for name, content in contents.items():
-        if sha256(content) != digests[name]:
-            raise CheckpointError(f"{folder / name} is truncated or altered: its SHA-256 is not that of {MANIFEST}.")
-    return decode(folder, contents)
+    return decode(folder, read_contents(folder))
 
 
 def load_policy(path: str | Path) -> tuple[SSMPolicy, Checkpoint]:

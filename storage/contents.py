@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import reprlib
-import stat
+import math
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,37 @@ from ssm_metarl.algorithms.parameters import expected_shapes
 from ssm_metarl.algorithms.replay import ReplayBuffer
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.checks import brief
+from ssm_metarl.storage.documents import (
+    SMALL,
+    CheckpointError,
+    anything,
+    checked,
+    decode_json,
+    file_size,
+    list_of,
+    number,
+    read_file,
+    record,
+    whole,
+)
+
+__all__ = [
+    "BEST",
+    "CONFIG",
+    "FORMAT_VERSION",
+    "MANIFEST",
+    "OPTIMIZER",
+    "POLICY",
+    "PROGRESS",
+    "REPLAY",
+    "Checkpoint",
+    "CheckpointError",
+    "decode",
+    "encode",
+    "read_contents",
+    "sha256",
+]
 
 FORMAT_VERSION = 1
 """Version of the folder's content. A change that an older reader would misread raises it."""
@@ -32,8 +60,27 @@ MANIFEST, BEST = "manifest.json", "best.json"
 _FILES = (POLICY, OPTIMIZER, CONFIG, PROGRESS)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be loaded, found or written: one sentence that names the file and the reason."""
+MOST_BYTES = 2**31
+"""Of a file of arrays."""
+
+MOST_ARRAYS = 100_000
+"""Of a policy."""
+
+_MOST_HEADER = 400
+"""Bytes of an array's entry in a safetensors file at most: name, dtype, shape and offsets."""
+
+_MOMENTS = record({"count": whole(), "mean": list_of(number()), "squares": list_of(number(low=0.0))})
+
+PROGRESS_FORM = record(
+    {"iteration": whole(), "env_steps": whole()},
+    {
+        "normalizer": record({}, dict.fromkeys(("observations", "rewards", "returns", "tasks"), _MOMENTS)),
+        "mean_iterations": whole(),
+        "adapted_to": anything,
+    },
+    others=True,
+)
+"""What `progress.json` holds: counts of a run so far, and the moments that its inputs are normalised with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,36 +126,73 @@ def encode(folder: Path, checkpoint: Checkpoint) -> dict[str, bytes]:
 
 def decode(folder: Path, contents: Mapping[str, bytes]) -> Checkpoint:
     """The checkpoint that the contents say; CheckpointError naming the file of `folder` that says none."""
-    config = decode_json(folder / CONFIG, contents[CONFIG])
-    if set(config) != {"policy", "train"} or not all(isinstance(part, dict) for part in config.values()):
-        raise CheckpointError(f"{folder / CONFIG} is foreign: it must hold the objects 'policy' and 'train'.")
-    try:
-        spec = PolicySpec.from_dict(config["policy"])
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        reason = textwrap.shorten(str(error), 300).rstrip(".")
-        raise CheckpointError(f"{folder / CONFIG} does not describe a policy: {reason}.") from None
-    if not spec.discrete and "action_low" not in config["policy"]:
-        raise CheckpointError(
-            f"{folder} was written by version 0.1, whose continuous actions were in the unit of the environment and "
-            "not in [-1, 1]: train the policy anew, or use it with that version."
-        )
-    progress = decode_json(folder / PROGRESS, contents[PROGRESS])
-    policy = _decode_arrays(folder / POLICY, contents[POLICY])
+    spec, config = _decode_config(folder / CONFIG, contents[CONFIG])
+    progress = checked(folder / PROGRESS, decode_json(folder / PROGRESS, contents[PROGRESS]), PROGRESS_FORM)
+    _check_moments(folder / PROGRESS, progress.get("normalizer", {}), spec)
+    policy = _fitting(folder / POLICY, _decode_arrays(folder / POLICY, contents[POLICY]), spec)
     optimizer = _decode_arrays(folder / OPTIMIZER, contents[OPTIMIZER])
-    policy = _fitting(folder / POLICY, policy, spec)
     for path, arrays in ((folder / POLICY, policy), (folder / OPTIMIZER, optimizer)):
         for name, array in arrays.items():
             if array.dtype.kind in "fc" and not np.isfinite(array).all():
                 raise CheckpointError(f"{path} holds NaN or infinite numbers in {brief(name)}.")
+    _check_optimizer(folder / OPTIMIZER, optimizer, policy)
     replay = None
     if REPLAY in contents:
         try:
             replay = ReplayBuffer.from_arrays(_decode_arrays(folder / REPLAY, contents[REPLAY]), spec)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{folder / REPLAY} holds no episodes of this policy: {error}.") from None
-    return Checkpoint(spec, config["train"], progress, policy, optimizer, replay)
+    return Checkpoint(spec, config, progress, policy, optimizer, replay)
+
+
+def _decode_config(path: Path, content: bytes) -> tuple[PolicySpec, dict[str, Any]]:
+    """The policy's sizes and the run's configuration, the latter as it is."""
+    config = decode_json(path, content)
+    if set(config) != {"policy", "train"} or not all(isinstance(part, dict) for part in config.values()):
+        raise CheckpointError(f"{path} is foreign: it must hold the objects 'policy' and 'train'.")
+    policy = config["policy"]
+    try:
+        spec = PolicySpec.from_dict(policy)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        reason = textwrap.shorten(str(error), 300).rstrip(".")
+        raise CheckpointError(f"{path} does not describe a policy: {reason}.") from None
+    if not spec.discrete and "action_low" not in policy:
+        raise CheckpointError(
+            f"{path.parent} was written by version 0.1, whose continuous actions were in the unit of the environment "
+            "and not in [-1, 1]: train the policy anew, or use it with that version."
+        )
+    missing = [name for name in spec.to_dict() if name not in policy and not name.startswith("action_")]
+    if missing:
+        raise CheckpointError(f"{path} does not describe a policy: it has no {', '.join(missing)}.")
+    return spec, config["train"]
+
+
+def _check_moments(path: Path, normalizer: Mapping[str, Any], spec: PolicySpec) -> None:
+    """Refuse moments of another number of values than the policy's inputs have."""
+    sizes = {"observations": spec.observation_size, "tasks": spec.task_size}
+    for name, moments in normalizer.items():
+        size = sizes.get(name, 1)
+        if not len(moments["mean"]) == len(moments["squares"]) == size:
+            raise CheckpointError(f"{path} does not fit the policy: the moments of {name} must be of {size} numbers.")
+
+
+def _check_optimizer(path: Path, arrays: Mapping[str, Array], policy: Mapping[str, Array]) -> None:
+    """Refuse anything but Adam's three numbers for some of the parameters."""
+    for key, array in arrays.items():
+        name, _, moment = key.rpartition(".")
+        if name not in policy or moment not in ("step", "exp_avg", "exp_avg_sq"):
+            raise CheckpointError(f"{path} does not fit the policy: {brief(key)} is of none of its parameters.")
+        shape = () if moment == "step" else policy[name].shape
+        if array.shape != shape or array.dtype != np.float32:
+            found = f"{array.dtype} {list(array.shape)} instead of float32 {list(shape)}"
+            raise CheckpointError(f"{path} does not fit the policy: {key!r} is {found}.")
+        if moment != "exp_avg" and (array < 0).any():
+            raise CheckpointError(f"{path} holds negative numbers in {key!r}.")
+        for other in ("step", "exp_avg", "exp_avg_sq"):
+            if f"{name}.{other}" not in arrays:
+                raise CheckpointError(f"{path} does not fit the policy: {f'{name}.{other}'!r} is missing.")
 
 
 def _fitting(path: Path, arrays: Mapping[str, Array], spec: PolicySpec) -> dict[str, Array]:
@@ -155,29 +239,99 @@ def _encode_json(path: Path, values: Mapping[str, Any]) -> bytes:
         raise CheckpointError(f"{path} cannot be written: {textwrap.shorten(str(error), 300)}.") from None
 
 
-def decode_json(path: Path, content: bytes) -> dict[str, Any]:
-    """The JSON object of a file.
+# Reading: nothing is read before its size is known to be possible.
+
+
+def read_contents(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint's folder, each with the SHA-256 that the manifest has, and of a possible size.
+
+    The sizes of the policy follow from `config.json`, those of the optimiser from the policy's; a manifest says the
+    bytes of each file, too. What is larger is refused without being read.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: a file is missing, unreadable, too large, truncated or altered.
     """
-    try:
-        values = json.loads(content.decode(), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({textwrap.shorten(str(error), 300)}).") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is foreign: it holds no JSON object.")
-    return values
+    digests, sizes = _read_manifest(folder / MANIFEST)
+    contents = {CONFIG: _read_verified(folder / CONFIG, digests[CONFIG], SMALL)}
+    most = _limits(folder, _decode_config(folder / CONFIG, contents[CONFIG])[0])
+    for name in digests:
+        size = file_size(folder / name)
+        if name in sizes and size and size != sizes[name]:
+            wanted = f"{size:,} bytes instead of the {sizes[name]:,} of {MANIFEST}"
+            raise CheckpointError(f"{folder / name} is truncated or altered: it has {wanted}.")
+        if name in (POLICY, OPTIMIZER) and size > most[name]:
+            raise CheckpointError(
+                f"{folder / name} does not fit the policy that {CONFIG} describes: {size:,} bytes are more than the "
+                f"{most[name]:,} that it can need."
+            )
+    for name in digests:
+        if name != CONFIG:
+            contents[name] = _read_verified(folder / name, digests[name], most[name])
+    return {name: contents[name] for name in digests}
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+def manifest_of(contents: Mapping[str, bytes]) -> bytes:
+    """The content of `manifest.json` for the contents of the other files."""
+    digests = {name: sha256(content) for name, content in contents.items()}
+    sizes = {name: len(content) for name, content in contents.items()}
+    return json.dumps({"format": FORMAT_VERSION, "sha256": digests, "bytes": sizes}, indent=1).encode()
 
 
-def read_digests(path: Path) -> dict[str, str]:
-    """The SHA-256 of each file by the manifest at `path`, which may name our files and no other."""
-    manifest = decode_json(path, read_file(path))
-    version, digests = manifest.get("format"), manifest.get("sha256")
+def _limits(folder: Path, spec: PolicySpec) -> dict[str, int]:
+    """Bytes of each file that a checkpoint of such a policy has at most."""
+    count, data = _arrays_of(folder / POLICY, spec)
+    return {
+        CONFIG: SMALL,
+        POLICY: min(data + _MOST_HEADER * (count + 1), MOST_BYTES),
+        OPTIMIZER: min(2 * data + (4 + 3 * _MOST_HEADER) * (count + 1), MOST_BYTES),
+        REPLAY: MOST_BYTES,
+        PROGRESS: SMALL + 100 * (spec.observation_size + spec.task_size),
+    }
+
+
+def check_sizes(folder: Path, spec: PolicySpec, contents: Mapping[str, bytes]) -> None:
+    """Refuse to write what `read_contents` would refuse to read.
+
+    Raises:
+        CheckpointError: a file is too large.
+    """
+    for name, most in _limits(folder, spec).items():
+        if len(contents.get(name, b"")) > most:
+            size = f"{len(contents[name]):,} bytes, at most {most:,}"
+            raise CheckpointError(f"{folder / name} would be too large: {size}.")
+
+
+def _arrays_of(path: Path, spec: PolicySpec) -> tuple[int, int]:
+    """How many arrays a policy has, and their bytes; found without a list of them, which could be any length."""
+
+    def total(layers: int) -> tuple[int, int]:
+        shapes = expected_shapes(replace(spec, num_layers=layers))
+        return len(shapes), 4 * sum(map(math.prod, shapes.values()))
+
+    without, one = total(0), total(1)
+    count, data = (none + spec.num_layers * (first - none) for none, first in zip(without, one, strict=True))
+    if count > MOST_ARRAYS or data > MOST_BYTES:
+        raise CheckpointError(
+            f"{path} does not fit the policy that {CONFIG} describes: that would have {count:,} arrays of {data:,} "
+            f"bytes, at most {MOST_ARRAYS:,} of {MOST_BYTES:,} are read."
+        )
+    return count, data
+
+
+def _read_verified(path: Path, digest: str, most: int) -> bytes:
+    content = read_file(path, most)
+    if sha256(content) != digest:
+        raise CheckpointError(f"{path} is truncated or altered: its SHA-256 is not that of {MANIFEST}.")
+    return content
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """The SHA-256 of each file by the manifest at `path`, which may name our files and no other; and their bytes.
+
+    Manifests of version 0.2.0 and before have no bytes.
+    """
+    manifest = decode_json(path, read_file(path, SMALL))
+    version, digests, sizes = manifest.get("format"), manifest.get("sha256"), manifest.get("bytes", {})
     if type(version) is not int or version != FORMAT_VERSION:
         reads = f"this version of ssm-metarl reads format {FORMAT_VERSION}"
         raise CheckpointError(f"{path} is of format {brief(version)}, but {reads}.")
@@ -188,35 +342,13 @@ def read_digests(path: Path) -> dict[str, str]:
             raise CheckpointError(f"{path} does not list {name}.")
         if name not in (*_FILES, REPLAY):
             raise CheckpointError(f"{path} lists {brief(name)}, which is no file of a checkpoint.")
-    return digests
+    if "bytes" in manifest:
+        checked(path, sizes, record(dict.fromkeys(digests, whole())))
+    if unknown := sorted(set(manifest) - {"format", "sha256", "bytes"}):
+        raise CheckpointError(f"{path} is foreign: it has an unknown {brief(unknown[0])}.")
+    return digests, sizes
 
 
 def sha256(content: bytes) -> str:
     """SHA-256 in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
-
-
-def brief(value: Any) -> str:
-    """`value` on one line of bearable length."""
-    brief = reprlib.Repr()
-    brief.maxstring = 80
-    return brief.repr(value)
-
-
-def read_file(path: Path) -> bytes:
-    """Content of a regular file; neither follows a link nor waits for the other end of a pipe."""
-    try:
-        with open(path, "rb", opener=_open_itself) as file:
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file.read()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ELOOP:
-            raise CheckpointError(f"{path} is a symbolic link, which is not followed.") from None
-        raise CheckpointError(f"{path} is unreadable: {getattr(error, 'strerror', 'too large')}.") from None
-    raise CheckpointError(f"{path} is not a regular file.")
-
-
-def _open_itself(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

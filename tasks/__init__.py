@@ -8,7 +8,7 @@ from __future__ import annotations
 from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks import bandit, cartpole, metaworld, mujoco, navigation, popgym, tabular_mdp
 from ssm_metarl.tasks.batched import BatchedEnv
-from ssm_metarl.tasks.external.names import from_name
+from ssm_metarl.tasks.external.names import from_name, names_code
 from ssm_metarl.tasks.registry import make, names, register, register_prefix
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "metaworld",
     "mujoco",
     "names",
+    "names_code",
     "navigation",
     "popgym",
     "register",

@@ -57,6 +57,12 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES))
 
 
+def is_registered(name: str) -> bool:
+    """Whether a name, or what it begins with, was registered; the rest with a colon is described by the name alone."""
+    prefix = name.partition(":")[0] + ":"
+    return name in _FACTORIES or (prefix != ":" and prefix in _PREFIXES and ":" in name)
+
+
 def make(name: str, options: Mapping[str, Any] = {}, ranges: Mapping[str, Any] = {}) -> TaskDistribution:
     """Make a new instance of the family registered under `name`, or of one that a name with a colon describes.
 

@@ -314,8 +314,9 @@ def make_checkpoint(seed: int = 0, spec: PolicySpec | None = None, **changes: An
     spec = spec or PolicySpec(3, 2, discrete=False, hidden_dim=4, state_dim=4)
     rng = np.random.default_rng(seed)
     policy = {name: rng.normal(size=shape).astype(np.float32) for name, shape in expected_shapes(spec).items()}
-    optimizer = {f"exp_avg.{name}": rng.normal(size=a.shape).astype(np.float32) for name, a in policy.items()}
-    optimizer["step"] = np.asarray(seed, np.int64)
+    optimizer = {f"{name}.exp_avg": rng.normal(size=a.shape).astype(np.float32) for name, a in policy.items()}
+    optimizer |= {f"{name}.exp_avg_sq": rng.random(a.shape, dtype=np.float32) for name, a in policy.items()}
+    optimizer |= {f"{name}.step": np.asarray(seed, np.float32) for name in policy}
     config = {"seed": seed, "task": "navigation-2d", "step_weights": [0.0, 1.0]}
     checkpoint = Checkpoint(spec, config, {"iteration": seed, "env_steps": 40_000 * seed}, policy, optimizer)
     return replace(checkpoint, **changes)

@@ -20,6 +20,10 @@ from ssm_metarl.core import TaskDistribution
 from ssm_metarl.tasks.external.gym import GYM, GymFamily
 from ssm_metarl.tasks.external.importing import call, load_entry
 from ssm_metarl.tasks.external.own import TaskFamily
+from ssm_metarl.tasks.registry import is_registered
+
+OWN = "gymnasium.envs."
+"""How the entry points of gymnasium's own environments begin."""
 
 _MODULE_ATTRIBUTE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -52,3 +56,20 @@ def from_name(name: str, ranges: Mapping[str, Sequence[float]] = {}, horizon: in
     if horizon is not None:
         raise ValueError(f"{name} has a horizon of its own, {made.horizon} steps: another cannot be given.")
     return made
+
+
+def names_code(name: object) -> bool:
+    """Whether making the family of a name imports what the name says: code that is neither ours nor gymnasium's.
+
+    Such are `module:attribute`, `gym:module:ID`, and `gym:ID` of an environment that another package registered. A name
+    that is registered in this process is not, for whoever registered it has run its code already.
+    """
+    if not isinstance(name, str) or ":" not in name or is_registered(name):
+        return False
+    if not name.startswith(GYM):
+        return True
+    try:
+        spec = gymnasium.spec(name.removeprefix(GYM)) if name.count(":") == 1 else None
+    except gymnasium.error.Error:
+        spec = None
+    return spec is None or not (isinstance(spec.entry_point, str) and spec.entry_point.startswith(OWN))

@@ -49,6 +49,7 @@ class TestRoundTrip:
     def test_what_is_loaded_is_what_was_saved(
         self, tmp_path: Path, spec: PolicySpec, seed: int, config: Any, progress: Any
     ) -> None:
+        progress = {**progress, "iteration": seed, "env_steps": 0}
         saved = make_checkpoint(seed, spec, config=config, progress=progress)
         loaded = load_checkpoint(save_checkpoint(tmp_path / "checkpoint_000001", saved))
         assert_same_checkpoint(saved, loaded)
@@ -70,7 +71,8 @@ class TestRoundTrip:
         assert {path.name for path in folder.iterdir()} == set(FILES)
         manifest = json.loads((folder / "manifest.json").read_bytes())
         digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in CONTENT}
-        assert manifest == {"format": 1, "sha256": digests}
+        sizes = {name: (folder / name).stat().st_size for name in CONTENT}
+        assert manifest == {"format": 1, "sha256": digests, "bytes": sizes}
         config = json.loads((folder / "config.json").read_bytes())
         assert config == {"policy": make_checkpoint().spec.to_dict(), "train": make_checkpoint().config}
 

@@ -173,6 +173,7 @@ class TestDamage:
     @settings(max_examples=40)
     @given(name=st.sampled_from(FILES), content=st.binary(max_size=60) | json_values.map(json.dumps))
     @example("config.json", "[" * 100_000)
+    @example("progress.json", '{"iteration": 1, "env_steps": 2, "more": [3]}')
     @example("manifest.json", "[" * 100_000)
     @example("manifest.json", "9" * 10_000)
     @example("progress.json", '{"return": NaN}')
@@ -189,7 +190,7 @@ class TestDamage:
                 loaded = load_checkpoint(folder)
             except CheckpointError:
                 refused(folder, str(folder / name))
-            else:  # any object will do as progress
+            else:  # more than the counts may be in there
                 assert name == "progress.json"
                 assert loaded.progress == json.loads(content)
                 json.dumps(loaded.progress, allow_nan=False)
