@@ -163,7 +163,7 @@ class Handlers(NamedTuple):
         self, name: str | None, mode: str, steps: int, episodes: int, start: float | None, keep: bool, *boxes: Any
     ) -> tuple[str, str]:
         """Adapt to the task that the boxes set: before and after, and the pictures."""
-        path = self.workspace.checkpoint(name)
+        path = self.workspace.playable(name)
         params = task_parameters(str(load_checkpoint(path).config.get("task")), *boxes)
         seed = int(*numbers(["Seed"], [start]))
         report = adapt_checkpoint(path, params, mode=mode, steps=int(steps), episodes=int(episodes), seed=seed)
@@ -177,7 +177,7 @@ class Handlers(NamedTuple):
     @readable
     def compare(self, name: str | None, split: str, num_tasks: int, steps: int, episodes: int) -> str:
         """The modes on the same held-out tasks, as a table."""
-        path = self.workspace.checkpoint(name)
+        path = self.workspace.playable(name)
         replay = load_checkpoint(path).replay
         report = compare_modes(
             path,
@@ -197,6 +197,8 @@ def task_parameters(task: str, *values: Any) -> dict[str, Any]:
     Raises:
         ValueError: the JSON is no object.
     """
+    if len(values) != len(LABELS) + 4 or not isinstance(values[-1], str | None):
+        raise ValueError("The boxes of the task are not all there.")
     *physics, direction, x, y, text = values
     if task == "cartpole":
         return {**dict(zip(LABELS, physics, strict=True)), "direction": direction}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -11,9 +10,11 @@ import gradio as gr
 from ssm_metarl.app.view import COMPUTE, LOOK, facts_html, model_choice, offer_models, readable, table_html, text_html
 from ssm_metarl.app.workspace import Workspace
 from ssm_metarl.cli.tables import evaluation_table, modes_table
+from ssm_metarl.config import TrainConfig
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
+from ssm_metarl.storage.run_log import CARD, EVALUATION, read_card, read_evaluation
 
 SPLITS = ["test", "shifted-test", "validation", "shifted", "train"]
 
@@ -69,9 +70,9 @@ class Handlers(NamedTuple):
     @readable
     def assess(self, name: str | None, split: str, num_tasks: int, steps: int) -> str:
         """A model's returns on held-out tasks; one that has no inner steps is not adapted."""
-        path = self.workspace.checkpoint(name)
-        inner = load_checkpoint(path).config.get("inner_steps", 1)
-        report = evaluate_checkpoint(path, split=split, num_tasks=num_tasks, steps=steps if inner else 0)
+        path = self.workspace.playable(name)
+        inner = TrainConfig.from_checkpoint(load_checkpoint(path).config).meta.inner_steps
+        report = evaluate_checkpoint(path, split=split, num_tasks=int(num_tasks), steps=int(steps) if inner else 0)
         return table_html(evaluation_table(report.summary()))
 
 
@@ -83,12 +84,13 @@ def describe(workspace: Workspace, name: str) -> str:
     """
     path = workspace.checkpoint(name)
     checkpoint = load_checkpoint(path)
-    card = _read(path / "card.json")
+    TrainConfig.from_checkpoint(checkpoint.config)
+    card = read_card(path / CARD)
     facts = _sizes(checkpoint) | {
         key.replace("_", " "): card[key] for key in ("training_seconds", "date", "command") if key in card
     }
     parts = [f"<h3>{text_html(name)}</h3>", f"<p>{text_html(card.get('about', ''))}</p>", facts_html(facts)]
-    evaluation = card.get("evaluation") or _read(path.parent / "evaluation.json")
+    evaluation = card.get("evaluation") or read_evaluation(path.parent / EVALUATION)
     if evaluation:
         parts.append(table_html(evaluation_table(evaluation)))
     if "modes" in card:
@@ -112,12 +114,3 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
         "episodes for replay": len(checkpoint.replay) if checkpoint.replay else 0,
     }
     return facts | ({"adapted to": json.dumps(progress["adapted_to"])} if "adapted_to" in progress else {})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object beside a checkpoint, which no checksum vouches for; empty where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is loaded
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from ssm_metarl.app import adaptation_tab, evolution_tab, pretrained_tab, training_tab
+from ssm_metarl.app.guard import HostCheck, guard_inputs, is_loopback
 from ssm_metarl.app.workspace import Workspace
 
 TABS = {
@@ -24,8 +26,6 @@ TABS = {
 WAITING = 16
 """Most requests that wait for their turn; more are refused."""
 
-LOOPBACK = ("127.", "localhost", "::1")
-
 
 def build(workspace: Workspace) -> gr.Blocks:
     """The page, without a server."""
@@ -37,6 +37,7 @@ def build(workspace: Workspace) -> gr.Blocks:
             for title, build_tab in TABS.items():
                 with gr.Tab(title) as tab:
                     build_tab(page, tab, workspace)
+    guard_inputs(page)
     page.queue(max_size=WAITING, default_concurrency_limit=4)
     return page
 
@@ -52,8 +53,13 @@ def theme() -> gr.Theme:
     )
 
 
-def launch(page: gr.Blocks, host: str, port: int) -> None:
+def launch(page: gr.Blocks, host: str, port: int, names: Collection[str] = ()) -> None:
     """Serve the page from threads of this process, and return.
+
+    Args:
+        page: see `build`.
+        host, port: to listen on.
+        names: other names of this machine by which a browser may ask, see `HostCheck`.
 
     Raises:
         ValueError: the port is taken, or the address is not one of this machine.
@@ -68,13 +74,16 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
         prevent_thread_lock=True,
         ssr_mode=False,
         footer_links=[],
+        app_kwargs={"middleware": [Middleware(HostCheck, host=host, names=tuple(names))]},
         max_file_size=0,  # no box takes a file, but Gradio's address for them would
         theme=theme(),
         css_paths=Path(__file__).with_name("page.css"),
     )
 
 
-def serve(host: str, port: int, runs: Path, address: str | None, say: Callable[[str], None]) -> None:
+def serve(
+    host: str, port: int, runs: Path, address: str | None, say: Callable[[str], None], names: Collection[str] = ()
+) -> None:
     """Open the page and serve it until interrupted; jobs that it started continue.
 
     Args:
@@ -82,15 +91,16 @@ def serve(host: str, port: int, runs: Path, address: str | None, say: Callable[[
         runs: parent of the run folders, made where it is not there.
         address: of the job server, see `distributed.jobs.connect`.
         say: prints a line.
+        names: other names of this machine by which a browser may ask for the page.
 
     Raises:
         ValueError: the port is taken, or the address is not one of this machine.
     """
     runs.mkdir(parents=True, exist_ok=True)
     page = build(Workspace(runs.resolve(), address))
-    launch(page, host, port)
+    launch(page, host, port, names)
     say(f"The page is at http://{host}:{port} (Ctrl-C ends it; jobs continue, and `job shutdown` ends them).")
-    if not host.startswith(LOOPBACK):
+    if not is_loopback(host):
         say("Whoever reaches this address can start work on this machine: there is no password.")
     try:
         page.block_thread()

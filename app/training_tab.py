@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -28,12 +27,14 @@ from ssm_metarl.app.view import (
     table_html,
 )
 from ssm_metarl.app.workspace import Workspace
-from ssm_metarl.cli.plots import read_metrics
+from ssm_metarl.checks import lookup
 from ssm_metarl.cli.tables import evaluation_table
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import jobs
 from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.storage.run_folder import checkpoints
+from ssm_metarl.storage.run_log import EVALUATION, read_evaluation, read_metrics
 from ssm_metarl.tasks import names
 
 OPTIONS = {
@@ -164,7 +165,9 @@ class Handlers(NamedTuple):
         saved = checkpoints(run)
         if not saved:
             raise ValueError(f"There is no checkpoint in {name} to go on from.")
-        total = load_checkpoint(saved[-1]).progress["iteration"] + int(iterations)
+        checkpoint = load_checkpoint(saved[-1])
+        self.workspace.check_code(name, checkpoint.config.get("task"))
+        total = checkpoint.progress["iteration"] + int(iterations)
         start_job(self.workspace, ["train", "--resume", "--run-dir", str(run), "--iterations", str(total)], progress)
         return line_html(name, f"resumes, to iteration {total}")
 
@@ -172,6 +175,7 @@ class Handlers(NamedTuple):
 @readable
 def defaults(task: str, algorithm: str | None) -> list[Any]:
     """The algorithm and the values of `OPTIONS` that a task has of its own; None: the task's algorithm, too."""
+    lookup(dict.fromkeys(names()), task, "task family")
     config = TrainConfig.for_task(task, **({"algorithm": algorithm} if algorithm else {})).to_dict()
     return [config[name] for name in ("algorithm", *OPTIONS)]
 
@@ -184,8 +188,8 @@ def look(name: str, folder: Path, job: dict[str, Any] | None, _: object) -> tupl
 
 def show(name: str, folder: Path, job: dict[str, Any] | None, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """How a run stands, by the names of `Shown`, and its status."""
-    held_out = folder / "evaluation.json"
-    table = table_html(evaluation_table(json.loads(held_out.read_text()))) if held_out.is_file() else ""
+    held_out = read_evaluation(folder / EVALUATION)
+    table = table_html(evaluation_table(held_out)) if held_out else ""
     plots = dict(zip(("curve", "speed", "phases"), curves(lines), strict=True))
     return {"status": _status(folder, name, job, lines), **plots, "evaluation": table}
 
@@ -196,6 +200,7 @@ def train_command(task: str, algorithm: str, options: dict[str, float]) -> list[
     Raises:
         ValueError: an impossible option; one sentence.
     """
+    lookup(dict.fromkeys(names()), task, "task family")
     whole = {name: value if name.endswith("_lr") else int(value) for name, value in options.items()}
     TrainConfig.for_task(task, algorithm=algorithm, **whole)
     return ["train", "--task", task, "--algorithm", algorithm, *option_words(whole)]
@@ -216,7 +221,7 @@ def curves(lines: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame, pd.
         for step, value in enumerate(line["return_by_step"])
     ]
     speeds = [(line["iteration"], round(speed)) for line, speed in points]
-    seconds = [(line["iteration"], line["seconds"][phase], phase) for line, _ in points for phase in PHASES]
+    seconds = [(line["iteration"], line["seconds"].get(phase, 0.0), phase) for line, _ in points for phase in PHASES]
     return (
         pd.DataFrame(returns, columns=["environment steps", "return", "stage"]),
         pd.DataFrame(speeds, columns=["iteration", "steps/s"]),
@@ -227,6 +232,8 @@ def curves(lines: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame, pd.
 def _lines(run: Path) -> list[dict[str, Any]]:
     try:
         return read_metrics(run)
+    except CheckpointError:
+        raise
     except ValueError:  # not there yet
         return []
 

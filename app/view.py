@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 import gradio as gr
 from rich.table import Table
 
+from ssm_metarl.app.guard import check_types
 from ssm_metarl.app.workspace import Kind, Workspace, job_of
 from ssm_metarl.distributed.collection import EnvironmentFailure
 from ssm_metarl.distributed.jobs import JobError
@@ -49,6 +50,7 @@ def readable(handler: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(handler)
     def handle(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            check_types(handler, args)
             return handler(*args, **kwargs)
         except Exception as error:
             # The page shows the text as HTML, and an error can name what a person typed.
@@ -100,6 +102,7 @@ def follow(
 
     def handle(name: str | None, seen: dict[str, Any]) -> dict[Any, Any]:
         try:
+            check_types(handle, (name,))
             return news(name, seen)
         except Exception as error:
             return {status: line_html(_sentence(error)), memory: {}}
@@ -146,7 +149,7 @@ def table_html(table: Table) -> str:
     head = "".join(f'<th scope="col" class="{column.justify}">{text_html(column.header)}</th>' for column in columns)
     rows = []
     for row, cells in zip(table.rows, zip(*(column.cells for column in columns), strict=True), strict=True):
-        marked = ' class="best"' if row.style else ""
+        marked = ' class="best"' if row.style == "bold" else ""
         pairs = zip(columns, cells, strict=True)
         rows.append(
             f"<tr{marked}>"
@@ -226,6 +229,7 @@ def run_controls(kind: Kind, stop: str, resume: str) -> RunControls:
 def offer_models(triggers: Sequence[Any], workspace: Workspace, model: gr.Dropdown, before: Sequence[str] = ()) -> None:
     """Fill a list of models anew at some events, after what is offered before them; the first one is the default."""
 
+    @readable
     def offer(name: str | None) -> Any:
         names = [*before, *workspace.models()]
         return gr.update(choices=names, value=name or next(iter(names), None))

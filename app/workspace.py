@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ssm_metarl import pretrained
+from ssm_metarl.checks import brief
 from ssm_metarl.cli.job import job_view, prepared
 from ssm_metarl.distributed import jobs
+from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import MANIFEST
 from ssm_metarl.storage.run_folder import resolve_checkpoint
+from ssm_metarl.tasks import names_code
 
 MAX_JOBS = 2
 """Jobs that the page lets run side by side."""
@@ -61,10 +64,22 @@ class Workspace:
         """
         if not name:
             raise ValueError("Choose a run first.")
+        if not name.isprintable():
+            raise ValueError(f"{brief(name)} is no name of a run.")
         root = self.runs.resolve()
-        path = (root / name).resolve()
-        if not path.is_relative_to(root) or path == root:
-            raise ValueError(f"{name!r} is not in the runs folder {self.runs}: the page reads nothing else.")
+        try:
+            path = (root / name).resolve()
+            inside = path.is_relative_to(root) and path != root
+            # What is read in a run's folder lies there, too; links to files are not followed anywhere.
+            parts = [path / "rsi", path / "rsi" / "checkpoints", *path.glob("checkpoint_*")] if inside else []
+            leading = [part for part in parts if not part.resolve().is_relative_to(root)]
+        except (ValueError, OSError, RuntimeError) as error:  # no name of a file, or links in a ring
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{brief(name)} cannot be read: {reason}.") from None
+        if not inside:
+            raise ValueError(f"{brief(name)} is not in the runs folder {self.runs}: the page reads nothing else.")
+        if leading:
+            raise ValueError(f"{leading[0]} is not in the runs folder {self.runs}: the page reads nothing else.")
         return path
 
     def checkpoint(self, name: str | None) -> Path:
@@ -79,6 +94,27 @@ class Workspace:
             return resolve_checkpoint(name)
         found = resolve_checkpoint(self.folder(name))
         return self.folder(str(found))  # it may be a link
+
+    def playable(self, name: str | None) -> Path:
+        """The same, of a model whose task is one that is known here: the page runs no code that a file names.
+
+        Raises:
+            ValueError: there is none, or its task is code; one sentence.
+        """
+        path = self.checkpoint(name)
+        self.check_code(name, load_checkpoint(path).config.get("task"))
+        return path
+
+    def check_code(self, name: str | None, task: object) -> None:
+        """Refuse a task of a run or a model that is code of its own.
+
+        Raises:
+            ValueError: it is; one sentence.
+        """
+        if names_code(task):
+            raise ValueError(
+                f"{name} names the task {brief(task)}, which is code: the page starts none, the command line does."
+            )
 
     def jobs(self) -> list[dict[str, Any]]:
         """The jobs as `job list` has them, newest first; none where no job server answers."""

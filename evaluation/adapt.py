@@ -142,7 +142,7 @@ def adapt_checkpoint(
         **changes: options of `EvaluationConfig`, in place of those of `config`.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: there is no checkpoint, it is damaged, or its task is code that nobody named here.
         ValueError: an impossible option, task or parameter, or a mode that needs a replay without one.
         EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """

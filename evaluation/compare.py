@@ -91,7 +91,7 @@ def compare_modes(
         **changes: options of `EvaluationConfig`, in place of those of `config`.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: there is no checkpoint, it is damaged, or its task is code that nobody named here.
         ValueError: an impossible option, or a mode that needs a replay without one.
         EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """

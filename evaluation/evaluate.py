@@ -98,7 +98,7 @@ def evaluate_checkpoint(
         **changes: options of `EvaluationConfig`, in place of those of `config`.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it is damaged.
+        CheckpointError: there is no checkpoint, it is damaged, or its task is code that nobody named here.
         ValueError: an unknown task or split, an impossible number, or a family whose spaces the policy does not fit.
         EnvironmentFailure: more than a tenth of a step's episodes are invalid.
     """

@@ -247,6 +247,8 @@ class Player:
 def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0) -> Player:
     """The policy of a checkpoint, of a run's best one or of `pretrained:NAME`, ready to act.
 
+    It plays the environments that it is given, and runs no code that the checkpoint names.
+
     Args:
         path: a checkpoint, a run folder, or pretrained:NAME.
         deterministic: take the most likely actions instead of sampling as in training.
@@ -262,7 +264,7 @@ def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0)
 
 def player_of(checkpoint: Checkpoint, *, deterministic: bool = False, seed: int = 0) -> Player:
     """`load_player` for a checkpoint in memory."""
-    trained = TrainConfig.from_dict(checkpoint.config)
+    trained = TrainConfig.from_checkpoint(checkpoint.config)
     return Player(
         checkpoint.spec,
         checkpoint.policy,

@@ -21,6 +21,7 @@ from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.storage.checkpoint import load_policy
 from ssm_metarl.storage.contents import Checkpoint
+from ssm_metarl.storage.trust import check_task
 from ssm_metarl.tasks import Task, TaskDistribution, make
 
 SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
@@ -47,6 +48,8 @@ class EvaluationConfig:
         deterministic: take the most likely actions instead of sampling.
         seed: of tasks and rollouts: equal seeds give equal tasks and common random numbers.
         num_workers: Ray actors that collect rollouts; 0: in process.
+        trust_checkpoint_code: run the code that the checkpoint names as its task, module:attribute or an environment of
+            another package than gymnasium; without it only a task that is named here, or a family that is given.
     """
 
     task: str | None = None
@@ -60,12 +63,14 @@ class EvaluationConfig:
     deterministic: bool = False
     seed: int = 0
     num_workers: int = 0
+    trust_checkpoint_code: bool = False
 
     def __post_init__(self) -> None:
         check_count("num_tasks", self.num_tasks, 1)
         for name in ("seed", "num_workers"):
             check_count(name, getattr(self, name), 0)
-        check_flag("deterministic", self.deterministic)
+        for name in ("deterministic", "trust_checkpoint_code"):
+            check_flag(name, getattr(self, name))
         if self.steps is not None:
             check_count("steps", self.steps, 0)
         if self.episodes is not None:
@@ -107,7 +112,9 @@ def open_subject(
 ) -> Iterator[Subject]:
     """Load a checkpoint, check that its policy fits the tasks, and start what plays it."""
     policy, checkpoint = load_policy(path)
-    trained = TrainConfig.from_dict(checkpoint.config)
+    trained = TrainConfig.from_checkpoint(checkpoint.config)
+    if distribution is None and config.task is None:
+        check_task(path, trained.task, trusted=config.trust_checkpoint_code)
     family = distribution or config.family(trained)
     family.sample(0, np.random.default_rng(), config.split)  # refuses a split that it does not have
     if trained.policy_spec(family) != policy.spec:

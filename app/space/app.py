@@ -6,7 +6,7 @@ from pathlib import Path
 from ssm_metarl.app.server import serve
 
 if __name__ == "__main__":
-    # A Space sets both; elsewhere the page stays on this machine.
+    # A Space sets them; elsewhere the page stays on this machine.
     host = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
     port = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
-    serve(host, port, Path("runs"), None, print)
+    serve(host, port, Path("runs"), None, print, names=[os.environ.get("SPACE_HOST", "localhost")])
