@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._private.authentication import authentication_token_setup
 
 from ssm_metarl.config import available_cores
+from ssm_metarl.storage.atomic import replace_file
+
+ON_LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+"""Environment of Ray's processes that keeps all of their sockets on loopback; without it Ray takes the address of a
+network for its own, and most of them listen on every address. It means that no other machine can join."""
+
+TOKEN_MODE = {"RAY_AUTH_MODE": "token"}
+"""Environment of Ray's processes in which each asks for this user's token."""
+
+WAY_IN = "it asks for the token that `ray get-auth-token` prints"
+"""Of a dashboard: how to get in."""
 
 
 def start_ray(num_workers: int, *, always: bool = False) -> None:
     """Have Ray in this process if it is wanted: join the cluster of `RAY_ADDRESS`, or start one on loopback.
 
-    Usage reporting is off, and the dashboard's address is printed to stderr.
+    A Ray that is started here listens on loopback alone, and asks for this user's token even there. Usage reporting is
+    off, and the dashboard's address is printed to stderr.
 
     Args:
         num_workers: workers of one trainer; 0: Ray is not needed.
@@ -26,17 +45,69 @@ def start_ray(num_workers: int, *, always: bool = False) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         context = _join(address)
     else:
-        context = ray.init(
-            address="local",
-            num_cpus=max(available_cores(), 1 + num_workers),
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
-            logging_level="ERROR",
-            log_to_driver=False,
-        )
+        ensure_token()
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            os.environ.pop("RAY_AUTH_MODE", None)  # then ray.init sets it, for itself and for its children
+        with _on_loopback():
+            context = ray.init(
+                address="local",
+                num_cpus=max(available_cores(), 1 + num_workers),
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
     if context.dashboard_url:
-        print(f"Ray dashboard: http://{context.dashboard_url}", file=sys.stderr)
+        way_in = f" ({WAY_IN})" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+        print(f"Ray dashboard: http://{context.dashboard_url}{way_in}", file=sys.stderr)
+
+
+def ensure_token() -> None:
+    """Make this user's token, which Ray's processes ask each other for, unless there is one; nobody else may read it.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        if path.is_file() and path.stat().st_size:
+            if path.stat().st_mode & 0o077:  # as Ray writes it
+                path.chmod(0o600)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_file(path, secrets.token_hex(32).encode(), mode=0o600)
+    except OSError as error:
+        raise ValueError(f"{path}, the token of this user's Ray, cannot be written: {error.strerror}.") from None
+
+
+def send_token() -> None:
+    """Let this process send this user's token to a cluster that it joins, if there is one and nothing forbids it."""
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """While Ray is started or joined here, 127.0.0.1 is this machine's address, which Ray would replace otherwise."""
+    before = {name: os.environ.get(name) for name in ON_LOOPBACK}
+    enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    os.environ.update(ON_LOOPBACK)
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        _restore(before)
+
+
+def _restore(environment: Mapping[str, str | None]) -> None:
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _join(address: str) -> Any:
@@ -45,8 +116,12 @@ def _join(address: str) -> Any:
     Raises:
         ValueError: none answers, or one of another version; one sentence.
     """
+    local = address.rpartition("://")[2].startswith(("127.0.0.1:", "localhost:"))
+    if local:
+        send_token()
     try:
-        return ray.init(logging_level="ERROR", log_to_driver=False)
+        with _on_loopback() if local else nullcontext():
+            return ray.init(logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The Ray cluster at {address} (--address, RAY_ADDRESS) cannot be joined: {reason}") from None

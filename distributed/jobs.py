@@ -6,7 +6,6 @@ A job outlives the terminal that started it. Its driver runs on the cluster; the
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import socket
@@ -25,6 +24,7 @@ from packaging.requirements import Requirement
 
 import ssm_metarl
 from ssm_metarl.config import available_cores
+from ssm_metarl.distributed.cluster import ON_LOOPBACK, TOKEN_MODE, ensure_token, send_token
 from ssm_metarl.storage.atomic import replace_file
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ STOP_WAIT_SECONDS = 600
 MARK = "ssm-metarl"
 """Key of a job's metadata: its run folder."""
 
-HEAD_ADDRESS = "127.0.0.2"
-"""Of a head on this machine: loopback. Ray would replace 127.0.0.1 by the address of a network, which may change."""
+HEAD_ADDRESS = "127.0.0.1"
+"""Of a head on this machine: loopback."""
 
 PACKAGE = Path(ssm_metarl.__file__).parent
 """The package's folder, which travels with a job."""
@@ -103,7 +103,7 @@ def recorded_head() -> Head | None:
 def start_head(timeout_s: float = 90.0) -> Head:
     """Start a Ray head on loopback with a job server, and record it in `head_file`.
 
-    Ray's own processes listen on every address of a machine; token authentication keeps others out.
+    All of its sockets are on loopback, and ask for this user's token even there.
 
     Raises:
         JobError: it did not come up; the sentence names its log.
@@ -124,7 +124,7 @@ def start_head(timeout_s: float = 90.0) -> Head:
         "num-cpus": available_cores(),
     }
     ray_command = [sys.executable, "-m", "ray.scripts.scripts"]
-    subprocess.run([*ray_command, "get-auth-token", "--generate"], check=True, capture_output=True)
+    ensure_token()
     command = [*ray_command, "start", "--head", "--block", "--disable-usage-stats"]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -133,7 +133,7 @@ def start_head(timeout_s: float = 90.0) -> Head:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # it outlives the terminal
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"},
+            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", **ON_LOOPBACK, **TOKEN_MODE},
         )
     created = psutil.Process(process.pid).create_time()
     head = Head(process.pid, created, f"{HEAD_ADDRESS}:{gcs}", f"http://127.0.0.1:{dashboard}")
@@ -183,14 +183,11 @@ def connect(address: str | None = None, *, start: bool = False) -> JobSubmission
 
 
 def _client(address: str) -> JobSubmissionClient:
-    from ray._private.authentication import authentication_token_setup as authentication
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient  # loads much
 
-    logging.getLogger(authentication.__name__).setLevel(logging.ERROR)
     try:
-        # As ray.init does when it joins a cluster: send this user's token, if there is one.
-        authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        send_token()
         client = JobSubmissionClient(address)
     except AuthenticationError:
         raise JobError(
