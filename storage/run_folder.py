@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import math
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 from ssm_metarl import pretrained
 from ssm_metarl.storage.atomic import delete, replace_file, temporary_beside
-from ssm_metarl.storage.contents import BEST, MANIFEST, CheckpointError, brief, decode_json, read_file
+from ssm_metarl.storage.contents import BEST, MANIFEST
+from ssm_metarl.storage.documents import CheckpointError, named, number, read_object, record
+from ssm_metarl.storage.uri import is_uri, refuse_mangled
 
 _NAME = re.compile(r"checkpoint_([0-9]+)")
 _STAND_IN = re.compile(r"\.(checkpoint_[0-9]+)\.old")
+_BEST_FORM = record({"checkpoint": named(_NAME, "the name of a checkpoint"), "return": number()})
 _LEFTOVER = re.compile(r"\.(checkpoint_[0-9]+|best\.json)\.[0-9a-f]{32}\.tmp")
 
 
@@ -25,17 +32,19 @@ def checkpoints(run: Path) -> list[Path]:
 def resolve_checkpoint(path: Path | str) -> Path:
     """The checkpoint folder that `path` means: itself, or a run's best, or its last while none is marked.
 
-    `pretrained:NAME` is a model that comes with the package.
+    `pretrained:NAME` is a model that comes with the package. A URI is fetched, once in a process.
 
     Raises:
         CheckpointError: where there is none, or the best cannot be told.
+        StorageError: storage at a URI refuses or does not answer, or holds none.
     """
     if str(path).startswith(pretrained.PREFIX):
         try:
             return pretrained.folder(str(path).removeprefix(pretrained.PREFIX))
         except ValueError as error:
             raise CheckpointError(str(error)) from None
-    folder = present(Path(path))
+    refuse_mangled(path)
+    folder = _fetched(str(path)) if is_uri(path) else present(Path(path))
     if os.path.lexists(folder / MANIFEST):
         return folder
     if not os.path.isdir(folder):
@@ -54,6 +63,16 @@ def resolve_checkpoint(path: Path | str) -> Path:
             f"{list(complete)[-1]}."
         )
     return complete[best]
+
+
+@functools.cache
+def _fetched(uri: str) -> Path:
+    """A run or a checkpoint at a URI, in a folder that goes with this process."""
+    from ssm_metarl.storage.mirror import fetch_checkpoint  # it builds on this module
+
+    parent = tempfile.mkdtemp(prefix="ssm-metarl-")
+    atexit.register(shutil.rmtree, parent, ignore_errors=True)
+    return fetch_checkpoint(uri, Path(parent))
 
 
 def prune(run: Path, keep_last: int = 3) -> None:
@@ -129,14 +148,18 @@ def present(folder: Path) -> Path:
     return old if not os.path.lexists(folder) and os.path.isfile(old / MANIFEST) else folder
 
 
+def best_return(run: Path) -> float | None:
+    """The return that made the best checkpoint the best, or None while none is marked.
+
+    Raises:
+        CheckpointError: it cannot be told.
+    """
+    return float(read_object(run / BEST, _BEST_FORM)["return"]) if os.path.lexists(run / BEST) else None
+
+
 def _best(run: Path) -> str | None:
     """Name of the best checkpoint, or None while none is marked; CheckpointError where it cannot be told."""
-    if not os.path.lexists(run / BEST):
-        return None
-    name = decode_json(run / BEST, read_file(run / BEST)).get("checkpoint")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise CheckpointError(f"{run / BEST} names no checkpoint: {brief(name)}.")
-    return name
+    return str(read_object(run / BEST, _BEST_FORM)["checkpoint"]) if os.path.lexists(run / BEST) else None
 
 
 def _clean_up(run: Path) -> None:
@@ -170,28 +193,19 @@ def prepare_run(run: Path) -> None:
     Raises:
         ValueError: it is not empty, or cannot be made.
     """
-    if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
-        raise ValueError(f"{run} is not empty; resume the run in it, or choose another folder.")
+    check_new(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{run} cannot be made: {error.strerror}.") from None
 
 
-def cut_metrics(path: Path, iteration: int) -> list[float]:
-    """Drop lines after `iteration`, of a run that died before its next checkpoint; return adapted returns left."""
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            metrics = json.loads(line)
-        except json.JSONDecodeError:
-            break  # torn by a crash
-        if metrics["iteration"] > iteration:
-            break
-        kept.append(metrics)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(metrics) + "\n" for metrics in kept))
-    fresh.replace(path)
-    return [metrics["return_by_step"][-1] for metrics in kept]
+def check_new(run: Path) -> None:
+    """Refuse a folder that is not empty, or a URI that became one.
+
+    Raises:
+        ValueError: it is.
+    """
+    refuse_mangled(run)
+    if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+        raise ValueError(f"{run} is not empty; resume the run in it, or choose another folder.")

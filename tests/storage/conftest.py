@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from builders import make_checkpoint
+from object_store import ObjectStore, object_store
 from ssm_metarl.storage.checkpoint import save_checkpoint
 
 
@@ -32,3 +33,10 @@ def run(tmp_path: Path) -> Path:
     for i in (9, 10, 2_000_000, 10_000_000, 30):
         save_checkpoint(tmp_path / f"checkpoint_{i:06d}", make_checkpoint(i))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[ObjectStore]:
+    """An S3 server on the loopback address."""
+    with object_store() as store:
+        yield store
