@@ -99,13 +99,15 @@ def _boot() -> str:
     return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 
 
-_held: dict[str, tuple[int, RunLock]] = {}
+_held: dict[str, tuple[int, RunLock, int]] = {}  # thread, lock and number of its holds, by folder
 _guard = threading.RLock()  # a hold that is garbage may be let go of within it
 
 
 @contextmanager
 def hold(run: Path) -> Iterator[RunLock]:
-    """Keep other processes out of a run's folder, which is made where it is not there; a thread may nest its holds.
+    """Keep other processes out of a run's folder, which is made where it is not there.
+
+    A thread may hold it several times, and lets go with the last.
 
     Raises:
         RunInUse: one is in it.
@@ -114,20 +116,21 @@ def hold(run: Path) -> Iterator[RunLock]:
     run = Path(run)
     key = os.path.realpath(run)
     with _guard:
-        thread, lock = _held.get(key, (0, None))
-        nested = lock is not None and thread == threading.get_ident()
-        if lock is not None and not nested:
+        if key not in _held:
+            _held[key] = threading.get_ident(), RunLock(run), 0
+        thread, lock, count = _held[key]
+        if count and thread != threading.get_ident():
             raise RunInUse(f"{run} is in use by another thread of this process.")
-        if lock is None:
-            lock = RunLock(run)
-            _held[key] = threading.get_ident(), lock
+        _held[key] = thread, lock, count + 1
     try:
         yield lock
     finally:
-        if not nested:
-            with _guard:
+        with _guard:
+            count = _held[key][2] - 1
+            _held[key] = thread, lock, count
+            if not count:
                 del _held[key]
-            lock.release()
+                lock.release()
 
 
 class RunLock:

@@ -139,7 +139,8 @@ class RunCopy:
             if self.behind_since is not None:
                 self._say(f"Waiting up to {wait:.0f} s for the copy at {self.place} …")
             self._turn.wait_for(lambda: self._done, timeout=wait)
-            complete = self._done and not self._lost
+            caught_up = self._image is None and self.behind_since is None
+            complete = (self._done or caught_up) and not self._lost
             self._closing = self._done = True
             if not complete and self.behind_since is None:
                 self.behind_since = self._asked or time.time()

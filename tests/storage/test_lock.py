@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,13 @@ def test_runs_of_both_kinds_are_refused_where_another_process_is(tmp_path: Path)
 
 def test_a_thread_nests_its_holds_and_another_thread_does_not(tmp_path: Path) -> None:
     refused: list[str] = []
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(hold(tmp_path / "run"))
+    second.enter_context(hold(tmp_path / "run"))
+    first.close()
+    assert (tmp_path / "run" / ".lease.json").exists(), "the second hold goes on"
+    second.close()
+    assert not (tmp_path / "run").exists()
 
     def other() -> None:
         try:

@@ -191,7 +191,7 @@ class TestOwner:
 class TestFaults:
     """The storage fails while a run goes on."""
 
-    @pytest.mark.parametrize("fault", ["stall", "refuse"])
+    @pytest.mark.parametrize("fault", ["stall", pytest.param("refuse", marks=pytest.mark.slow)])
     def test_a_copy_falls_behind_and_catches_up(self, tmp_path: Path, s3: ObjectStore, way: Proxy, fault: str) -> None:
         uri, said = s3.uri(f"behind-{fault}", way.port), list[str]()
         save(tmp_path / "run", 1)
