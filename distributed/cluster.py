@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.authentication import authentication_token_setup
+from ray._private.utils import read_ray_address
 
 from ssm_metarl.config import available_cores
 from ssm_metarl.storage.atomic import replace_file
@@ -89,6 +91,20 @@ def send_token() -> None:
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
+def _only_on_loopback(address: str) -> bool:
+    """Whether a cluster, that of this machine for "auto", listens on loopback alone, as those that are started here."""
+    if address == "auto":
+        address = read_ray_address() or ""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        return False
+    try:
+        with socket.create_connection((services.get_node_ip_address(), int(port)), timeout=2.0):
+            return False
+    except OSError:
+        return True
+
+
 @contextmanager
 def _on_loopback() -> Iterator[None]:
     """While Ray is started or joined here, 127.0.0.1 is this machine's address, which Ray would replace otherwise."""
@@ -116,7 +132,7 @@ def _join(address: str) -> Any:
     Raises:
         ValueError: none answers, or one of another version; one sentence.
     """
-    local = address.rpartition("://")[2].startswith(("127.0.0.1:", "localhost:"))
+    local = _only_on_loopback(address)
     if local:
         send_token()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Read when NumPy, torch, Ray and matplotlib are loaded: hence before any import of them.
@@ -10,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# What this user's runs and heads are remembered in is left alone.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ssm-metarl-state-")
 
 from collections.abc import Iterator
 

@@ -33,6 +33,7 @@ from ssm_metarl.evaluation.player import player_of
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import best_return, checkpoints, prune, resolve_checkpoint
 from ssm_metarl.storage.run_log import cut_metrics, read_metrics
+from ssm_metarl.storage.run_record import read_record, write_record
 from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.store import RunStore, read_state
 
@@ -42,6 +43,7 @@ FILES = [
     *(f"{CHECKPOINT}/{name}.safetensors" for name in ARRAYS),
     *(f"{CHECKPOINT}/{name}.json" for name in ("config", "progress", "manifest", "card")),
     "trained/best.json",
+    "trained/run.json",
     "trained/metrics.jsonl",
     "trained/evaluation.json",
     "trained/schedule.json",
@@ -77,6 +79,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory, quick_disk: None) -> Path
     (run / "checkpoint_000002" / "card.json").write_text(json.dumps(card))
     schedule = {"iterations": 2, "weights": "last", "options": [[0, config.to_dict()], [1, {"inner_lr": 0.05}]]}
     (run / "schedule.json").write_text(json.dumps(schedule))
+    write_record(run, eval_tasks=2)
     population = fresh_run(root / "evolved", proposals=2)
     events = [
         race(1, won=True),
@@ -139,6 +142,7 @@ def view(runs: Path, out: Path) -> list[Callable[[], object]]:
         lambda: pretrained_tab.describe(workspace, "trained"),
         lambda: pretrained_tab.describe(workspace, CHECKPOINT),
         lambda: training_tab.look("trained", workspace.folder("trained"), None, {})[1](),
+        lambda: read_record(run),
         lambda: Schedule.read(run),
         lambda: (
             cut_metrics(Path(shutil.copy(run / "metrics.jsonl", out)), 1)

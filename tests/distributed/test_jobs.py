@@ -115,7 +115,7 @@ def record(tmp_path: Path) -> Callable[[jobs.Head], Path]:
 
 
 def test_another_process_under_the_number_of_a_head_is_not_taken_for_it(record: Callable[[jobs.Head], Path]) -> None:
-    path = record(jobs.Head(os.getpid(), 1.0, "127.0.0.2:1", "http://127.0.0.1:2"))
+    path = record(jobs.Head(os.getpid(), 1.0, "127.0.0.1:1", "http://127.0.0.1:2"))
     assert jobs.recorded_head() is None
     jobs.end_head(jobs.Head(**json.loads(path.read_text())))  # does not end this process
     assert not path.exists()
