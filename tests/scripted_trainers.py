@@ -1,33 +1,36 @@
-"""Trainers for drills of the self-improvement: one that only pretends to learn, and a real one that dies on command.
+"""Members for drills of the self-improvement: one that only pretends to learn, and a real one that dies on command.
 
-Faults stand in `.faults.json` in the run's folder: a list of {"trial", "generation", "kind", "times"}.
+Faults stand in `.faults.json` in the run's folder: a list of {"member", "when", "at", "kind", "times"}.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ray import tune
+from ray.tune import PlacementGroupFactory
 
 from builders import make_policy, make_spec
-from ssm_metarl.config import TrainConfig
+from simulated import BEST_RATE, Member, Policy, World
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
-from ssm_metarl.storage.mirror import is_uri, write_folder
-from ssm_metarl.tuning.member_trainer import Assignment, EvolvingTrainer
-from ssm_metarl.tuning.metrics import Assessment
-from ssm_metarl.tuning.population import Report
-
-TASKS, STEPS = 12, 100
-"""Validation tasks, and environment steps of one pretended meta-iteration."""
+from ssm_metarl.storage.mirror import local_folder, write_folder
+from ssm_metarl.storage.uri import below, is_uri
+from ssm_metarl.tuning.mailbox import connect
+from ssm_metarl.tuning.member_trainer import MemberTrainer
+from ssm_metarl.tuning.options import SIZES
+from ssm_metarl.tuning.records import Assignment, Report
 
 NAVIGATION = {"observation_size": 2, "action_size": 2, "discrete": False}
+RANDOM, BEST = -60.0, -10.0
+"""Returns of navigation between which a skill from 0 to 1 lies."""
 
 
 def write_faults(run: Path, *faults: dict[str, Any]) -> None:
@@ -36,93 +39,117 @@ def write_faults(run: Path, *faults: dict[str, Any]) -> None:
     (run / ".faults.json").write_text(json.dumps(faults))
 
 
-def fault_now(assignment: Assignment, when: str = "") -> str | None:
-    """The kind of fault that is due for a trial in its generation; counted, so that it happens `times` times."""
-    if is_uri(assignment.checkpoints):
+def fault_now(archive: str, member: int, when: str, iteration: int = 0) -> str | None:
+    """The kind of fault that is due for a member; counted, so that it happens `times` times.
+
+    Args:
+        when: "start" of its process, or whether it is "alone" or in a "race".
+        iteration: that it has just done; a fault is due from its "at" on.
+    """
+    if is_uri(archive):
         return None
-    run = Path(assignment.checkpoints).parents[1]
+    run = Path(archive).parents[1]
     path = run / ".faults.json"
     for number, fault in enumerate(json.loads(path.read_text()) if path.exists() else []):
-        if (fault["trial"], fault["generation"]) != (assignment.trial, assignment.generation):
-            continue
-        if fault["kind"].endswith("in reset") != bool(when):
-            continue
+        due = (fault["member"], fault["when"]) == (member, when) and iteration >= fault.get("at", 0)
         marks = list(run.glob(f".fault-{number}-*"))
-        if len(marks) < fault.get("times", 1):
+        if due and len(marks) < fault.get("times", 1):
             (run / f".fault-{number}-{len(marks)}").touch()
             return str(fault["kind"])
     return None
 
 
-class ScriptedTrainer(tune.Trainable):
-    """Gains skill at a rate that its outer learning rate decides: best at 0.01, ruinous above 0.1."""
+def place_of(assignment: Assignment) -> str:
+    """Where an iteration is done."""
+    return "race" if assignment.share or assignment.take else "alone"
 
-    def setup(self, config: dict[str, Any]) -> None:
-        config = dict(config)
-        for name in ("slot", "task_distribution"):
-            config.pop(name)
-        self.assignment = Assignment(**config.pop("assignment"))
-        self.options = TrainConfig.from_dict(config)
-        self.lineage, self.skill, self.trained = 0, 0.3, 0
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.setup(new_config)
-        kind = fault_now(self.assignment, when="in reset")
-        if kind == "kill in reset":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "error in reset":
-            raise OSError("the disk is full")
-        return True
+def grows(config: Mapping[str, Any], iteration: int) -> float:
+    """As `simulated.grows`, but ruinous far above the best learning rate."""
+    rate = config["outer_lr"]
+    return 0.012 if BEST_RATE / 3 < rate < 3 * BEST_RATE else -0.3 if rate > 0.05 else 0.002
 
-    def step(self) -> dict[str, Any]:
-        done = self.assignment.budget <= self.trained
-        if not done:
-            self.trained += STEPS
-            self.lineage += STEPS
-            rate = self.options.meta.outer_lr
-            gain = 0.02 - 0.01 * abs(np.log10(rate / 0.01)) if rate <= 0.1 else -0.2
-            self.skill = float(np.clip(self.skill + gain, 0.0, 1.0))
-            done = self.assignment.budget <= self.trained
-        kind = fault_now(self.assignment) if self.trained else None
+
+class ScriptedMember(Member):
+    """A simulated member with real checkpoints, of random weights, on navigation's scale of returns."""
+
+    def __init__(self, archive: str, number: int) -> None:
+        super().__init__(World(gain=grows), Path("/nowhere"))
+        self.archive, self.number = archive, number
+
+    def carry_out(self, assignment: Assignment) -> Iterator[Report]:
+        self.assignment = assignment
+        try:
+            for report in super().carry_out(assignment):
+                report.returns = None if report.returns is None else RANDOM + (BEST - RANDOM) * report.returns
+                report.plays = {key: RANDOM + (BEST - RANDOM) * play for key, play in report.plays.items()}
+                yield report
+        except FloatingPointError as error:
+            self.held = None
+            yield Report(number=assignment.number, failure=str(error))
+
+    def iterate(self, assignment: Assignment, report: Report) -> None:
+        super().iterate(assignment, report)
+        kind = fault_now(self.archive, self.number, place_of(assignment), self.policy.iteration)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        report = Report(spent=self.trained, trained=self.trained, lineage_steps=self.lineage, failure=kind)
-        if done and kind is None:
-            report.ended, report.checkpoint = True, self.assignment.checkpoint
-            report.assessment = self._assessment().to_dict()
-            report.spent += 10
-            place = f"{self.assignment.checkpoints}/{self.assignment.checkpoint}"
-            write_folder(place, lambda folder: self.save_checkpoint(str(folder)))
-        return {"report": [asdict(report)], "composite": 0.0}
+        if kind is not None:
+            raise FloatingPointError(kind)
 
-    def _assessment(self) -> Assessment:
-        offsets = np.linspace(-0.1, 0.1, TASKS) + np.random.default_rng(self.options.experience.seed).normal(
-            0, 0.004, TASKS
-        )
-        after = np.clip(self.skill + offsets, 0.0, 1.0)
-        validation = np.stack([after / 2, after], 1)
-        rows = [values for _, values in self.assignment.history] + [after.tolist()]
-        steps = [steps for steps, _ in self.assignment.history] + [self.lineage]
-        return Assessment(validation, None, np.array(rows), np.array(steps))
+    def write(self, name: str, skill: float) -> None:
+        config = self.assignment.config
+        spec = make_spec(**{size: config[size] for size in SIZES}, **NAVIGATION)
+        progress = {**vars(self.policy), "skill": skill}
+        checkpoint = Checkpoint(spec, config, progress, make_policy(spec).numpy_weights(), {})
+        write_folder(below(self.archive, name), functools.partial(save_checkpoint, checkpoint=checkpoint))
 
-    def save_checkpoint(self, checkpoint_dir: str) -> str:
-        spec = make_spec(
-            hidden_dim=self.options.policy.hidden_dim, state_dim=self.options.policy.state_dim, **NAVIGATION
-        )
-        progress = {"iteration": 0, "env_steps": self.lineage, "skill": self.skill}
-        weights = make_policy(spec, self.options.experience.seed % 1000).numpy_weights()
-        save_checkpoint(Path(checkpoint_dir), Checkpoint(spec, self.options.to_dict(), progress, weights, {}))
-        return checkpoint_dir
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        progress = load_checkpoint(checkpoint).progress
-        self.lineage, self.skill = int(progress["env_steps"]), float(progress["skill"])
+    def load(self, name: str) -> Policy:
+        with tempfile.TemporaryDirectory() as folder:
+            found = load_checkpoint(local_folder(below(self.archive, name), Path(folder))).progress
+        return Policy(found["skill"], found["iteration"], found["env_steps"])
 
 
-class MortalTrainer(EvolvingTrainer):
-    """The real trainer, with faults."""
+class ScriptedTrainer(tune.Trainable):
+    """Gains skill at a rate that its outer learning rate decides: most around `BEST_RATE`, and ruinous above 0.05."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self.exchange, self.number = connect(config["exchange"]), int(config["member"])
+        archive = str(config["archive"])
+        kind = fault_now(archive, self.number, "start")
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind is not None:
+            raise OSError(kind)
+        if not is_uri(archive):
+            (Path(archive).parents[1] / f".pid-{self.number}").write_text(str(os.getpid()))
+        self.simulated = ScriptedMember(archive, self.number)
+        self.after, self.work = -1, iter(list[Report]())
 
     def step(self) -> dict[str, Any]:
-        if self._trained and fault_now(self.assignment) == "kill":
+        metrics = {"return_before": 0.0, "return_after": 0.0}
+        report = next(self.work, None)
+        if report is None:
+            values = self.exchange.next(self.number, self.after)
+            if values is None:
+                return {"done": True, **metrics}
+            self.after = values["number"]
+            self.work = self.simulated.carry_out(Assignment.from_dict(values))
+            report = next(self.work)
+        if report.failure is not None:
+            self.work = iter(list[Report]())
+        return {"done": False, **metrics, "report": report.to_json()}
+
+    save_checkpoint, load_checkpoint = MemberTrainer.save_checkpoint, MemberTrainer.load_checkpoint
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
+        return PlacementGroupFactory([{"CPU": 0.5}])
+
+
+class MortalTrainer(MemberTrainer):
+    """The real trainer, with faults."""
+
+    def _iterate(self, assignment: Assignment) -> None:
+        super()._iterate(assignment)
+        if fault_now(self._archive, self.member, place_of(assignment), self.meta_iteration) == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().step()

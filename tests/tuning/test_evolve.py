@@ -2,75 +2,87 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
+from ray import tune
 
 from builders import wait_until
-from scripted_trainers import STEPS, MortalTrainer, ScriptedTrainer, write_faults
+from scripted_trainers import MortalTrainer, ScriptedTrainer, write_faults
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
-from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.storage.checkpoint import load_checkpoint
-from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.storage.run_folder import checkpoints, resolve_checkpoint
 from ssm_metarl.tasks import registry as base
 from ssm_metarl.tasks.navigation import Navigation2D
-from ssm_metarl.tuning import evolution as evolution_module
-from ssm_metarl.tuning import evolve as run_module
-from ssm_metarl.tuning.evolve import EvolutionFailure, EvolveResult, evolve, export_best
-from ssm_metarl.tuning.member_trainer import EvolvingTrainer
-from ssm_metarl.tuning.mutation import Proposal
-from ssm_metarl.tuning.population import EvolveConfig, checkpoint_bound
+from ssm_metarl.tuning import run as run_module
+from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.evolve import EvolutionFailure, EvolveResult, evolve
+from ssm_metarl.tuning.member_trainer import MemberTrainer
+from ssm_metarl.tuning.run import export_best
 from ssm_metarl.tuning.scheduler import RecursiveSelfImprovement
 from ssm_metarl.tuning.store import RunStore, read_state, request_rollback
 
 TESTS = Path(__file__).resolve().parents[1]
-SMALL = {"hidden_dim": 8, "state_dim": 4, "learner_threads": 1}
-REAL = {**SMALL, "meta_batch": 4, "episodes": 2, "epochs": 1}
-RULES = {"population": 3, "generations": 3, "generation_steps": 5 * STEPS}
-REAL_RULES = {**RULES, "generations": 2, "generation_steps": 2000, "validation_tasks": 4, "validation_episodes": 2}
+SIZES = {"hidden_dim": 8, "state_dim": 4, "learner_threads": 1}
+SCRIPTED = {**SIZES, "meta_batch": 20, "episodes": 4}
+REAL = {**SIZES, "meta_batch": 4, "episodes": 2, "epochs": 1}
+RULES: dict[str, Any] = {"cycles": 2, "proposals": 2, "stretch": 2}
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def scripted(run: Path, resume: bool = False, **rules: Any) -> EvolveResult:
-    config = TrainConfig.for_task("navigation-2d", **SMALL)
+def scripted(run: Path, resume: bool = False, options: dict[str, Any] | None = None, **rules: Any) -> EvolveResult:
+    config = TrainConfig.for_task("navigation-2d", **{**SCRIPTED, **(options or {})})
     return evolve(config, EvolveConfig(**{**RULES, **rules}), run, resume=resume, trainable=ScriptedTrainer)
 
 
-def real(run: Path, trainable: type = EvolvingTrainer, start: Path | None = None, **rules: Any) -> EvolveResult:
+def real(run: Path, trainable: type = MemberTrainer, start: Path | None = None, **rules: Any) -> EvolveResult:
     config = TrainConfig.for_task("navigation-2d", **REAL)
-    return evolve(config, EvolveConfig(**{**REAL_RULES, **rules}), run, start=start, trainable=trainable)
+    return evolve(config, EvolveConfig(**{**RULES, "assess_tasks": 4, **rules}), run, start=start, trainable=trainable)
 
 
 def decisions(run: Path) -> list[dict[str, Any]]:
-    """The log without what depends on time."""
-    return [{k: v for k, v in event.items() if k != "time"} for event in RunStore(run).events()]
+    """The log without what depends on time, and on what had to be played again."""
+    volatile = ("time", "spent", "losers")
+    return [{name: value for name, value in event.items() if name not in volatile} for event in RunStore(run).events()]
 
 
-def kinds(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in decisions(run) if event["kind"] == kind]
+def of_kind(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in decisions(run) if event["decision"] in kinds]
 
 
-def forcing(after: dict[str, Any]) -> Callable[..., Proposal]:
-    """Every mutation is this one."""
+def but_failures(run: Path) -> list[dict[str, Any]]:
+    return [event for event in decisions(run) if event["decision"] != "failed"]
 
-    def propose(parent: str, config: dict[str, Any], *_: Any) -> Proposal:
-        return Proposal(parent, {name: config[name] for name in after}, after)
 
-    return propose
+def in_background(condition: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
+    """Do something as soon as a condition holds."""
+
+    def watch() -> None:
+        wait_until(condition, 100.0)
+        action()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def logged(run: Path, count: int) -> Callable[[], bool]:
+    log = run / "rsi" / "events.jsonl"
+    return lambda: log.exists() and len(log.read_text().splitlines()) >= count
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +92,88 @@ def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> 
     return run
 
 
+# --- Runs -------------------------------------------------------------------------------------------------
+
+
 def test_a_run_improves_and_leaves_an_ordinary_checkpoint(undisturbed: Path) -> None:
     state = read_state(undisturbed)
-    assert state["finished"] == "3 generations"
-    assert state["archive"][state["best"]]["composite"] > state["floor"]
-    assert kinds(undisturbed, "probation")
+    assert state["progress"]["finished"] == "2 cycles"
+    best = state["archive"][state["progress"]["best"]]
+    accepted = of_kind(undisturbed, "accepted")
+    assert accepted[0]["accepted"][0] == {"option": "outer_lr", "before": 0.001, "after": 0.004}
     exported = load_checkpoint(resolve_checkpoint(undisturbed))
-    assert exported.config == state["archive"][state["best"]]["config"]
-    kept = len(list((undisturbed / "rsi" / "checkpoints").iterdir())) + len(checkpoints(undisturbed))
-    assert kept <= checkpoint_bound(EvolveConfig(**RULES))
-    assert state["best"] in os.listdir(undisturbed / "rsi" / "checkpoints")
+    assert exported.config["outer_lr"] == best["config"]["outer_lr"] >= 0.004
+    assert exported.progress["iteration"] == best["iteration"]
+    schedule = json.loads((undisturbed / "schedule.json").read_text())
+    assert schedule == {"iterations": best["iteration"], "weights": best["handed_over"], "options": best["path"]}
+    assert state["live"]["members"].count("gone") == 0
+
+
+def test_the_disk_holds_what_the_run_keeps(undisturbed: Path) -> None:
+    archive = set(read_state(undisturbed)["archive"])
+    on_disk = {path.name for path in (undisturbed / "rsi" / "checkpoints").iterdir()}
+    assert on_disk == archive | {f"{name}_mean" for name in archive}
+    assert len(checkpoints(undisturbed)) <= 4
+
+
+def test_the_state_and_the_log_are_strict_json(undisturbed: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.loads((undisturbed / "rsi" / "state.json").read_text(), parse_constant=refuse)
+    for line in (undisturbed / "rsi" / "events.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_a_tuner_of_ones_own_ends_by_itself(undisturbed: Path, tmp_path: Path) -> None:
+    """And decides as `evolve` does."""
+    config = TrainConfig.for_task("navigation-2d", **SCRIPTED)
+    improvement = RecursiveSelfImprovement.for_config(
+        config, EvolveConfig(**RULES), tmp_path / "run", trainable=ScriptedTrainer
+    )
+    results = tune.Tuner(
+        improvement.trainable,
+        param_space=improvement.param_space,
+        tune_config=tune.TuneConfig(scheduler=improvement),
+        run_config=tune.RunConfig(storage_path=str(tmp_path / "tune"), verbose=0),
+    ).fit()
+    assert results.num_errors == 0
+    assert len(results) == 3
+    assert improvement.population.finished == "2 cycles"
+    assert improvement.checkpoint == resolve_checkpoint(tmp_path / "run")
+    assert decisions(tmp_path / "run") == decisions(undisturbed)
 
 
 @pytest.mark.slow
-def test_the_best_is_an_ordinary_checkpoint_after_every_generation(
+def test_the_script_of_the_documentation_runs(tmp_path: Path) -> None:
+    """In a process of its own, without Ray at first, on as many processors as there are; with a small policy."""
+    documented = inspect.getdoc(RecursiveSelfImprovement) or ""
+    lines = [line for line in documented.splitlines() if line.startswith("    ")]
+    code = textwrap.dedent("\n".join(lines[: next(i for i, line in enumerate(lines) if "print(" in line) + 1]))
+    full, small = 'for_task("navigation-2d")', f'for_task("navigation-2d", **{REAL})'
+    assert code.count(full) == 1
+    imports = (
+        "from ray import tune\n"
+        "from ssm_metarl.config import TrainConfig\n"
+        "from ssm_metarl.tuning.config import EvolveConfig\n"
+        "from ssm_metarl.tuning.scheduler import RecursiveSelfImprovement\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", imports + code.replace(full, small)],
+        cwd=tmp_path,
+        env={**environment, "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-1].startswith("2 cycles ")
+    assert load_checkpoint(resolve_checkpoint(tmp_path / "runs" / "improved")).progress["iteration"] > 4
+
+
+@pytest.mark.slow
+def test_the_best_is_an_ordinary_checkpoint_after_every_decision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a run that is killed leaves it, too; and one that breaks down in Ray says so in a sentence."""
@@ -101,212 +181,242 @@ def test_the_best_is_an_ordinary_checkpoint_after_every_generation(
 
     def export_and_note(run: Path, store: RunStore) -> Path | None:
         path = export_best(run, store)
-        exported.append(None if path is None else resolve_checkpoint(run))
-        if len(exported) == 2:
+        exported.append(path and resolve_checkpoint(run))
+        if len(exported) == 3:
             raise OSError("the disk is full")
         return path
 
     monkeypatch.setattr(run_module, "export_best", export_and_note)
     with pytest.raises(EvolutionFailure, match="broke down: OSError: the disk is full; what was decided is kept"):
         scripted(tmp_path)
-    assert exported[0] is not None
+    assert exported[-1] is not None
     result = scripted(tmp_path, resume=True)
-    assert result.state["finished"] == "3 generations"
+    assert result.state["progress"]["finished"] == "2 cycles"
     assert exported[-1] == result.checkpoint
 
 
+# --- Members that die -------------------------------------------------------------------------------------
+
+
 @pytest.mark.slow
-def test_a_killed_trial_keeps_its_state(undisturbed: Path, tmp_path: Path) -> None:
-    """Its generation is played again from its assignment: every decision is the same, but for the failure noted."""
-    write_faults(tmp_path, {"trial": 1, "generation": 2, "kind": "kill"})
+@pytest.mark.parametrize("member", [0, 1])
+def test_a_killed_member_changes_no_decision(undisturbed: Path, tmp_path: Path, member: int) -> None:
+    """It begins its assignment again: every decision is the same, but for the failure noted."""
+    write_faults(tmp_path, {"member": member, "when": "race", "at": 4, "kind": "kill"})
     scripted(tmp_path)
-    ours = [event for event in decisions(tmp_path) if event["kind"] != "failure"]
-    theirs = decisions(undisturbed)
-    for event in (*ours, *theirs):
-        del event["lifetime_steps"]  # what was lost is counted
-    assert ours == theirs
-    (failure,) = kinds(tmp_path, "failure")
-    assert (failure["trial"], failure["generation"], failure["decision"]) == (1, 2, "restarted")
+    (failure,) = of_kind(tmp_path, "failed")
+    assert failure["member"] == member
+    ours, theirs = ([e for e in but_failures(run) if e["phase"] == "race"] for run in (tmp_path, undisturbed))
+    assert [event["accepted"] for event in ours] == [event["accepted"] for event in theirs]
+    assert read_state(tmp_path)["incumbent"]["config"] == read_state(undisturbed)["incumbent"]["config"]
 
 
 @pytest.mark.slow
-def test_a_trial_that_dies_for_good_does_not_hold_the_others(tmp_path: Path) -> None:
-    write_faults(tmp_path, {"trial": 0, "generation": 1, "kind": "kill", "times": 100})
-    state = scripted(tmp_path, max_failures=10).state
-    assert [trial["status"] == "dead" for trial in state["trials"]] == [True, False, False]
-    assert state["finished"] == "3 generations"
-    assert {event["generation"] for event in kinds(tmp_path, "training")} == {0, 1, 2, 3}
+def test_a_member_that_dies_while_it_waits_costs_nothing(undisturbed: Path, tmp_path: Path) -> None:
+    """It has no assignment, and does none that is over."""
+
+    def kill() -> None:
+        members = read_state(tmp_path)["live"]["members"]
+        os.kill(int((tmp_path / f".pid-{members.index('idle')}").read_text()), signal.SIGKILL)
+
+    def waits() -> bool:
+        return logged(tmp_path, 2)() and "idle" in read_state(tmp_path)["live"]["members"]
+
+    thread = in_background(waits, kill)
+    state = scripted(tmp_path, cycles=4).state
+    thread.join()
+    assert state["progress"]["finished"] == "4 cycles"
+    assert but_failures(tmp_path)[: len(decisions(undisturbed)) - 1] == decisions(undisturbed)[:-1]
+    assert len(of_kind(tmp_path, "failed")) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kill", "the disk is full"])
+def test_a_member_whose_process_fails_to_start_is_started_again(undisturbed: Path, tmp_path: Path, kind: str) -> None:
+    write_faults(tmp_path, *({"member": member, "when": "start", "kind": kind, "times": 2} for member in (0, 1)))
+    state = scripted(tmp_path, max_failures=20).state
+    assert state["progress"]["finished"] == "2 cycles"
+    assert but_failures(tmp_path) == decisions(undisturbed)
+    assert len(list(tmp_path.glob(".fault-*"))) == 4
 
 
 @pytest.mark.slow
 def test_three_failures_in_a_row_stop_everything_and_keep_the_best(tmp_path: Path) -> None:
-    write_faults(tmp_path, *({"trial": trial, "generation": 2, "kind": "not finite"} for trial in range(3)))
+    write_faults(tmp_path, {"member": 1, "when": "race", "kind": "kill", "times": 100})
     result = scripted(tmp_path)
-    assert result.state["finished"].startswith("emergency stop: 3 failures in a row")
-    best = result.state["archive"][result.state["best"]]
-    assert best["generation"] == 1
+    assert result.state["progress"]["finished"] == "3 failures in a row"
+    assert [event["member"] for event in of_kind(tmp_path, "failed")] == [1, 1, 1]
     assert result.checkpoint is not None
-    assert load_checkpoint(result.checkpoint).config == best["config"]
+    best = result.state["archive"][result.state["progress"]["best"]]
+    assert load_checkpoint(result.checkpoint).progress["iteration"] == best["iteration"] == 2
 
 
 @pytest.mark.slow
-def test_a_ruinous_mutation_is_rolled_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evolution_module, "propose", forcing({"outer_lr": 0.5}))
-    state = scripted(tmp_path, generations=2, floor_margin=10.0).state
-    judged = kinds(tmp_path, "probation")
-    assert judged
-    assert all(event["decision"] == "rolled back" for event in judged)
-    assert all(trial["learning_rates"]["outer_lr"] == 0.001 for trial in state["trials"])
-    assert len({trial["checkpoint"] for trial in state["trials"] if trial["status"] == "rolled back"}) <= 2
+def test_a_ruinous_challenger_leaves_the_race(tmp_path: Path) -> None:
+    state = scripted(tmp_path, options={"outer_lr": 0.02}, evolve=("outer_lr",)).state
+    races = of_kind(tmp_path, "accepted", "rejected")
+    (ruinous,) = (entry for entry in races[0]["contenders"] if entry["value"] == pytest.approx(0.08))
+    assert ruinous["status"] == "dropped"
+    assert "standard errors behind" in ruinous["reason"]
+    assert ruinous["iterations"] == 1
+    assert state["incumbent"]["config"]["outer_lr"] < 0.05
 
 
 @pytest.mark.slow
-def test_the_real_trainer_rolls_back_to_the_parents_very_parameters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit-equal parameters, and assessing them again gives the recorded metrics."""
-    monkeypatch.setattr(evolution_module, "propose", forcing({"outer_lr": 0.5, "hidden_dim": 12}))
-    state = real(tmp_path / "run", generations=1, population=2).state
-    (judged,) = kinds(tmp_path / "run", "probation")
-    assert judged["decision"] == "rolled back"
-    assert judged["resize_error"] == pytest.approx(0, abs=1e-5)
-    child, parent = (state["trials"][i] for i in (judged["trial"], 1 - judged["trial"]))
-    assert child["checkpoint"] == parent["checkpoint"]
-    assert child["sizes"]["hidden_dim"] == 8
-    record = state["archive"][child["checkpoint"]]
-    folder = tmp_path / "run" / "rsi" / "checkpoints" / record["name"]
-    trainer = EvolvingTrainer({**child["config"], "assignment": assignment(tmp_path, state)})
-    trainer.load_checkpoint(str(folder))
-    for name, value in load_checkpoint(folder).policy.items():
-        np.testing.assert_array_equal(trainer.learner.weights()[name], value)
-    (report,) = trainer.step()["report"]
-    trainer.stop()
-    assert report["assessment"]["validation"] == record["assessment"]["validation"]
-    assert report["assessment"]["shifted"] == record["assessment"]["shifted"]
-
-
-def assignment(folder: Path, state: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """One that only assesses."""
-    rules = {name: state["config"][name] for name in state["config"] if name.startswith("validation")}
-    place = {"trial": 0, "generation": 1, "budget": 0, "probation": False, "history": []}
-    return {**rules, **place, "checkpoints": str(folder / "again"), "seed": state["seed"], **changes}
+def test_a_challenger_that_diverges_leaves_the_race(tmp_path: Path) -> None:
+    write_faults(tmp_path, {"member": 1, "when": "race", "kind": "the meta-gradient is not finite"})
+    state = scripted(tmp_path).state
+    assert state["progress"]["finished"] == "2 cycles"
+    assert of_kind(tmp_path, "failed") == []
+    first = of_kind(tmp_path, "accepted", "rejected")[0]["contenders"][1]
+    assert (first["status"], first["reason"]) == ("dropped", "the meta-gradient is not finite")
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_rolls_back_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evolution_module, "propose", forcing({"inner_lr": 1e38}))
-    state = real(tmp_path, generations=1, population=2).state
-    (failure,) = kinds(tmp_path, "failure")
-    assert failure["decision"] == "rolled back"
-    assert not kinds(tmp_path, "probation")
-    child = state["trials"][failure["trial"]]
-    assert child["learning_rates"]["inner_lr"] == state["base"]["inner_lr"] < 1
-    assert child["status"] == "continued"
-    assert abs(child["lineage_steps"] - REAL_RULES["generation_steps"]) <= 800  # half an iteration
+def test_an_incumbent_that_diverges_goes_back(tmp_path: Path) -> None:
+    write_faults(tmp_path, {"member": 0, "when": "alone", "at": 2, "kind": "the meta-gradient is not finite"})
+    state = scripted(tmp_path).state
+    assert state["progress"]["finished"] == "2 cycles"
+    (failure,) = of_kind(tmp_path, "failed")
+    assert failure["reason"] == "the meta-gradient is not finite"
+    assert state["incumbent"]["path"][1][1]["outer_lr"] == pytest.approx(0.0005)
+
+
+# --- The driver -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_real_trainer_survives_a_kill(tmp_path: Path) -> None:
-    real(tmp_path / "quiet", generation_steps=4000)
-    write_faults(tmp_path / "killed", {"trial": 2, "generation": 2, "kind": "kill"})
-    real(tmp_path / "killed", MortalTrainer, generation_steps=4000)
-    quiet, killed = decisions(tmp_path / "quiet"), decisions(tmp_path / "killed")
-    assert sum(event["kind"] == "failure" for event in killed) == 1
-    for event in (*quiet, *killed):
-        del event["lifetime_steps"]
-    assert [event for event in killed if event["kind"] != "failure"] == quiet
+def test_a_run_resumed_for_longer_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    first = scripted(tmp_path / "run", cycles=1)
+    assert first.state["progress"]["finished"] == "1 cycle"
+    seen = decisions(tmp_path / "run")
+    second = scripted(tmp_path / "run", resume=True, cycles=2)
+    assert second.state["progress"]["finished"] == "2 cycles"
+    assert decisions(tmp_path / "run")[: len(seen)] == seen
+    ours, theirs = (of_kind(run, "accepted", "rejected") for run in (tmp_path / "run", undisturbed))
+    assert [event["accepted"] for event in ours] == [event["accepted"] for event in theirs]
+
+
+@pytest.mark.slow
+def test_the_driver_killed_at_any_point_resumes(undisturbed: Path, tmp_path: Path) -> None:
+    """What was logged stays a prefix, and the whole log is that of an undisturbed run."""
+    run, seen = tmp_path / "run", list[str]()
+    log = run / "rsi" / "events.jsonl"
+    pauses = [1, 2]  # events to wait for
+    for attempt in range(len(pauses) + 1):
+        driver = subprocess.Popen(
+            [sys.executable, __file__, str(run), *(["resume"] if attempt else [])],
+            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(TESTS)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if attempt < len(pauses):
+            wait_until(logged(run, pauses[attempt]), 60.0)
+            driver.send_signal(signal.SIGKILL)
+        driver.wait(120)
+        lines = log.read_text().splitlines()
+        assert lines[: len(seen)] == seen
+        seen = lines
+    assert decisions(run) == decisions(undisturbed)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_says_so_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
+    """A signal ends the run at once; every decision is on disk."""
+    thread = in_background(logged(tmp_path / "run", 1), lambda: os.kill(os.getpid(), signal.SIGINT))
+    result = scripted(tmp_path / "run")
+    thread.join()
+    assert result.signal == signal.SIGINT
+    assert result.state["progress"]["finished"] is None
+    scripted(tmp_path / "run", resume=True)
+    assert decisions(tmp_path / "run") == decisions(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_person_goes_back_while_the_run_goes_on(tmp_path: Path) -> None:
+    asked = list[str]()
+
+    def ask() -> None:
+        asked.append(min(read_state(tmp_path)["archive"]))
+        request_rollback(tmp_path, asked[0])
+
+    thread = in_background(logged(tmp_path, 1), ask)
+    state = scripted(tmp_path, cycles=4).state
+    thread.join()
+    (back,) = of_kind(tmp_path, "rolled back")
+    assert (back["checkpoint"], back["reason"]) == (asked[0], "asked for")
+    assert state["progress"]["finished"] == "4 cycles"
+    assert RunStore(tmp_path).requests() == []
+
+
+@pytest.mark.slow
+def test_a_run_at_a_uri_goes_on_where_its_disk_is_lost(tmp_path: Path) -> None:
+    """Members write their checkpoints there; state, log and the best follow with every decision."""
+    uri, run = f"file://{tmp_path}/bucket/run", tmp_path / "run"
+    config = TrainConfig.for_task("navigation-2d", **SCRIPTED)
+
+    def go(resume: bool, **rules: Any) -> EvolveResult:
+        rules_ = EvolveConfig(**{**RULES, **rules})
+        return evolve(config, rules_, run, resume=resume, trainable=ScriptedTrainer, mirror=uri)
+
+    go(False, cycles=1)
+    shutil.rmtree(run)
+    name = read_state(tmp_path / "bucket" / "run")["progress"]["best"]
+    request_rollback(run, name, uri)
+    result = go(True, cycles=2)
+    assert result.state["progress"]["finished"] == "2 cycles"
+    assert [event["checkpoint"] for event in of_kind(run, "rolled back")] == [name]
+    kept = {path.name for path in (tmp_path / "bucket" / "run" / "rsi" / "checkpoints").iterdir()}
+    archive = set(result.state["archive"])
+    assert kept == archive | {f"{each}_mean" for each in archive}
+    assert not list((tmp_path / "bucket" / "run" / "rsi" / "requests").glob("*.json"))
+    assert result.checkpoint is not None
+    exported = load_checkpoint(tmp_path / "bucket" / "run" / result.checkpoint.name)
+    assert exported.progress["iteration"] == result.state["archive"][result.state["progress"]["best"]]["iteration"]
+
+
+# --- The real trainer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", [0, 1])
+def test_the_real_trainer_survives_a_kill(tmp_path: Path, member: int) -> None:
+    """The incumbent's parameters are the same to the last bit."""
+    quiet = real(tmp_path / "quiet")
+    write_faults(tmp_path / "killed", {"member": member, "when": "race", "at": 4, "kind": "kill"})
+    killed = real(tmp_path / "killed", MortalTrainer)
+    assert [event["member"] for event in of_kind(tmp_path / "killed", "failed")] == [member]
+    assert quiet.checkpoint is not None
+    assert killed.checkpoint is not None
+    ours, theirs = load_checkpoint(killed.checkpoint), load_checkpoint(quiet.checkpoint)
+    assert {name: value.tobytes() for name, value in ours.policy.items()} == {
+        name: value.tobytes() for name, value in theirs.policy.items()
+    }
+    assert ours.progress["iteration"] == theirs.progress["iteration"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_real_trainers_ruinous_challengers_lose(tmp_path: Path) -> None:
+    """One that cannot act any more, and one that trains at a rate a hundred times too high."""
+    bounds = {"outer_lr": [0.001, 0.1]}
+    config = TrainConfig.for_task("navigation-2d", **{**REAL, "meta_batch": 10}, outer_lr=0.025)
+    rules = EvolveConfig(**{**RULES, "evolve": ("outer_lr",), "bounds": bounds, "assess_tasks": 4})
+    state = evolve(config, rules, tmp_path / "run").state
+    assert state["progress"]["finished"] == "2 cycles"
+    assert state["incumbent"]["config"]["outer_lr"] <= 0.025
 
 
 @pytest.mark.slow
 def test_a_run_starts_from_a_checkpoint(tmp_path: Path) -> None:
     """Whatever critic it has."""
-    config = TrainConfig.for_task("navigation-2d", iterations=1, baseline="privileged", **REAL)
+    config = TrainConfig.for_task("navigation-2d", iterations=2, baseline="privileged", **REAL)
     start = train(config, tmp_path / "start").checkpoint
-    state = real(tmp_path / "run", start=start, generations=1, survivors=1).state
-    first = [event["composite"] for event in kinds(tmp_path / "run", "training") if event["generation"] == 0]
-    assert len(set(first)) == 1
-    assert all(trial["lineage_steps"] > load_checkpoint(start).progress["env_steps"] for trial in state["trials"])
-
-
-@pytest.mark.parametrize(
-    "changes", [{"state_dim": 8}, {"hidden_dim": 12, "num_layers": 2}, {"state_dim": 2, "hidden_dim": 6}]
-)
-def test_only_the_evolving_trainer_takes_another_size(tmp_path: Path, changes: dict[str, int]) -> None:
-    """Growing keeps the policy's outputs, hence its returns; the mutated learning rates are the ones that train."""
-    options = TrainConfig.for_task("navigation-2d", **REAL).to_dict()
-    state = {"config": {"validation_tasks": 4, "validation_episodes": 2, "validation_steps": 1}, "seed": 0}
-    old = EvolvingTrainer({**options, "assignment": assignment(tmp_path, state)})
-    old.learner.update([old.learner.batch(old.learner.weights(), _rollouts(old)) for _ in range(2)])
-    old.save_checkpoint(str(tmp_path / "small"))
-    other = {**options, **changes, "outer_lr": 0.0123, "inner_lr": 0.3}
-    with pytest.raises(CheckpointError, match="instead of"):
-        MetaTrainer(other).load_checkpoint(str(tmp_path / "small"))
-    new = EvolvingTrainer({**other, "assignment": assignment(tmp_path, state)})
-    new.load_checkpoint(str(tmp_path / "small"))
-    assert new.learner.optimizer.param_groups[0]["lr"] == 0.0123
-    with pytest.raises(RuntimeError, match="instead of"):
-        new.learner.check_rates(0.3, 0.001)
-    before, after = (np.array(trainer.step()["report"][0]["assessment"]["validation"]) for trainer in (old, new))
-    if changes.get("hidden_dim", 9) > 8:
-        assert new.resize_error == pytest.approx(0, abs=1e-5)
-        np.testing.assert_allclose(after[:, 0], before[:, 0], atol=1e-4)
-    else:
-        assert new.resize_error is not None
-        assert new.resize_error > 0
-
-
-def test_the_mutated_learning_rate_is_the_one_that_trains(tmp_path: Path) -> None:
-    """Parameters move ten times as far in the first step after a restore, whatever the checkpoint was trained with."""
-    options = TrainConfig.for_task("navigation-2d", **REAL, outer_lr=1e-4).to_dict()
-    state = {"config": {"validation_tasks": 4, "validation_episodes": 2, "validation_steps": 1}, "seed": 0}
-    start = str(tmp_path / "start")
-    moved = []
-    for rate in (1e-4, 1e-3, 1e-2):
-        trainer = EvolvingTrainer({**options, "outer_lr": rate, "assignment": assignment(tmp_path, state, budget=1)})
-        if rate == 1e-4:
-            trainer.step()
-            trainer.save_checkpoint(start)
-            continue
-        trainer.load_checkpoint(start)
-        before = trainer.learner.weights()
-        trainer.step()
-        moved.append(trainer.learner.weights()["encoder.weight"] - before["encoder.weight"])
-    np.testing.assert_allclose(moved[1], 10 * moved[0], rtol=0.05, atol=1e-7)
-    assert np.abs(moved[1]).max() > 1e-5
-
-
-@pytest.mark.parametrize(("budget", "iterations"), [(1, 1), (1100, 1), (1300, 2), (1990, 2), (2010, 3)])
-def test_a_generation_ends_with_the_nearest_iteration(tmp_path: Path, budget: int, iterations: int) -> None:
-    """An iteration of two tasks, two episodes and two stages of 100 steps is 800 steps long."""
-    options = TrainConfig.for_task("navigation-2d", **{**REAL, "meta_batch": 2}).to_dict()
-    state = {"config": {"validation_tasks": 2, "validation_episodes": 1, "validation_steps": 1}, "seed": 0}
-    trainer = EvolvingTrainer({**options, "assignment": assignment(tmp_path, state, budget=budget)})
-    report = trainer.step()["report"][0]
-    while not report["ended"]:
-        report = trainer.step()["report"][0]
-    trainer.stop()
-    assert trainer.meta_iteration == iterations
-    assert report["trained"] == trainer.env_steps
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kill in reset", "error in reset"])
-def test_a_process_that_dies_while_it_is_handed_on_costs_nothing(tmp_path: Path, kind: str) -> None:
-    """More trials than processors: Tune gives a trial that waits the process of one at the border."""
-    # Twice each: then those at the border have no process left to give, and one has to be started.
-    write_faults(tmp_path, *({"trial": trial, "generation": 1, "kind": kind, "times": 2} for trial in range(6)))
-    state = scripted(tmp_path, population=6, generations=2, max_failures=20).state
-    assert state["finished"] == "2 generations"
-    assert "dead" not in [trial["status"] for trial in state["trials"]]
-    failures = kinds(tmp_path, "failure")
-    assert failures, "no process was handed on"
-    assert len(failures) == len(list(tmp_path.glob(".fault-*")))
-
-
-def _rollouts(trainer: MetaTrainer) -> Any:
-    tasks = trainer.distribution.sample(4, np.random.default_rng(0))
-    seeds = [np.random.SeedSequence(i) for i in range(4)]
-    return trainer.pool.collect(trainer.learner.weights(), tasks, seeds, 2)
+    state = real(tmp_path / "run", start=start, cycles=1).state
+    assert state["progress"]["finished"] == "1 cycle"
+    begun = load_checkpoint(start).progress
+    assert state["incumbent"]["path"][0][0] == begun["iteration"] == 2
+    assert min(record["env_steps"] for record in state["archive"].values()) > begun["env_steps"]
 
 
 @pytest.mark.slow
@@ -318,102 +428,12 @@ def test_a_family_of_ones_own_evolves(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setitem(base._FACTORIES, "windy", Windy)
     config = TrainConfig().replace(task="windy", **REAL)
-    rules = EvolveConfig(**{**REAL_RULES, "population": 2, "generations": 1})
-    assert evolve(config, rules, tmp_path / "run").state["finished"] == "1 generation"
+    rules = EvolveConfig(**{**RULES, "proposals": 1, "cycles": 1})
+    assert evolve(config, rules, tmp_path / "run").state["progress"]["finished"] == "1 cycle"
     monkeypatch.setattr(Windy, "reference", None)
     with pytest.raises(ValueError, match="'windy' needs a reference"):
         evolve(config, rules, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-
-
-def test_asynchronous_generations_are_refused() -> None:
-    with pytest.raises(ValueError, match="synch must be True"):
-        RecursiveSelfImprovement(None, synch=False)  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-def test_a_run_resumed_for_longer_equals_one_that_was_not_stopped(undisturbed: Path, tmp_path: Path) -> None:
-    scripted(tmp_path / "run", generations=1)
-    scripted(tmp_path / "run", resume=True, generations=3)
-    assert decisions(tmp_path / "run") == decisions(undisturbed)
-
-
-@pytest.mark.slow
-def test_a_run_at_a_uri_goes_on_where_its_disk_is_lost(undisturbed: Path, tmp_path: Path) -> None:
-    """Trials write their checkpoints there; state, log and the best follow with every decision."""
-    uri = f"file://{tmp_path}/bucket/run"
-    config = TrainConfig.for_task("navigation-2d", **SMALL)
-
-    def go(resume: bool, **rules: Any) -> EvolveResult:
-        rules_ = EvolveConfig(**{**RULES, **rules})
-        return evolve(config, rules_, tmp_path / "run", resume=resume, trainable=ScriptedTrainer, mirror=uri)
-
-    go(False, generations=1)
-    shutil.rmtree(tmp_path / "run")
-    (name,) = {read_state(tmp_path / "bucket" / "run")["best"]}
-    request_rollback(tmp_path / "run", name, uri)
-    shutil.rmtree(tmp_path / "run")
-    result = go(True, generations=3)
-    assert result.state["finished"] == "3 generations"
-    requests = [event for event in decisions(tmp_path / "run") if event["kind"] == "request"]
-    assert [event["checkpoint"] for event in requests] == [name]
-    kept = {path.name for path in (tmp_path / "bucket" / "run" / "rsi" / "checkpoints").iterdir()}
-    assert kept == set(result.state["archive"])
-    assert not list((tmp_path / "bucket" / "run" / "rsi" / "requests").glob("*.json"))
-    assert result.checkpoint is not None
-    assert (
-        load_checkpoint(tmp_path / "bucket" / "run" / result.checkpoint.name).config
-        == (result.state["archive"][result.state["best"]]["config"])
-    )
-
-
-@pytest.mark.slow
-def test_the_driver_killed_at_any_point_resumes(undisturbed: Path, tmp_path: Path) -> None:
-    """What was logged stays a prefix, and the whole log is that of an undisturbed run."""
-    run, seen = tmp_path / "run", list[str]()
-    log = run / "rsi" / "events.jsonl"
-    pauses = [1, 9]  # events to wait for
-    for attempt in range(len(pauses) + 1):
-        driver = subprocess.Popen(
-            [sys.executable, __file__, str(run), *(["resume"] if attempt else [])],
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(TESTS)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        if attempt < len(pauses):
-            wait_until(lambda: log.exists() and len(log.read_text().splitlines()) >= pauses[attempt], 60.0)  # noqa: B023
-            driver.send_signal(signal.SIGKILL)
-        driver.wait(120)
-        lines = log.read_text().splitlines()
-        assert lines[: len(seen)] == seen
-        seen = lines
-    assert decisions(run) == decisions(undisturbed)
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_says_so_and_goes_on(undisturbed: Path, tmp_path: Path) -> None:
-    """A signal ends the run at once; every generation that ended is on disk."""
-    log = tmp_path / "run" / "rsi" / "events.jsonl"
-
-    def interrupt() -> None:
-        wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 4, 60.0)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    result = scripted(tmp_path / "run")
-    thread.join()
-    assert result.signal == signal.SIGINT
-    assert result.state["finished"] is None
-    scripted(tmp_path / "run", resume=True)
-    assert decisions(tmp_path / "run") == decisions(undisturbed)
-
-
-def test_the_state_is_strict_json(undisturbed: Path) -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(constant)
-
-    json.loads((undisturbed / "rsi" / "state.json").read_text(), parse_constant=refuse)
 
 
 if __name__ == "__main__":

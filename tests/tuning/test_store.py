@@ -2,31 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssm_metarl.algorithms.parameters import expected_shapes
-from ssm_metarl.algorithms.spec import PolicySpec
+from builders import make_checkpoint
+from simulated import new_population
 from ssm_metarl.storage.checkpoint import save_checkpoint
-from ssm_metarl.storage.contents import Checkpoint, CheckpointError
+from ssm_metarl.storage.contents import CheckpointError
+from ssm_metarl.tuning.records import Record
 from ssm_metarl.tuning.store import FORMAT_VERSION, RunStore, read_state, request_rollback
 
 
 def tiny_checkpoint(path: Path) -> Path:
-    """A complete checkpoint of the smallest policy."""
-    spec = PolicySpec(1, 1, False, hidden_dim=1, state_dim=2)
-    policy = {name: np.zeros(shape, np.float32) for name, shape in expected_shapes(spec).items()}
-    return save_checkpoint(path, Checkpoint(spec, {}, {}, policy, {}))
+    """A complete checkpoint of a small policy."""
+    return save_checkpoint(path, make_checkpoint())
+
+
+@functools.cache
+def beginning() -> str:
+    """The state of a run that has not begun."""
+    with tempfile.TemporaryDirectory() as folder:
+        new_population(Path(folder), cycles=1)
+        return (Path(folder) / "rsi" / "state.json").read_text()
+
+
+def state_with(**changes: Any) -> dict[str, Any]:
+    """That state with some values changed."""
+    return {**json.loads(beginning()), **changes}
+
+
+def record_of(name: str) -> dict[str, Any]:
+    """What the archive knows of a checkpoint."""
+    return asdict(Record(name=name, iteration=1, env_steps=1600, cycle=0, config=state_with()["base"]))
+
+
+def event_of(number: int) -> dict[str, Any]:
+    """A decision with a number, and text that a careless reader takes for several lines."""
+    spent = {"total": 0, "losers": 0, "rejected": 0, "assessments": 0}
+    place = {"time": 0.0, "cycle": 0, "phase": "stretch", "iteration": 0, "env_steps": 0, "spent": spent}
+    return {**place, "decision": "failed", "member": 0, "reason": "a\u2028b\n", "number": number}
 
 
 @contextmanager
@@ -43,15 +68,15 @@ class Killed(BaseException):
 
 
 class Journal:
-    """Commits numbered events as `Evolution` does: it counts what it has logged, and reads it back on resume."""
+    """Commits numbered events as `Population` does: it counts what it has logged, and reads it back on resume."""
 
     def __init__(self, store: RunStore, state: dict[str, Any] | None = None) -> None:
         self.store = store
         self.logged = 0 if state is None else state["events_before"] + len(state["events"])
 
     def commit(self, count: int) -> None:
-        events = [{"number": self.logged + i, "text": "a\u2028b\n"} for i in range(count)]
-        self.store.commit({"events_before": self.logged, "committed": self.logged + count}, events)
+        events = [event_of(self.logged + i) for i in range(count)]
+        self.store.commit(state_with(events_before=self.logged, committed=self.logged + count), events)
         self.logged += count
 
 
@@ -108,14 +133,14 @@ def _tear(store: RunStore, events: Any, share: float) -> None:
 def test_a_failed_write_leaves_the_last_state_and_nothing_else(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.create()
-    store.commit({"events_before": 0})
+    store.commit(state_with())
     before = sorted(path.name for path in store.folder.iterdir())
     with pytest.raises(TypeError):
-        store.commit({"events_before": 0, "not JSON": object()})
+        store.commit(state_with(more=object()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.replace", _killed)
         with pytest.raises(Killed):
-            store.commit({"events_before": 7})
+            store.commit(state_with(events_before=7))
     assert sorted(path.name for path in store.folder.iterdir()) == before
     assert store.load()["events_before"] == 0
 
@@ -173,19 +198,20 @@ def _content(values: Any) -> Callable[[Path], None]:
     ("damage", "match"),
     [
         (_no_state, r"is no run of evolve: there is no .*state\.json"),
-        (_cut, r"state\.json cannot be read"),
-        (_no_text, r"state\.json cannot be read"),
-        (_folder, r"state\.json cannot be read"),
-        (_content([1]), r"state\.json is of format None"),
+        (_cut, r"state\.json is not valid JSON"),
+        (_no_text, r"state\.json is not valid JSON"),
+        (_folder, r"state\.json is unreadable: Is a directory"),
+        (_content([1]), r"state\.json is foreign: it holds no JSON object"),
         (_content({"generation": 3}), r"state\.json is of format None"),
-        (_content({"format": FORMAT_VERSION + 1}), r"state\.json is of format 2, but this version .* reads 1"),
+        (_content({"format": 1, "generation": 3}), r"state\.json is of format 1, but this version .* reads 2"),
+        (_content({"format": FORMAT_VERSION + 1}), r"state\.json is of format 3, but this version .* reads 2"),
     ],
-    ids=["missing", "cut", "no text", "a folder", "a list", "foreign", "newer"],
+    ids=["missing", "cut", "no text", "a folder", "a list", "foreign", "older", "newer"],
 )
 def test_a_damaged_state_is_one_sentence(tmp_path: Path, damage: Callable[[Path], None], match: str) -> None:
     store = RunStore(tmp_path)
     store.create()
-    store.commit({"events_before": 0})
+    store.commit(state_with())
     damage(tmp_path / "rsi" / "state.json")
     for read in (lambda: read_state(tmp_path), store.load, lambda: request_rollback(tmp_path, "x")):
         with pytest.raises(ValueError, match=match) as caught:
@@ -198,7 +224,7 @@ def test_no_folder_at_all_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no run of evolve"):
         read_state(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="is no run of evolve"):
         read_state(tmp_path / "file")
 
 
@@ -208,7 +234,7 @@ def test_no_folder_at_all_is_no_run(tmp_path: Path) -> None:
 def test_pruning_deletes_all_that_is_not_kept(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.create()
-    names = ["generation_0001_trial_0", "generation_0001_trial_1", ".generation_0001_trial_0.0123.tmp", "start"]
+    names = ["iteration_000001_000001", "iteration_000001_000001_mean", ".iteration_000001_000001.0123.tmp", "start"]
     for name in names:
         (store.checkpoints / name).mkdir()
         (store.checkpoints / name / "content").write_text(name)
@@ -220,8 +246,8 @@ def test_pruning_deletes_all_that_is_not_kept(tmp_path: Path) -> None:
 def test_a_rollback_is_asked_for_by_name_or_path(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.create()
-    paths = [tiny_checkpoint(store.checkpoints / f"generation_000{i}_trial_0") for i in range(3)]
-    store.commit({"events_before": 0, "archive": {path.name: {} for path in paths}})
+    paths = [tiny_checkpoint(store.checkpoints / f"iteration_00000{i}_000000") for i in range(3)]
+    store.commit(state_with(archive={path.name: record_of(path.name) for path in paths}))
     asked = [paths[2].name, str(paths[0]), paths[1].name]
     files = [request_rollback(tmp_path, name) for name in asked]
     assert store.requests() == list(zip(files, [paths[2].name, paths[0].name, paths[1].name]))
@@ -232,19 +258,21 @@ def test_a_rollback_to_what_the_run_does_not_keep_is_refused(tmp_path: Path) -> 
     """Unknown; in the archive but deleted; on disk but not in the archive; damaged."""
     store = RunStore(tmp_path)
     store.create()
-    good = tiny_checkpoint(store.checkpoints / "generation_0001_trial_0")
-    damaged = tiny_checkpoint(store.checkpoints / "generation_0002_trial_0")
-    stray = tiny_checkpoint(store.checkpoints / "generation_0003_trial_0")
-    archive = {name: {} for name in (good.name, damaged.name, "generation_0004_trial_0")}
-    store.commit({"events_before": 0, "archive": archive})
+    good = tiny_checkpoint(store.checkpoints / "iteration_000001_000000")
+    damaged = tiny_checkpoint(store.checkpoints / "iteration_000002_000000")
+    stray = tiny_checkpoint(store.checkpoints / "iteration_000003_000000")
+    archive = {name: record_of(name) for name in (good.name, damaged.name, "iteration_000004_000000")}
+    store.commit(state_with(archive=archive))
     (damaged / "policy.safetensors").write_bytes(b"")
-    for name in ("generation_0009_trial_9", "generation_0004_trial_0", stray.name, "../../etc", ""):
-        with pytest.raises(ValueError, match=r"keeps no checkpoint .*; it has generation_0001_trial_0, \w+_0002"):
+    for name in ("iteration_000009_000009", "iteration_000004_000000", stray.name, "../../etc", ""):
+        with pytest.raises(
+            ValueError, match=r"keeps no checkpoint .*; it has iteration_000001_000000, iteration_000002_"
+        ):
             request_rollback(tmp_path, name)
     with pytest.raises(CheckpointError, match=r"policy\.safetensors is truncated or altered"):
         request_rollback(tmp_path, damaged.name)
     assert store.requests() == []
-    store.commit({"events_before": 0, "archive": {}})
+    store.commit(state_with(archive={}))
     with pytest.raises(ValueError, match="it has none"):
         request_rollback(tmp_path, good.name)
 
