@@ -1,10 +1,11 @@
-"""Tab Self-improvement: a population as a job, its decisions while they fall, and a rollback by hand."""
+"""Tab Self-improvement: a self-improving run as a job, its races and stretches, and a rollback by hand."""
 
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,36 +27,43 @@ from ssm_metarl.app.view import (
     run_controls,
     start_job,
     table_html,
+    text_html,
 )
 from ssm_metarl.app.workspace import Workspace
-from ssm_metarl.cli.plots import plot_evolution
-from ssm_metarl.cli.population import decisions_table, population_table
+from ssm_metarl.cli.plots import has_lineage, plot_evolution
+from ssm_metarl.cli.population import (
+    decisions_table,
+    incumbent_table,
+    phase_words,
+    race_table,
+    spent_words,
+    stretch_progress,
+)
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import MANIFEST
 from ssm_metarl.tasks import names
-from ssm_metarl.tuning.population import EvolveConfig
+from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.options import OPTIONS as MOVABLE
 from ssm_metarl.tuning.store import RunStore, read_state, request_rollback
 
 PICTURES = {
-    "lineage.png": "Lineage: every trial of every generation, where it came from and what became of it",
-    "evolution.png": "The five metrics and the composite of each generation's best trial",
+    "lineage.png": "Lineage: the incumbent's returns, a branch for every challenger, an arrow for every roll back",
+    "evolution.png": "The five metrics of the incumbent and their composite at the end of every stretch",
 }
 
 INITIAL = "initial weights"
 
-WAITING = "<p>The first decision comes when the first policies are assessed.</p>"
+WAITING = "<p>The first decision comes at the end of the first race.</p>"
 
 
 OPTIONS = {
     "cycles": "Cycles",
     "proposals": "Proposals a cycle",
-    "generation_steps": "Environment steps a cycle and trial",
-    "validation_tasks": "Validation tasks",
-    "validation_episodes": "Episodes a validation task",
+    "budget": "Environment steps in all",
     "seed": "Seed",
 }
-"""Options of `evolve` that the page offers, and what their boxes are called."""
+"""Options of `evolve` that the page offers as numbers, and what their boxes are called."""
 
 
 class Controls(NamedTuple):
@@ -64,6 +72,7 @@ class Controls(NamedTuple):
     model: gr.Dropdown
     task: gr.Dropdown
     boxes: list[FormComponent]
+    evolve: gr.Dropdown
     start: gr.Button
 
 
@@ -85,9 +94,10 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
         with gr.Column(scale=2):
             old = run_controls("evolve", "Stop", "Go on for more cycles")
             shown, rollback, answer = lay_out_run()
-    new.start.click(do.start, [new.model, new.task, *new.boxes], old.run, show_progress_on=old.status, **JOBS)
+    asked = [new.model, new.task, new.evolve, *new.boxes]
+    new.start.click(do.start, asked, old.run, show_progress_on=old.status, **JOBS)
     old.stop.click(do.stop, old.run, old.status, **JOBS)
-    old.resume.click(do.go_on, [old.run, new.boxes[0]], old.status, **JOBS)
+    old.resume.click(do.go_on, [old.run, new.boxes[0], new.boxes[2]], old.status, **JOBS)
     rollback.click(do.back, [old.run, shown.checkpoint], answer, **JOBS)
     offer_models([page.load, tab.select], workspace, new.model, before=[INITIAL])
     follow(page, workspace, "evolve", old, shown._asdict(), look)
@@ -98,17 +108,14 @@ def lay_out_controls() -> Controls:
     label = OPTIONS
     model = model_choice("Start from", elem_id="evolve-model")
     task = gr.Dropdown(list(names()), value="navigation-2d", label="Task", info="of a policy with initial weights")
-    cycles = gr.Slider(1, 10, 3, step=1, label=label["cycles"], elem_id="cycles")
-    proposals = gr.Slider(1, 6, 3, step=1, label=label["proposals"], elem_id="proposals")
-    with gr.Accordion("Length of a cycle, and seed", open=False):
-        more = [
-            gr.Number(0, label=label["generation_steps"], info="0: five iterations", minimum=0, precision=0),
-            gr.Slider(2, 100, 20, step=1, label=label["validation_tasks"]),
-            gr.Slider(1, 50, 10, step=1, label=label["validation_episodes"]),
-            gr.Number(0, label=label["seed"], minimum=0, precision=0),
-        ]
+    cycles = gr.Slider(0, 50, 6, step=1, label=label["cycles"], info="races; 0: no bound", elem_id="cycles")
+    proposals = gr.Slider(1, 6, 4, step=1, label=label["proposals"], info="challengers of the first race, then half")
+    budget = gr.Number(0, label=label["budget"], info="0: no bound", minimum=0, precision=0)
+    with gr.Accordion("Options that may change, and seed", open=False):
+        evolve = gr.Dropdown(list(MOVABLE), value=list(MOVABLE), multiselect=True, label="Options that may change")
+        seed = gr.Number(0, label=label["seed"], minimum=0, precision=0)
     start = gr.Button("Start self-improvement", variant="primary", elem_id="evolve-start")
-    return Controls(model, task, [cycles, proposals, *more], start)
+    return Controls(model, task, [cycles, proposals, budget, seed], evolve, start)
 
 
 def lay_out_run() -> tuple[Shown, gr.Button, gr.HTML]:
@@ -118,7 +125,12 @@ def lay_out_run() -> tuple[Shown, gr.Button, gr.HTML]:
     decisions = gr.HTML(elem_id="decisions")
     with gr.Row():
         checkpoint = gr.Dropdown(
-            [], label="Kept checkpoint", info="best first", elem_id="kept", allow_custom_value=True, min_width=280
+            [],
+            label="Kept checkpoint",
+            info="assessed ones first",
+            elem_id="kept",
+            allow_custom_value=True,
+            min_width=280,
         )
         rollback = gr.Button("Roll back to it", elem_id="rollback")
     return Shown(population, pictures, decisions, checkpoint), rollback, gr.HTML(elem_id="rollback-answer")
@@ -134,12 +146,13 @@ class Handlers(NamedTuple):
         self,
         model: str | None,
         task: str,
+        evolve: list[str],
         *values: float | None,
         progress: Any = gr.Progress(),  # noqa: B008
     ) -> Any:
-        """Start a run with the values of `OPTIONS`, and choose it."""
-        path = None if model == INITIAL else self.workspace.checkpoint(model)
-        command = evolve_command(path, task, *map(int, numbers(OPTIONS.values(), values)))
+        """Start a run in which some options may change, with the values of `OPTIONS`, and choose it."""
+        path = None if model == INITIAL else self.workspace.playable(model)
+        command = evolve_command(path, task, evolve, *map(int, numbers(OPTIONS.values(), values)))
         name = start_job(self.workspace, command, progress)
         return gr.update(choices=self.workspace.list_runs("evolve", self.workspace.jobs()), value=name)
 
@@ -149,13 +162,27 @@ class Handlers(NamedTuple):
         return line_html(name, f"job {self.workspace.stop(name)} ends; every decision that has fallen is kept")
 
     @readable
-    def go_on(self, name: str | None, cycles: float, progress: Any = gr.Progress()) -> str:  # noqa: B008
-        """Start a job that resumes a run for so many cycles more than it has had."""
+    def go_on(
+        self,
+        name: str | None,
+        cycles: float | None,
+        budget: float | None,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> str:
+        """Start a job that resumes a run for so many cycles and environment steps more than it has had; 0: no bound."""
         run = self.workspace.folder(name)
-        generations = read_state(run)["generation"] + int(cycles)
-        command = ["evolve", "--resume", "--run-dir", str(run), "--generations", str(generations)]
-        start_job(self.workspace, command, progress)
-        return line_html(name, f"resumes, to cycle {generations}")
+        state = read_state(run)
+        self.workspace.check_code(name, state["base"]["task"])
+        done = state["progress"]
+        more, steps = map(int, numbers((OPTIONS["cycles"], OPTIONS["budget"]), (cycles, budget)))
+        words = option_words(
+            {
+                "cycles": done["cycle"] + more if more else 0,
+                "budget": done["spent"]["total"] + steps if steps else 0,
+            }
+        )
+        start_job(self.workspace, ["evolve", "--resume", "--run-dir", str(run), *words], progress)
+        return line_html(name, f"resumes, to cycle {done['cycle'] + more}" if more else "resumes")
 
     @readable
     def back(self, name: str | None, checkpoint: str | None) -> str:
@@ -164,13 +191,13 @@ class Handlers(NamedTuple):
         if not checkpoint:
             raise ValueError("Choose a checkpoint first.")
         request_rollback(run, checkpoint)
-        return line_html(f"{checkpoint} will be the best and the only parent from the next generation of {name} on")
+        return line_html(f"{checkpoint} will be the incumbent of {name} from its next decision on")
 
 
 def look(name: str, folder: Path, job: dict[str, Any] | None, seen: Mapping[str, Any]) -> tuple[dict[str, Any], Show]:
     """See `view.Look`: a run has news when its state was written anew, or other checkpoints are kept."""
     state = _state(folder)
-    kept = [name for name in _by_composite(state) if (folder / "rsi" / "checkpoints" / name / MANIFEST).is_file()]
+    kept = [name for name in _kept(state) if (folder / "rsi" / "checkpoints" / name / MANIFEST).is_file()]
     # A choice is left alone until the list has others.
     choice = {} if kept == seen.get("kept") else {"checkpoint": gr.update(choices=kept, value=next(iter(kept), None))}
     return {"time": state and state["time"], "kept": kept}, lambda: show(name, folder, job, state) | choice
@@ -181,11 +208,10 @@ def show(name: str, folder: Path, job: dict[str, Any] | None, state: dict[str, A
     if state is None:
         return {"status": line_html(name, *job_words(job)), "population": WAITING, "pictures": "", "decisions": ""}
     events = RunStore(folder).events()
-    ended = sum(event["kind"] in ("training", "probation") for event in events)
     return {
         "status": _status(name, job, state),
-        "population": table_html(population_table(state)),
-        "pictures": _pictures(folder, ended) if ended else WAITING,
+        "population": _population(state),
+        "pictures": _pictures(folder, len(events)) if has_lineage(events) else WAITING,
         "decisions": table_html(decisions_table(events)),
     }
 
@@ -193,11 +219,10 @@ def show(name: str, folder: Path, job: dict[str, Any] | None, state: dict[str, A
 def evolve_command(
     start: Path | None,
     task: str,
+    evolve: Sequence[str],
     cycles: int,
     proposals: int,
-    generation_steps: int,
-    validation_tasks: int,
-    validation_episodes: int,
+    budget: int,
     seed: int,
 ) -> list[str]:
     """The words of `evolve`, checked as the command would check them.
@@ -208,50 +233,58 @@ def evolve_command(
     Raises:
         ValueError: an impossible option; one sentence.
     """
-    rules: dict[str, Any] = {
-        "generation_steps": generation_steps,
-        "validation_tasks": validation_tasks,
-        "validation_episodes": validation_episodes,
-    }
-    EvolveConfig(population=proposals + 1, generations=cycles, survivors=1, **rules)
+    EvolveConfig(cycles=cycles, proposals=proposals, budget=budget, evolve=tuple(evolve))  # type: ignore[arg-type]
     if start:
         load_checkpoint(start)
     else:
         TrainConfig.for_task(task)
     origin = ["--from", str(start)] if start else ["--task", task]
-    words = option_words({"cycles": cycles, "proposals": proposals, **rules, "seed": seed})
-    # A self-improving run has no last iteration for which a learning rate could fall.
-    return ["evolve", *origin, "--lr-schedule", "constant", *words]
+    words = option_words({"cycles": cycles, "proposals": proposals, "budget": budget, "seed": seed})
+    return ["evolve", *origin, *words, "--evolve", *evolve]
 
 
 def _state(run: Path) -> dict[str, Any] | None:
     try:
         return read_state(run)
     except ValueError:
-        if (run / "rsi" / "state.json").is_file():
+        if os.path.lexists(run / "rsi" / "state.json"):
             raise
         return None  # not there yet
 
 
-def _by_composite(state: dict[str, Any] | None) -> list[str]:
-    return [] if state is None else sorted(state["archive"], key=lambda name: -state["archive"][name]["composite"])
+def _kept(state: dict[str, Any] | None) -> list[str]:
+    """Checkpoints to go back to: those at the end of a stretch first, the newest of each kind first."""
+    archive = {} if state is None else state["archive"]
+    return sorted(archive, key=lambda name: (archive[name]["level"] is None, -archive[name]["iteration"]))
 
 
 def _status(name: str, job: dict[str, Any] | None, state: dict[str, Any]) -> str:
-    best = state["archive"].get(state["best"] or "")
-    total = state["config"]["generations"]
+    best = state["archive"].get(state["progress"]["best"] or "")
+    total = state["config"]["cycles"]
     return line_html(
         name,
         *job_words(job),
-        f"cycle {state['generation']}" + (f" of {total}" if total else ""),
-        f"best composite {best['composite']:.3f}" if best else "assessing the first policies",
-        f"ended: {state['finished']}" if state["finished"] else "",
+        f"cycle {state['progress']['cycle']}" + (f" of {total}" if total else ""),
+        f"level {best['level']:.3f}" if best and best["level"] is not None else "",
+        phase_words(state),
     )
+
+
+def _population(state: dict[str, Any]) -> str:
+    """The incumbent, then the race or how far the stretch is, and what all has cost."""
+    parts = [table_html(incumbent_table(state))]
+    if state["live"]["race"]:
+        parts.append(table_html(race_table(state)))
+    elif not state["progress"]["finished"]:
+        done, length = stretch_progress(state)
+        words = text_html(phase_words(state))
+        parts.append(f'<p>{words} <progress value="{done}" max="{length}" aria-label="{words}"></progress></p>')
+    return "".join(parts) + f'<p class="legend">{text_html(spent_words(state))}</p>'
 
 
 @functools.lru_cache(maxsize=8)
 def _pictures(run: Path, ended: int) -> str:
-    """Drawn once for all pages whenever a trial has ended its generation; `ended` counts them."""
+    """Drawn once for all pages whenever something was decided; `ended` counts decisions."""
     task = str(read_state(run)["base"]["task"])
     with tempfile.TemporaryDirectory() as folder:
         drawn = plot_evolution(run, task, Path(folder))

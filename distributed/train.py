@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,25 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from ssm_metarl.algorithms.registry import ALGORITHMS
+from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Trainer
 from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.schedule import SCHEDULE, Schedule, schedule_file
 from ssm_metarl.distributed.signals import interrupts
-from ssm_metarl.distributed.trainer import check_sizes, with_critic
+from ssm_metarl.distributed.trainer import MetaTrainer, check_sizes, with_critic
+from ssm_metarl.storage.atomic import replace_file
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
-from ssm_metarl.storage.mirror import Mirror
-from ssm_metarl.storage.run_folder import checkpoints, cut_metrics, mark_best, prepare_run, prune, resolve_checkpoint
-from ssm_metarl.tasks import TaskDistribution
+from ssm_metarl.storage.lock import RunLock, hold
+from ssm_metarl.storage.run_copy import WAIT, WAIT_INTERRUPTED, RunCopy
+from ssm_metarl.storage.run_folder import best_return, check_new, mark_best, prepare_run, prune, resolve_checkpoint
+from ssm_metarl.storage.run_log import cut_metrics
+from ssm_metarl.storage.run_record import checkpoint_to_resume, set_aside_later, write_record
+from ssm_metarl.storage.trust import remember
+from ssm_metarl.tasks import TaskDistribution, names_code
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,9 @@ def train(
     resume: bool = False,
     on_iteration: Callable[[dict[str, Any]], None] | None = None,
     distribution: TaskDistribution | None = None,
-    mirror: str | None = None,
+    mirror: str | RunCopy | None = None,
+    schedule: str | Path | None = None,
+    resume_from: str | None = None,
 ) -> TrainResult:
     """Train in a folder: checkpoints, `metrics.jsonl` and TensorBoard events.
 
@@ -69,56 +78,148 @@ def train(
         resume: resume from the folder's last checkpoint, exactly as if the run had not stopped.
         on_iteration: called with each iteration's metrics.
         distribution: the family itself, instead of the registered one that `config.task` names.
-        mirror: URI at which the folder is copied with every checkpoint; a run is resumed from the copy if there is one.
+        mirror: URI at which the folder is copied with every checkpoint, beside training; a run is resumed from the copy
+            if it has come further than the folder. The end waits up to a minute for it. A `RunCopy` stays open.
+        schedule: a `schedule.json` of `evolve`, or a run that has one: options change before the meta-iterations that
+            it names, sizes of the policy among them. `Schedule.read(schedule).config` has the options at first, with
+            which the run reproduces the weights of evolve's incumbent. A run keeps its schedule, and is resumed with
+            it. If evolve began with a checkpoint, `start` must be the same.
+        resume_from: name of the checkpoint to resume from, where the newest is damaged; later ones are set aside.
 
     Raises:
-        ValueError: the folder is not empty or cannot be made, or has no run to resume; or no storage is at the URI.
+        RunInUse: another process is in the folder, or writes the copy.
+        StorageError: the copy cannot be written, or holds another run.
+        ValueError: the folder is not empty or cannot be made, or has no run to resume; no storage is at the URI; or the
+            schedule is damaged or does not fit.
         CheckpointError: the checkpoint to resume or to start from is damaged or of other sizes.
         EnvironmentFailure: more than a tenth of the episodes are invalid.
     """
     begin = time.perf_counter()
     run = Path(run_dir)
-    machine = config.machine
-    check_device(machine.device)
+    check_device(config.machine.device)
+    copy = RunCopy(run, mirror) if isinstance(mirror, str) else mirror
+    result: TrainResult | None = None
+    with ExitStack() as held:
+        lock: RunLock | None = None
+        if resume and (copy or run.is_dir()):
+            lock = held.enter_context(hold(run))
+        try:
+            if resume:
+                if copy:
+                    copy.open(resume=True)
+                if resume_from is not None:
+                    set_aside_later(run, resume_from)
+            setup = _setup(config, run, start, resume, distribution, schedule)
+            if not resume:
+                lock = held.enter_context(hold(run))
+                prepare_run(run)
+                if copy:
+                    copy.open(resume=False)
+            write_record(run)
+            if distribution is None and names_code(config.task):
+                remember(run, config.task)
+            assert lock is not None
+            result = _train(setup, run, lock, copy, on_iteration, distribution, schedule)
+        finally:
+            if copy and copy is not mirror:
+                copy.close(WAIT if result is not None and result.signal is None else WAIT_INTERRUPTED)
+    return replace(result, seconds=time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What a run is to do, checked.
+
+    Attributes:
+        config: of the trainer at first.
+        plan: options that change later.
+        first: the checkpoint whose weights the run begins with.
+        last: the checkpoint that the run goes on from.
+    """
+
+    config: TrainConfig
+    plan: Schedule | None
+    first: Checkpoint | None
+    last: Path | None
+
+
+def _setup(
+    config: TrainConfig,
+    run: Path,
+    start: str | Path | None,
+    resume: bool,
+    distribution: TaskDistribution | None,
+    schedule: str | Path | None,
+) -> _Setup:
+    """Check what a run is to do; nothing is written."""
     kind = trainer_class(config)
+    if not resume:
+        check_new(run)
+    plan = _plan(run, config, schedule, resume)
+    if plan and resume:
+        config = plan.before(config, _last_iteration(run))
     spec = config.policy_spec(distribution or config.family())
-    copy = Mirror(run, mirror) if mirror else None
-    if copy and resume:
-        copy.pull()
     first = None if start is None or resume else _first(start, spec)
+    if plan and not resume and plan.start != (int(first.progress["iteration"]) if first else 0):
+        raise ValueError(
+            f"The schedule begins at meta-iteration {plan.start}: start must be the checkpoint that evolve began with."
+        )
     if not (first or resume or kind.learns_normalizer) and spec.normalizes:
         raise ValueError(
             f"{config.meta.algorithm} keeps the normaliser of the checkpoint that it starts from and learns none: "
             "normalize_observations and scale_rewards must be False without one."
         )
-    last = _prepare(run, resume, spec)
+    return _Setup(config, plan, first, _to_resume(run, spec) if resume else None)
+
+
+def _train(
+    setup: _Setup,
+    run: Path,
+    lock: RunLock,
+    copy: RunCopy | None,
+    on_iteration: Callable[[dict[str, Any]], None] | None,
+    distribution: TaskDistribution | None,
+    schedule: str | Path | None,
+) -> TrainResult:
+    """Train in a folder that is held."""
+    config, plan, first, last = setup.config, setup.plan, setup.first, setup.last
+    machine, kind = config.machine, trainer_class(config)
+    if schedule is not None and not last:
+        replace_file(run / SCHEDULE, schedule_file(schedule).read_bytes())
     start_ray(machine.num_workers, always=kind.always_ray)
     trainer = kind.of_run(config, distribution)
     metrics: dict[str, Any] = {}
     try:
         if last:
             trainer.load_checkpoint(str(last))
+        elif first and isinstance(trainer, MetaTrainer) and plan:
+            trainer.go_on_from(first)
         elif first:
             trainer.start_from(first)
         checkpoint = last or _save(trainer, run, [])
         saved = trainer.meta_iteration
         with interrupts() as interrupted, _RunLog(run, saved, machine.checkpoint_every) as log:
             while trainer.meta_iteration < config.experience.iterations and not interrupted:
+                if plan and (changes := plan.changes.get(trainer.meta_iteration)):
+                    assert isinstance(trainer, MetaTrainer)
+                    trainer.change(changes)
                 metrics = trainer.step()
                 log.add(metrics)
                 if on_iteration:
                     on_iteration(metrics)
                 if trainer.meta_iteration % machine.checkpoint_every == 0:
+                    lock.check()
                     checkpoint, saved = _save(trainer, run, log.recent), trainer.meta_iteration
                     if copy:
-                        copy.push()
+                        copy.update()
             if saved < trainer.meta_iteration:
+                lock.check()
                 checkpoint = _save(trainer, run, log.recent)
         if copy:
-            copy.push()
+            copy.update()
     finally:
         trainer.stop()
-    return TrainResult(run, checkpoint, metrics, time.perf_counter() - begin, interrupted[0] if interrupted else None)
+    return TrainResult(run, checkpoint, metrics, 0.0, interrupted[0] if interrupted else None)
 
 
 class _RunLog:
@@ -160,6 +261,28 @@ def trainer_class(config: TrainConfig) -> type[Trainer]:
     return found
 
 
+def _plan(run: Path, config: TrainConfig, schedule: str | Path | None, resume: bool) -> Schedule | None:
+    """The schedule of a new run or of the one that is in the folder; None where it has none.
+
+    Raises:
+        ValueError: it is damaged; or it is another one than the run's, or for an algorithm that cannot change options.
+    """
+    if resume and schedule is not None:
+        raise ValueError("A run is resumed with its own schedule: none can be given.")
+    if resume:
+        schedule = run if (run / SCHEDULE).is_file() else None
+    if schedule is None:
+        return None
+    if ALGORITHMS[config.meta.algorithm].trainer != META_TRAINER:
+        raise ValueError(f"A schedule is one of meta-training: algorithm cannot be {config.meta.algorithm}.")
+    return Schedule.read(schedule)
+
+
+def _last_iteration(run: Path) -> int:
+    """Of the checkpoint to resume from."""
+    return int(load_checkpoint(checkpoint_to_resume(run)).progress["iteration"])
+
+
 def _first(start: str | Path, spec: PolicySpec) -> Checkpoint:
     """The checkpoint whose weights a run begins with, with a critic as the run's baseline has it.
 
@@ -171,30 +294,24 @@ def _first(start: str | Path, spec: PolicySpec) -> Checkpoint:
     return checkpoint
 
 
-def _prepare(run: Path, resume: bool, spec: PolicySpec) -> Path | None:
-    """Make the run's folder, unless it is there; return the checkpoint to resume from, None for a new run.
+def _to_resume(run: Path, spec: PolicySpec) -> Path:
+    """The checkpoint to resume from.
 
     Raises:
-        ValueError: nothing to resume, a folder that is not empty otherwise, or one that cannot be made.
-        CheckpointError: the checkpoint is damaged or of other sizes.
+        ValueError: there is none.
+        CheckpointError: it is damaged or of other sizes.
     """
-    if resume:
-        found = checkpoints(run)
-        if not found:
-            raise ValueError(f"There is no checkpoint in {run} to resume from.")
-        check_sizes(found[-1], load_checkpoint(found[-1]).spec, spec)
-        return found[-1]
-    prepare_run(run)
-    return None
+    found = checkpoint_to_resume(run)
+    check_sizes(found, load_checkpoint(found).spec, spec)
+    return found
 
 
 def _save(trainer: Trainer, run: Path, recent: list[float]) -> Path:
     """Checkpoint now; it is the best if the mean return after adaptation of the iterations since the last one is."""
     path = run / f"checkpoint_{trainer.meta_iteration:06d}"
     trainer.save_checkpoint(str(path))
-    best = run / "best.json"
-    value = float(np.mean(recent)) if recent else -np.inf
-    if np.isfinite(value) and (not best.exists() or value > json.loads(best.read_text())["return"]):
+    best, value = best_return(run), float(np.mean(recent)) if recent else -np.inf
+    if np.isfinite(value) and (best is None or value > best):
         mark_best(run, path, value)
     prune(run)
     return path

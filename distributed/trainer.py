@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.learner import Learner
 from ssm_metarl.distributed.pool import Pool
+from ssm_metarl.distributed.resizing import Resize, resized
 from ssm_metarl.distributed.stopwatch import Stopwatch
 from ssm_metarl.distributed.telemetry import Telemetry
 from ssm_metarl.seeds import Branch, seed_for
@@ -95,9 +97,9 @@ class MetaTrainer(tune.Trainable):
         """One meta-iteration: collect, adapt, collect with the adapted policies, meta-update.
 
         Returns:
-            `iteration`, `env_steps` (all so far), `return_by_step` (mean undiscounted return after 0..S inner
-            steps), `episode_length_by_step`, `seconds` by phase, `restarts`, `dropped_tasks`,
-            `timed_out_tasks`, `invalid_episodes` and the learner's statistics.
+            `iteration`, `env_steps` (all so far), `return_before` and `return_after` adaptation and `return_by_step`
+            (mean undiscounted return after 0..S inner steps), `episode_length_by_step`, `seconds` by phase,
+            `restarts`, `dropped_tasks`, `timed_out_tasks`, `invalid_episodes` and the learner's statistics.
 
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
@@ -126,10 +128,13 @@ class MetaTrainer(tune.Trainable):
         self.meta_iteration += 1
         env_steps = sum(rollouts.num_steps for rollouts in collected)
         self.env_steps += env_steps
+        returns = [float(np.nanmean(rollouts.returns())) for rollouts in collected]
         metrics = {
             "iteration": self.meta_iteration,
             "env_steps": self.env_steps,
-            "return_by_step": [float(np.nanmean(rollouts.returns())) for rollouts in collected],
+            "return_before": returns[0],
+            "return_after": returns[-1],
+            "return_by_step": returns,
             "episode_length_by_step": [
                 float(rollouts.num_steps / max(rollouts.kept().sum(), 1)) for rollouts in collected
             ],
@@ -154,9 +159,9 @@ class MetaTrainer(tune.Trainable):
         last = self.train_config.meta.inner_steps
         return StageCollector(self.pool, tasks, seeds, lambda stage: "support" if stage < last else "query")
 
-    def save_checkpoint(self, checkpoint_dir: str) -> str:
-        """Write a checkpoint folder (see `checkpoint.py`); Tune calls it, and so does `train`."""
-        checkpoint = Checkpoint(
+    def checkpoint(self) -> Checkpoint:
+        """All that continues this run, as it is now."""
+        return Checkpoint(
             spec=self.spec,
             config=self.train_config.to_dict(),
             progress={
@@ -168,7 +173,10 @@ class MetaTrainer(tune.Trainable):
             optimizer=self.learner.optimizer_arrays(),
             replay=self.replay,
         )
-        save_checkpoint(Path(checkpoint_dir), checkpoint)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> str:
+        """Write a checkpoint folder (see `storage.checkpoint`); Tune calls it, and so does `train`."""
+        save_checkpoint(Path(checkpoint_dir), self.checkpoint())
         return checkpoint_dir
 
     def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
@@ -186,6 +194,32 @@ class MetaTrainer(tune.Trainable):
         """Take the weights of a checkpoint of this trainer's sizes, and the moments that they are normalised with."""
         self.learner.load(checkpoint.policy, {})
         self.learner.normalizer.load(checkpoint.progress.get("normalizer", {}))
+
+    def change(self, options: Mapping[str, Any]) -> None:
+        """Go on with other options from where the trainer is; a policy of other sizes is resized.
+
+        Args:
+            options: of `TrainConfig`, by name; the others stay.
+
+        Raises:
+            ValueError: an impossible value, or one that changes the policy's form; one sentence.
+        """
+        checkpoint, config = self.checkpoint(), self.train_config.replace(**options)
+        self.cleanup()
+        self.setup({**config.to_dict(), "task_distribution": self.distribution})
+        self.go_on_from(checkpoint)
+
+    def go_on_from(self, checkpoint: Checkpoint) -> Resize | None:
+        """Take parameters, moments and counters of a checkpoint, resized where its policy has other sizes.
+
+        Returns:
+            What the resize did; None where sizes are equal.
+        """
+        done = None
+        if checkpoint.spec != self.spec:
+            checkpoint, done = resized(checkpoint, self.spec, self.train_config.experience, self.distribution)
+        self._continue_from(checkpoint)
+        return done
 
     def _continue_from(self, checkpoint: Checkpoint) -> None:
         """Take parameters, moments and counters of a checkpoint of this trainer's sizes."""

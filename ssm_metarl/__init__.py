@@ -15,11 +15,12 @@ __version__ = "0.2.0"
 _EXPORTS: dict[str, str] = {
     "AdaptOptions": "ssm_metarl.evaluation.adapt",
     "EvaluationConfig": "ssm_metarl.evaluation.tasks",
-    "EvolveConfig": "ssm_metarl.tuning.population",
+    "EvolveConfig": "ssm_metarl.tuning.config",
     "HybridAdapter": "ssm_metarl.algorithms.adapters",
     "MetaTrainer": "ssm_metarl.distributed.trainer",
     "Player": "ssm_metarl.evaluation.player",
     "PolicySpec": "ssm_metarl.algorithms.spec",
+    "RecursiveSelfImprovement": "ssm_metarl.tuning.scheduler",
     "ReplayBuffer": "ssm_metarl.algorithms.replay",
     "Rollouts": "ssm_metarl.algorithms.rollouts",
     "SSMPolicy": "ssm_metarl.algorithms.policy",

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from ssm_metarl import SSMPolicy, TrainConfig, evaluate_checkpoint, train
+from ssm_metarl import SSMPolicy, TrainConfig, evaluate_checkpoint, load_policy, train
 from ssm_metarl.algorithms.collect import collect_tasks
 from ssm_metarl.seeds import seed_for
 
@@ -54,5 +54,12 @@ def test_windy(example: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_evolve(example: ModuleType, ray_session: None, tmp_path: Path) -> None:
-    assert len(example.main(str(tmp_path / "run"), generations=1, num_tasks=4)) == 2
+def test_evolve(example: ModuleType, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(example.main(str(tmp_path / "run"), budget=1e5, num_tasks=4)) == 2
+    assert "the budget is spent" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_tune(example: ModuleType, ray_session: None, tmp_path: Path) -> None:
+    assert example.main(str(tmp_path / "run"), cycles=1) == ("1 cycle", 3)
+    assert load_policy(tmp_path / "run")[1].progress["iteration"] > 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,10 @@ import pytest
 
 from ssm_metarl import seeds
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.resizing import resized
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import evaluate_policy
 from ssm_metarl.seeds import Branch, child, seed_for
-from ssm_metarl.tuning.member_trainer import Assignment, EvolvingTrainer
 
 SMALL: dict[str, Any] = {
     "meta_batch": 3, "episodes": 2, "epochs": 1, "hidden_dim": 8, "state_dim": 4, "minibatches": 3, "seed": 5,
@@ -65,24 +65,16 @@ def test_no_two_paths_of_a_run_are_equal(nodes: list[tuple[Any, ...]]) -> None:
     }  # fmt: skip
 
 
-def test_a_resize_draws_from_a_node_of_its_own(nodes: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    """Of a generation whose number is that of the initial weights' branch, too."""
-    config = TrainConfig.for_task("navigation-2d", **SMALL).to_dict()
-    small = MetaTrainer(config)
-    small.save_checkpoint(str(tmp_path / "small"))
-    small.stop()
-    assignment = {
-        "trial": 1, "generation": int(Branch.INITIAL_WEIGHTS), "budget": 1, "probation": False,
-        "checkpoints": str(tmp_path), "seed": 0, "history": [], "validation_tasks": 2, "validation_episodes": 1,
-        "validation_steps": 1,
-    }  # fmt: skip
-    assert Assignment(**assignment)
-    grown = EvolvingTrainer({**config, "hidden_dim": 12, "assignment": assignment})
+def test_a_resize_draws_from_a_node_of_its_own(nodes: list[tuple[Any, ...]]) -> None:
+    """At an iteration whose number is that of the initial weights' branch, too."""
+    trainer = MetaTrainer(TrainConfig.for_task("navigation-2d", **SMALL).to_dict())
+    trainer.meta_iteration = int(Branch.INITIAL_WEIGHTS)
+    checkpoint, experience = trainer.checkpoint(), trainer.train_config.experience
+    trainer.stop()
     nodes.clear()
-    grown.load_checkpoint(str(tmp_path / "small"))
-    grown.stop()
-    initial = (5, Branch.INITIAL_WEIGHTS)
-    assert initial not in nodes
-    assert (5, Branch.RESIZE, assignment["generation"], 1) in nodes
-    assert all(len(path) > 2 for path in nodes)
+    grown, _ = resized(checkpoint, replace(trainer.spec, hidden_dim=12), experience, trainer.distribution)
+    assert grown.spec.hidden_dim == 12
+    assert (5, Branch.INITIAL_WEIGHTS) not in nodes
+    assert (5, Branch.RESIZE, trainer.meta_iteration) in nodes
+    assert all(path[1] == Branch.RESIZE for path in nodes if path[0] == 5 and len(path) > 1)
     assert seeds.seed_for is seed_for

@@ -83,20 +83,20 @@ def run_train(folder: Path) -> dict[str, Any]:
 
 
 def run_evolve(folder: Path) -> dict[str, Any]:
-    """Four trials of two processors each; a node that holds one is killed in the second generation."""
+    """Three members of two processors each; a node that holds one is killed after the first race."""
     cluster, nodes = cluster_of(4, 4, 2)
     log = folder / "storage" / "evolved" / "rsi" / "events.jsonl"
     killed: list[str] = []
 
     def kill() -> None:
-        held = holders("EvolvingTrainer")
+        held = holders("MemberTrainer")
         node = next(node for node in nodes if node.node_id in held)
         killed.append(node.node_id)
         cluster.remove_node(node, allow_graceful=False)
 
-    when(lambda: len(lines(log)) >= 7, kill)
+    when(lambda: len(lines(log)) >= 1, kill)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    rules = ["--population=4", "--generations=3", "--generation-steps=20000", "--validation-tasks=4"]
+    rules = ["--proposals=2", "--cycles=6", "--assess-tasks=4"]
     storage = str(folder / "storage")
     where = ["--address", cluster.address, "--storage", storage, "--run-dir", f"{storage}/evolved"]
     code = main(["evolve", "--num-workers=1", *options, *rules, *where])

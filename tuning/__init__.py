@@ -1,1 +1,1 @@
-"""Recursive self-improvement: a population of meta-training runs that mutate, compare and roll back."""
+"""Recursive self-improvement: a policy in training races against copies of it with other options."""

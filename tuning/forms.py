@@ -119,6 +119,7 @@ _PROGRESS = record(
         "flat": whole(),
         "best": maybe(text),
         "failures": whole(),
+        "collapses": whole(),
         "assignments": whole(),
         "spent": _SPENT,
         "seconds": map_of(number(low=0.0)),

@@ -1,210 +1,228 @@
-"""The trainer of one trial: meta-iterations counted in generations, assessed at their ends, of any size."""
+"""The trainer of one member: it does what it is assigned, from a checkpoint of any size, and reports each iteration."""
 
 from __future__ import annotations
 
+import copy
+import functools
+import math
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from ray.tune import PlacementGroupFactory
 
-from ssm_metarl.algorithms.inputs import policy_inputs
-from ssm_metarl.algorithms.resize import resize
-from ssm_metarl.algorithms.rollouts import Rollouts
-from ssm_metarl.distributed.collection import EnvironmentFailure
-from ssm_metarl.distributed.pool import Pool
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.distributed.collection import EnvironmentFailure, StageCollector
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import evaluate_policy
-from ssm_metarl.seeds import Branch, seed_for
-from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
-from ssm_metarl.storage.mirror import write_folder
-from ssm_metarl.tuning.metrics import Assessment, normalise
-from ssm_metarl.tuning.population import Report
+from ssm_metarl.storage.mirror import local_folder, write_folder
+from ssm_metarl.storage.uri import below
+from ssm_metarl.tuning.records import Assignment, Play, Report, mean_name
 
-PROBE_TASKS, PROBE_EPISODES = 10, 2
-"""Rollouts of the old policy on which a resize measures what contributes, and its error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """What a trial is to do in a generation; `Evolution.assignment` makes it.
-
-    Attributes:
-        trial, generation: name the checkpoint at the end.
-        budget: environment steps of training, to the nearest meta-iteration; 0: assess only.
-        probation: assess at half the budget, too.
-        checkpoints: folder of the run's archive, a path or a URI.
-        seed: of the validation tasks and rollouts, equal for all trials.
-        history: [lineage_steps, post-adaptation values by validation task] at the generation's start, if known.
-        validation_tasks, validation_episodes, validation_steps: see `EvolveConfig`.
-    """
-
-    trial: int
-    generation: int
-    budget: int
-    probation: bool
-    checkpoints: str
-    seed: int
-    history: list[Any]
-    validation_tasks: int
-    validation_episodes: int
-    validation_steps: int
-
-    @property
-    def checkpoint(self) -> str:
-        """Name of the checkpoint at the generation's end."""
-        return f"generation_{self.generation:04d}_trial_{self.trial}"
+MEAN = "mean_iterations"
+"""In a checkpoint's progress: over how many iterations its weights are averaged."""
 
 
-class EvolvingTrainer(MetaTrainer):
-    """A `MetaTrainer` driven by `RecursiveSelfImprovement`; a `step` is a meta-iteration and what is due.
+class Exchange(Protocol):
+    """Where members get their assignments, and offer rollouts to each other."""
 
-    Its config is that of `MetaTrainer` with the entry "assignment". It alone takes a checkpoint of another size,
-    which `morph.resize` fits to its own.
+    def next(self, member: int, after: int) -> dict[str, Any] | None:
+        """The member's assignment, once there is one with a number above `after`; None: the run is over."""
+
+    def offer(self, key: str, rollouts: Sequence[Rollouts]) -> None:
+        """Offer rollouts under a name."""
+
+    def fetch(self, key: str) -> Sequence[Rollouts]:
+        """Rollouts that were offered, stage by stage; empty where they are gone."""
+
+
+class MemberTrainer(MetaTrainer):
+    """A `MetaTrainer` driven by `RecursiveSelfImprovement`; a `step` is a meta-iteration and what is due after it.
+
+    It alone takes a checkpoint of another size, which `resize` fits to its own.
+
+    Args:
+        config: "member", its number; "exchange", an `Exchange` or the name of the actor that is one; "archive", the
+            folder of the run's checkpoints, a path or a URI; "mean_iterations", see `EvolveConfig`; "machine", options
+            that win over those of an assignment; and optionally "task_distribution".
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Build learner and workers for an assignment."""
-        config = dict(config)
-        config.pop("slot", None)  # Tune's grid search needs an entry that numbers the trials
-        self.assignment = Assignment(**config.pop("assignment"))
-        self._history = [(int(steps), list(values)) for steps, values in self.assignment.history]
-        self._spent = self._trained = self._last = 0
-        self._checked = not self.assignment.probation
-        self._extra_seconds = 0.0
-        self.resize_error: float | None = None
-        super().setup(config)
+        """Wait for the first assignment before anything is built."""
+        from ssm_metarl.tuning.mailbox import connect  # only here: an actor of Ray, which is not always there
+
+        self.member = int(config["member"])
+        self._archive, self._reach = str(config["archive"]), int(config["mean_iterations"])
+        self._constants = {**config["machine"], "task_distribution": config.get("task_distribution")}
+        self._exchange: Exchange = connect(config["exchange"])
+        self._held: tuple[str | None, dict[str, Any]] | None = None
+        self._done = 0
+        self._built = False
+        self._last_number = -1
+        self._work: Iterator[Report] | None = None
+        self._metrics: dict[str, Any] = {"return_before": math.nan, "return_after": math.nan}
 
     def step(self) -> dict[str, Any]:
-        """Train one meta-iteration; at the end of the budget assess and write the checkpoint.
+        """Carry the assignment on by a meta-iteration; without one, wait for it.
 
         Returns:
-            "report": one `Report` as a dict, in a list, which Tune passes on as it is; "composite" for Tune's own
-            checks, always 0; and the iteration's metrics.
+            "report", a `Report` as JSON; "done" at the end of the run; and the iteration's metrics.
         """
-        metrics: dict[str, Any] = {}
-        assessment, ended, failure = None, False, None
-        begin = trained_at = time.perf_counter()
+        if self._work is None:
+            values = self._exchange.next(self.member, self._last_number)
+            if values is None:
+                return {"done": True, **self._metrics}
+            assignment = Assignment.from_dict(values)
+            self._last_number = assignment.number
+            self._work = self.carry_out(assignment)
+        report = next(self._work)
+        if report.ended or report.failure is not None:
+            self._work = None
+        return {"done": False, **self._metrics, "report": report.to_json()}
+
+    def carry_out(self, assignment: Assignment) -> Iterator[Report]:
+        """Do what is assigned, a report after every meta-iteration; the last one has ended or failed."""
+        begin, self._report = time.perf_counter(), Report(number=assignment.number)
         try:
-            if self._goes_on():
-                metrics = self._train()
-            trained_at = time.perf_counter()
-            ended = not self._goes_on()
-            if ended or (not self._checked and 2 * self._trained >= self.assignment.budget):
-                assessment = self._assess()
-                self._checked = True
-            if ended:
-                place = f"{self.assignment.checkpoints}/{self.assignment.checkpoint}"
-                write_folder(place, lambda folder: self.save_checkpoint(str(folder)))
+            self._take_up(assignment)
+            while True:
+                self._count("resizing", begin)
+                if self._done < assignment.iterations:
+                    self._iterate(assignment)
+                self._report.iterations = self._done
+                if self._done >= assignment.iterations:
+                    self._finish(assignment)
+                report, self._report = self._report, Report(number=assignment.number)
+                yield report
+                if report.ended:
+                    return
+                begin = time.perf_counter()
         except (FloatingPointError, EnvironmentFailure) as error:
             # A policy that diverged shows either way; an environment that is broken fails again, until all stops.
-            assessment, ended, failure = None, False, str(error)
-        report = Report(
-            spent=self._spent,
-            trained=self._trained,
-            lineage_steps=self.env_steps,
-            assessment=assessment.to_dict() if assessment else None,
-            ended=ended,
-            checkpoint=self.assignment.checkpoint if ended else None,
-            failure=failure,
-            resize_error=self.resize_error,
-            seconds={
-                "training": trained_at - begin,
-                "assessment": time.perf_counter() - trained_at + self._extra_seconds,
-            },
-        )
-        self._extra_seconds = 0.0
-        return {**metrics, "report": [asdict(report)], "composite": 0.0}
+            self._held = None
+            self._report.failure = str(error)
+            yield self._report
 
-    def _goes_on(self) -> bool:
-        """Whether another meta-iteration, as long as the last one, ends nearer to the budget than it is now."""
-        return 2 * self._trained + self._last < 2 * self.assignment.budget
+    def _take_up(self, assignment: Assignment) -> None:
+        """Hold what the assignment starts from: what is held already, or its checkpoint, or initial weights."""
+        if self._held == (assignment.start, assignment.config) and self._done <= assignment.iterations:
+            return
+        self.cleanup()
+        super().setup({**assignment.config, **self._constants})
+        self._built = True
+        self._mean: tuple[int, dict[str, Array]] = (0, {})
+        if assignment.start is not None:
+            self._load(assignment)
+        self._held, self._done = (assignment.start, assignment.config), 0
 
-    def _train(self) -> dict[str, Any]:
-        """One meta-iteration, and what it cost."""
-        before = self.env_steps
-        metrics = super().step()
-        self._last = self.env_steps - before
-        self._trained += self._last
-        self._spent += self._last
-        return metrics
-
-    def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
-        """Go on from a checkpoint of any size; the config's sizes and learning rates win.
-
-        Raises:
-            CheckpointError: the folder is damaged.
-            ValueError: its policy differs in more than its sizes.
-        """
-        begin = time.perf_counter()
-        assert isinstance(checkpoint, str | Path), "checkpoints are folders"
-        loaded = load_checkpoint(checkpoint)
-        if loaded.spec != self.spec:
-            loaded = self._resized(loaded)
-        self._continue_from(loaded)
+    def _load(self, assignment: Assignment) -> None:
+        """The checkpoint that an assignment starts from, of any size, and the running mean beside it."""
+        assert assignment.start is not None
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = load_checkpoint(local_folder(below(self._archive, assignment.start), Path(folder)))
+            resize = self.go_on_from(loaded)
+            if resize is None:
+                try:
+                    mean = load_checkpoint(
+                        local_folder(below(self._archive, mean_name(assignment.start)), Path(folder))
+                    )
+                    self._mean = int(mean.progress[MEAN]), mean.policy
+                except (ValueError, OSError, KeyError):  # a run's start has none
+                    self._mean = 1, loaded.policy
+            else:
+                self._mean = 1, self.learner.weights()
+                self._report.resize_error = resize.error
+                self._report.assessed += resize.env_steps
         self.learner.check_rates(self.train_config.meta.inner_lr, self.train_config.meta.outer_lr)
-        self._extra_seconds += time.perf_counter() - begin
 
-    def _resized(self, loaded: Checkpoint) -> Checkpoint:
-        """The checkpoint's policy and moments in this trainer's sizes."""
-        rollouts = self._probe(loaded)
-        root = self.train_config.experience.seed
-        node = seed_for(root, Branch.RESIZE, self.assignment.generation, self.assignment.trial)
-        seed = int(node.generate_state(1)[0])
-        morph = resize(
-            loaded.spec,
-            loaded.policy,
-            loaded.optimizer,
-            self.spec,
-            policy_inputs(loaded.spec, rollouts),
-            seed,
-            rollouts.resets,
-        )
-        self.resize_error = morph.error
-        return Checkpoint(morph.spec, loaded.config, loaded.progress, morph.policy, morph.optimizer, loaded.replay)
+    def _iterate(self, assignment: Assignment) -> None:
+        """A meta-iteration, what it cost and what it brought."""
+        begin, before = time.perf_counter(), self.env_steps
+        first = self._done == 0
+        self._given = self._exchange.fetch(assignment.take)[: assignment.stages] if first and assignment.take else ()
+        self._metrics = super().step()
+        self._done += 1
+        count, mean = self._mean
+        share, weights = np.float32(max(1 / (count + 1), 1 / self._reach)), self.learner.weights()
+        self._mean = count + 1, {name: old + share * (weights[name] - old) for name, old in (mean or weights).items()}
+        if first and assignment.share:
+            self._exchange.offer(assignment.share, self._collected.collected)
+        taken = sum(rollouts.num_steps for rollouts in self._given)
+        report = self._report
+        report.returns = np.stack([np.nanmean(rollouts.returns(), 1) for rollouts in self._collected.collected])
+        report.spent, self._given = self.env_steps - before - taken, ()
+        self._count("training", begin)
 
-    def _probe(self, loaded: Checkpoint) -> Rollouts:
-        """A few training episodes of the policy as it was."""
-        key, seed = (self.assignment.generation, self.assignment.trial), self.train_config.experience.seed
-        tasks = self.distribution.sample(
-            PROBE_TASKS, np.random.default_rng(seed_for(seed, Branch.TASKS, *key, 0)), "train"
-        )
-        seeds = [seed_for(seed, Branch.ROLLOUTS, *key, 0, 0, task) for task in range(PROBE_TASKS)]
-        episodes = self.train_config.experience.trial_episodes
-        with Pool(self.distribution, loaded.spec, num_workers=0, trial_episodes=episodes) as pool:
-            rollouts = pool.collect(loaded.policy, tasks, seeds, PROBE_EPISODES)
-        self._spent += rollouts.num_steps
-        return rollouts
+    def _collector(self) -> StageCollector:
+        """As in training, but for stages that another member has played."""
+        self._collected = super()._collector()
+        self._collected.given = self._given
+        return self._collected
 
-    def _assess(self) -> Assessment:
-        """Returns on the fixed validation tasks, and on shifted ones where the family has them."""
-        validation = self._evaluate("validation")
-        shifted = self._evaluate("shifted") if "shifted" in self.distribution.splits else None
-        # Only the generation's start and this moment: a check in between, which not every trial has, must not count.
-        history = [*self._history, (self.env_steps, validation[:, -1])]
-        return Assessment(
-            validation=validation,
-            shifted=shifted,
-            history=np.array([values for _, values in history], np.float64),
-            history_steps=np.array([steps for steps, _ in history], np.int64),
-        )
+    def _finish(self, assignment: Assignment) -> None:
+        """Write the checkpoint and play what is to be assessed."""
+        begin = time.perf_counter()
+        if assignment.checkpoint is not None:
+            last = self.checkpoint()
+            count, mean = self._mean
+            averaged = Checkpoint(
+                last.spec, last.config, {**last.progress, MEAN: count}, mean or last.policy, {}, last.replay
+            )
+            for name, checkpoint in ((mean_name(assignment.checkpoint), averaged), (assignment.checkpoint, last)):
+                write_folder(below(self._archive, name), functools.partial(save_checkpoint, checkpoint=checkpoint))
+            self._held, self._done = (assignment.checkpoint, assignment.config), 0
+        for play in assignment.plays:
+            self._report.plays[play.key] = self._play(play, assignment.seed)
+        self._report.ended = True
+        self._count("assessment", begin)
 
-    def _evaluate(self, split: str) -> np.ndarray[Any, Any]:
-        assignment = self.assignment
+    def _play(self, play: Play, seed: int) -> Array:
+        """Returns [S+1, V] of the weights, or of their running mean, on held-out tasks."""
+        policy = copy.deepcopy(self.learner.policy)
+        if play.policy == "mean":
+            policy.load_numpy(self._mean[1])
         evaluation = evaluate_policy(
-            self.learner.policy,
+            policy,
             self.train_config,
             self.distribution,
             self.pool,
-            split=split,
-            num_tasks=assignment.validation_tasks,
-            steps=assignment.validation_steps,
-            episodes=assignment.validation_episodes,
-            seed=assignment.seed,
+            split=play.split if play.split in self.distribution.splits else "validation",
+            num_tasks=play.tasks,
+            steps=self.train_config.meta.inner_steps,
+            episodes=self.train_config.experience.episodes,
+            seed=seed,
         )
-        self._spent += evaluation.environment_steps
-        # A task that a policy lost altogether counts as played at random: diverging must not make a comparison easier.
-        returns = evaluation.returns / self.train_config.experience.trial_episodes
-        return np.nan_to_num(normalise(returns, self.distribution.reference), nan=0.0)
+        self._report.assessed += evaluation.environment_steps
+        return evaluation.returns.T
+
+    def _count(self, phase: str, begin: float) -> None:
+        """Seconds of a phase since `begin`, and where the trainer is."""
+        seconds = self._report.seconds
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begin
+        self._report.iteration, self._report.env_steps = self.meta_iteration, self.env_steps
+
+    def save_checkpoint(self, checkpoint_dir: str) -> str:
+        """Nothing for Tune, which may ask before anything is built: what counts is in the run's archive."""
+        return checkpoint_dir
+
+    def load_checkpoint(self, checkpoint: str | dict[str, Any] | None) -> None:
+        """Nothing from Tune: an assignment says what to start from."""
+
+    def cleanup(self) -> None:
+        """End the workers."""
+        if self._built:
+            super().cleanup()
+            self._built = False
+
+    @classmethod
+    def default_resource_request(cls, config: Mapping[str, Any]) -> PlacementGroupFactory:
+        """As `MetaTrainer`, but for the share of a processor that a member has where there are fewer than members."""
+        machine = config["machine"]
+        request = super().default_resource_request(dict(machine))
+        bundles = [{**bundle, "CPU": bundle["CPU"] * config.get("share", 1.0)} for bundle in request.bundles]
+        return PlacementGroupFactory(bundles, strategy=request.strategy)

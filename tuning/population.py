@@ -1,152 +1,96 @@
-"""The nouns of a self-improving run: its rules, its trials, their reports, and the records of its checkpoints."""
+"""The run's decisions, without Ray: one incumbent, races against challengers forked from it, stretches in between.
+
+`RecursiveSelfImprovement` carries the assignments out in Ray Tune; `MemberTrainer` trains and plays. What a population
+knows and saves is in `ledger.py`, what it decides in `rules.py`, `assessment.py` and `course.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
-from ssm_metarl.checks import check_count, check_flag
-from ssm_metarl.tuning.safety import SafetyConfig
+from ssm_metarl.tuning.course import Running
+from ssm_metarl.tuning.incumbent import Outcome
+from ssm_metarl.tuning.records import Report, Status
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvolveConfig(SafetyConfig):
-    """How a population evolves.
+class Population(Running):
+    """The state machine. Everything it decides is on disk before anyone acts on it:
 
-    Attributes:
-        population: trials P.
-        generations: after the assessment of the initial policies; 0: until stopped.
-        generation_steps: environment steps of training of every trial in a generation, to the nearest meta-iteration;
-            0: five iterations of the first config with episodes of full length.
-        survivors: trials that go on unmutated at a border; the others are forked from them. 0: the better half.
-        mutate: False makes the others plain copies: what selection and training do alone.
-        validation_tasks: fixed tasks on which every trial is assessed, of each of two splits.
-        validation_episodes: episodes a task and adaptation step of an assessment.
-        validation_steps: adaptation steps S of every assessment, whatever a trial's own `inner_steps`; 0 for policies
-            that learn in their recurrent state alone.
-        keep_generations: a generation's best checkpoint is kept for as many generations, for manual rollbacks.
+        population = Population(config, base, reference, store)
+        population.begin()
+        ...                                     # a member carries out population.assignments[member]
+        population.report(member, report)       # until population.finished
+
+    Equal seeds and equal reports give equal decisions, whatever the order in which members report. What is saved is
+    the state at the incumbent's last checkpoint; a resumed run repeats what came after it.
+
+    Args:
+        config: the rules.
+        base: `TrainConfig` of the first incumbent, flat JSON values.
+        reference: the family's, by which returns are normalised.
+        store: where state, events and checkpoints are.
+        start: name of the checkpoint in the archive that the incumbent starts from; None: initial weights.
     """
 
-    population: int = 4
-    generations: int = 6
-    generation_steps: int = 0
-    survivors: int = 0
-    mutate: bool = True
-    validation_tasks: int = 20
-    validation_episodes: int = 10
-    validation_steps: int = 1
-    keep_generations: int = 10
+    def begin(self) -> None:
+        """Make the first assignments, of a new run or of one that was read from disk."""
+        self._course = self._run()
+        self._go_on(None)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("population", self.population, 2)
-        check_count("validation_steps", self.validation_steps, 0)
-        for name in ("validation_tasks", "validation_episodes"):
-            check_count(name, getattr(self, name), 1)
-        for name in ("generations", "generation_steps", "survivors", "keep_generations"):
-            check_count(name, getattr(self, name), 0)
-        check_flag("mutate", self.mutate)
-        if self.survivors >= self.population:
-            raise ValueError(f"survivors must be below population ({self.population}), not {self.survivors}.")
+    def report(self, member: int, report: Report) -> None:
+        """Take a member's report. What it repeats, because it had to start again, is known already."""
+        assignment = self.assignments.get(member)
+        known = assignment is not None and report.number == assignment.number
+        if self.finished or not known or self.statuses[member] == Status.GONE:
+            return
+        heard = self._outcome.setdefault(member, [])
+        repeated = bool(heard) and report.iterations <= heard[-1].iterations
+        if repeated and not report.ended and report.failure is None:
+            return
+        if repeated and report.returns is not None:
+            report.returns, report.spent = None, 0
+        heard.append(report)
+        if report.returns is not None and member == self.incumbent.member:
+            seconds = sum(report.seconds.values())
+            self._pace = seconds if self._pace is None else 0.7 * self._pace + 0.3 * seconds
+        for name, seconds in report.seconds.items():
+            self.progress.seconds[name] = self.progress.seconds.get(name, 0.0) + seconds
+        self._settle()
+        self.commit()
 
+    def crashed(self, member: int, reason: str) -> None:
+        """A member's process died; it is started again and repeats its assignment."""
+        if self.finished or member not in self.assignments:
+            return
+        # A node that is lost takes several members with it, which is one failure.
+        counts = not self._crashed or member in self._crashed
+        self._crashed.add(member)
+        self._fail(member, reason, counts)
+        self.commit()
 
-@dataclass(kw_only=True)
-class Record:
-    """A checkpoint of the run's archive, and what it did on the validation tasks.
+    def gone(self, member: int, reason: str) -> None:
+        """A member does not come back; what it was doing is done by another, or not at all."""
+        if self.finished or self.statuses[member] == Status.GONE:
+            return
+        self.statuses[member] = Status.GONE
+        self._fail(member, f"it does not come back: {reason}", counts=member not in self._crashed)
+        if not self._alive():
+            self._end("every member is gone")
+        elif not self.finished and member in self.assignments:
+            number = self.assignments[member].number
+            self._outcome.setdefault(member, []).append(Report(number=number, failure=reason))
+            self._settle()
+        self.commit()
 
-    Attributes:
-        config: `TrainConfig` as JSON values.
-        assessment: `Assessment.to_dict()`.
-        metrics, composite, interval: computed from it; the interval has level .95.
-    """
+    def _settle(self) -> None:
+        """Decide, once every assignment has ended."""
+        heard = [self._outcome.get(member, []) for member in self.assignments]
+        if all(reports and (reports[-1].ended or reports[-1].failure is not None) for reports in heard):
+            outcome, self._outcome = self._outcome, {}
+            self._go_on(outcome)
 
-    name: str
-    generation: int
-    trial: int
-    config: dict[str, Any]
-    lineage_steps: int
-    assessment: dict[str, Any]
-    metrics: dict[str, float]
-    composite: float
-    interval: tuple[float, float]
-
-
-def all_generations(count: int) -> str:
-    """What a run says, and its state keeps as `finished`, that ended because it did its generations."""
-    return f"{count} generation{'s' * (count != 1)}"
-
-
-@dataclass(kw_only=True)
-class Slot:
-    """A trial: its place in the population, whatever policy it holds.
-
-    Attributes:
-        status: "initial", "continued", "on probation", "copied", "kept", "rolled back", "restored" or "dead".
-        config: what it trains with.
-        checkpoint: name of the record that its policy had at the last border; None before the first.
-        start: name of the checkpoint that it goes on from in this generation; None: initial weights.
-        parent: name of the checkpoint that it was last forked from.
-        partner: the trial that continues its parent unmutated, while on probation.
-        proposal: its mutation, while on probation.
-        fallback: the parent's config, while on probation.
-        budget: environment steps of training left in this generation when it was last started.
-        carry: what the last generation fell short of its budget by; negative where it went beyond.
-        spent: environment steps since then, validation included.
-        resize_error: of its last mutation of sizes, as in `Report`.
-        ended: it has reached the end of this generation.
-    """
-
-    id: int
-    config: dict[str, Any]
-    status: str = "initial"
-    checkpoint: str | None = None
-    start: str | None = None
-    parent: str | None = None
-    partner: int | None = None
-    proposal: dict[str, Any] | None = None
-    fallback: dict[str, Any] | None = None
-    budget: int = 0
-    carry: int = 0
-    spent: int = 0
-    restarts: int = 0
-    lineage_steps: int = 0
-    lifetime_steps: int = 0
-    resize_error: float | None = None
-    ended: bool = False
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What a trial says after a meta-iteration, or at its generation's end.
-
-    Attributes:
-        spent: environment steps since it was (re)started, validation included.
-        lineage_steps: environment steps of training on the path to its parameters.
-        trained: environment steps of training since it was (re)started.
-        assessment: `Assessment.to_dict()`, at a check or at the end; None otherwise.
-        ended: the generation's budget is used up; `checkpoint` is written.
-        checkpoint: name of its checkpoint in the run's archive.
-        failure: why it cannot go on, such as a meta-gradient that is not finite; None if it can.
-        resize_error: relative change of the action head's output that taking a checkpoint of other sizes made, see
-            `morph.Morph`; None where sizes were equal.
-        seconds: "training" and "assessment" (with checkpoints and resizing) since the last report.
-    """
-
-    spent: int
-    lineage_steps: int
-    trained: int = 0
-    assessment: dict[str, Any] | None = None
-    ended: bool = False
-    checkpoint: str | None = None
-    failure: str | None = None
-    resize_error: float | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-def checkpoint_bound(config: EvolveConfig) -> int:
-    """Most checkpoints that a run keeps at a border, the exported best included.
-
-    Two a trial (where it is and where it was forked from), the best ever, one a kept generation, and what the run
-    folder holds as ordinary checkpoints.
-    """
-    return 2 * config.population + 1 + config.keep_generations + 4
+    def _go_on(self, outcome: Outcome | None) -> None:
+        assert self._course is not None
+        self._crashed.clear()
+        try:
+            self.assignments = self._course.send(outcome) if outcome is not None else next(self._course)
+        except StopIteration:
+            self.assignments = {}

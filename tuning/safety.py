@@ -1,60 +1,70 @@
-"""Safety: what a mutation must show to be kept, and when a run goes back or stops."""
+"""When a policy in training has become so much worse that the run goes back to an earlier checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ssm_metarl.checks import check_count, check_number
-from ssm_metarl.tuning.metrics import Comparison
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.tuning.race import z_score
+
+WEIGHT = 0.3
+"""Of a new level in the averages over levels."""
+
+FALL, LEAST_FALL, GREATEST_FALL = 4.0, 0.08, 0.2
+"""A level is suspicious that is below the average by as many of the levels' own deviations, within these bounds."""
+
+CONFIRM = 2.33
+"""z of a paired assessment by which a suspicion is confirmed: one of a hundred without a difference."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SafetyConfig:
-    """The constants of the rules.
+@dataclass
+class Level:
+    """The incumbent's level, followed over stretches.
+
+    The best of many noisy numbers is no measure of what a policy can do: a run on a plateau would always seem to have
+    fallen. What a level is compared with is therefore an average, and the noise is that of the run itself.
 
     Attributes:
-        keep_level: of the two-sided paired bootstrap interval of child less parent.
-        keep_margin: a child is kept only if that interval's lower bound is above minus this.
-        step_tolerance: child and parent are compared only if their environment steps of training since the fork differ
-            by at most this share of a generation's.
-        floor_margin: a composite this far below the first checkpoint's is a failure.
-        collapse_margin: a population wholly this far below the best ever is a failure.
-        max_failures: as many in a row stop the experiment.
+        mean: average of the levels so far, newer ones weigh more; normalised, in [0, 1].
+        deviation: how far levels are from it, on average.
+        count: of levels.
+        peak, peak_name: greatest average so far, and the checkpoint of that moment.
     """
 
-    keep_level: float = 0.90
-    keep_margin: float = 0.02
-    step_tolerance: float = 0.2
-    floor_margin: float = 0.10
-    collapse_margin: float = 0.05
-    max_failures: int = 3
+    mean: float = 0.0
+    deviation: float = 0.0
+    count: int = 0
+    peak: float = 0.0
+    peak_name: str | None = None
 
-    def __post_init__(self) -> None:
-        check_number("keep_level", self.keep_level, above=0.0, high=0.999)
-        for name in ("keep_margin", "step_tolerance", "floor_margin", "collapse_margin"):
-            check_number(name, getattr(self, name), low=0.0)
-        check_count("max_failures", self.max_failures, 1)
+    def suspicious(self, level: float) -> bool:
+        """Whether a level is far below the average (or no number at all), or the average far below its peak."""
+        least = min(max(FALL * self.deviation, LEAST_FALL), GREATEST_FALL)
+        return self.count > 0 and not (level >= self.mean - least and self.mean >= self.peak - least)
+
+    def update(self, level: float, name: str) -> None:
+        """Take a level that is not the start of a collapse.
+
+        Args:
+            level: normalised, in [0, 1].
+            name: of the checkpoint.
+        """
+        if self.count == 0:
+            self.mean = level
+        else:
+            # The mean absolute deviation of a normal variable is .8 of its standard deviation.
+            share = max(WEIGHT / 2, 1 / self.count)
+            self.deviation += share * (1.25 * abs(level - self.mean) - self.deviation)
+            self.mean += max(WEIGHT, 1 / (self.count + 1)) * (level - self.mean)
+        self.count += 1
+        if self.peak_name is None or self.mean >= self.peak:
+            self.peak, self.peak_name = self.mean, name
 
 
-def keeps(comparison: Comparison, config: SafetyConfig) -> tuple[bool, str]:
-    """Whether a child stays after its probation, and why.
+def fallen(now: Array, before: Array) -> bool:
+    """Whether a policy is significantly worse than it was, on the same tasks with the same random numbers.
 
     Args:
-        comparison: of its composite with that of its parent continued unmutated for as many steps.
+        now, before: [V], normalised returns after adaptation by task.
     """
-    figures = f"composite {comparison.mean:+.4f} [{comparison.low:+.4f}, {comparison.high:+.4f}]"
-    if not comparison.mean > 0:
-        return False, f"{figures}: not above its parent"
-    if not comparison.low > -config.keep_margin:
-        return False, f"{figures}: the lower bound is not above {-config.keep_margin:g}"
-    return True, f"{figures}: above its parent"
-
-
-def below_floor(composite: float, first: float, config: SafetyConfig) -> bool:
-    """Whether a composite is too far below the first checkpoint's (or no number at all)."""
-    return not composite >= first - config.floor_margin
-
-
-def collapsed(best_now: float, best_ever: float, config: SafetyConfig) -> bool:
-    """Whether even the best of the population is too far below the best ever."""
-    return not best_now >= best_ever - config.collapse_margin
+    return z_score([now], [before]) < -CONFIRM

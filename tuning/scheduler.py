@@ -1,231 +1,248 @@
-"""The decisions of `Evolution` carried out in Ray Tune, as a population-based-training scheduler."""
+"""The decisions of `Population` carried out in Ray Tune, as a population-based-training scheduler."""
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray.train import Checkpoint
-from ray.train._internal.session import _TrainingResult
+import ray
+from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.experiment.trial import _TrialInfo
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
-from ray.tune.trainable.trainable import TRIAL_INFO
 
-from ssm_metarl.tuning.evolution import Evolution
-from ssm_metarl.tuning.population import Report
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.cluster import start_ray
+from ssm_metarl.distributed.telemetry import Telemetry
+from ssm_metarl.tasks import TaskDistribution
+from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.mailbox import RayExchange, start_mailbox
+from ssm_metarl.tuning.member_trainer import MemberTrainer
+from ssm_metarl.tuning.population import Population
+from ssm_metarl.tuning.records import Report, Status
+from ssm_metarl.tuning.run import MACHINE, Run, open_run
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
 
+PATIENCE_S = 120.0
+"""Seconds that the others wait for a member whose process is gone, before they go on without it."""
+
 
 class RecursiveSelfImprovement(PopulationBasedTraining):
-    """Evolves sizes and learning rates in synchronous generations and rolls back what does not help.
+    """Improves one policy by races against challengers; see `EvolveConfig` for the rules.
 
-    Every trial is a slot of the population, numbered by its config's "slot"; the scheduler gives it the rest of its
-    config and the checkpoint to start from. Tune calls `on_trial_result` with every report of `EvolvingTrainer`:
+    Members of the population are trials of Tune. A challenger exploits the incumbent's checkpoint and explores one
+    option, a loser's member is rolled back to the incumbent. With a `Tuner` of one's own:
 
-        scheduler = RecursiveSelfImprovement(evolution)
-        Tuner(
-            EvolvingTrainer,
-            param_space={"slot": tune.grid_search(list(range(population)))},
-            tune_config=TuneConfig(scheduler=scheduler, reuse_actors=True),
+        improvement = RecursiveSelfImprovement.for_config(
+            TrainConfig.for_task("navigation-2d"), EvolveConfig(cycles=2), "runs/improved"
+        )
+        results = tune.Tuner(
+            improvement.trainable,
+            param_space=improvement.param_space,
+            tune_config=tune.TuneConfig(scheduler=improvement),
         ).fit()
+        print(improvement.population.finished, improvement.checkpoint)
 
-    Tune's own checkpoints are not used: a trial goes on, also after its process died, from the run's own archive.
+    The experiment ends by itself. Tune's own checkpoints are not used: a member goes on, also after its process died,
+    from the run's own archive.
 
     Args:
-        evolution: the population.
-        constants: entries of every trial's config that win over the slot's own, such as "task_distribution".
-        on_border: called after every generation's decisions.
-        synch: must be True.
-
-    Raises:
-        ValueError: for `synch=False`.
+        population: the decisions.
+        param_space: of the trials.
+        trainable: class of the trials.
+        on_boundary: called whenever something was decided.
     """
 
     def __init__(
         self,
-        evolution: Evolution,
-        constants: Mapping[str, Any] | None = None,
-        *,
-        on_border: Callable[[], object] = lambda: None,
-        synch: bool = True,
+        population: Population,
+        param_space: Mapping[str, Any],
+        trainable: type[tune.Trainable] = MemberTrainer,
+        on_boundary: Callable[[], object] = lambda: None,
     ) -> None:
-        if not synch:
-            raise ValueError(
-                "RecursiveSelfImprovement judges a child beside its parent, which needs synchronous generations: "
-                "synch must be True."
-            )
         super().__init__(
             time_attr="training_iteration",
-            metric="composite",
+            metric="return_after",
             mode="max",
-            custom_explore_fn=dict,  # never called: Evolution proposes
+            custom_explore_fn=dict,  # never called: Population proposes
             synch=True,
         )
-        self.evolution = evolution
-        self._constants, self._on_border = dict(constants or {}), on_border
+        self.population, self.param_space, self.trainable = population, dict(param_space), trainable
+        self.checkpoint: Path | None = None
+        self._on_boundary = on_boundary
         self._trials: dict[int, Trial] = {}
+        self._waiting_since: dict[int, float] = {}
+        self._exchange: RayExchange | None = None
+        self._sent: dict[int, int] = {}
+        self._logged = -1
+
+    @classmethod
+    def for_config(
+        cls,
+        config: TrainConfig,
+        rules: EvolveConfig | None = None,
+        run_dir: str | Path = "runs/evolve",
+        *,
+        start: str | Path | None = None,
+        resume: bool = False,
+        distribution: TaskDistribution | None = None,
+        mirror: str | None = None,
+        trainable: type[tune.Trainable] = MemberTrainer,
+    ) -> RecursiveSelfImprovement:
+        """The scheduler of a run in a folder, with the trainable and parameter space that a `Tuner` needs beside it.
+
+        Ray is started unless it is, for the members share its processors.
+
+        Args:
+            config: of the incumbent at first, whose `lr_schedule` counts as constant.
+            rules: of the run.
+            run_dir: new or empty, unless `resume`; the best policy is exported there.
+            start: a checkpoint, or a run for its best one, that the incumbent starts from; None: initial weights.
+            resume: go on with the run in the folder.
+            distribution: the family itself, instead of the registered one that `config.task` names.
+            mirror: URI of storage that all nodes reach, where the run is copied with every decision; without it
+                `run_dir` must be a folder that all nodes share, unless there is only one.
+            trainable: class of the members.
+
+        Raises:
+            ValueError: bad input, in one sentence.
+            CheckpointError: `start` is damaged.
+        """
+        run = open_run(config, rules or EvolveConfig(), Path(run_dir), start, resume, distribution, mirror)
+        start_ray(run.config.machine.num_workers, always=True)
+        return cls.of_run(run, trainable)
+
+    @classmethod
+    def of_run(cls, run: Run, trainable: type[tune.Trainable] = MemberTrainer) -> RecursiveSelfImprovement:
+        """The scheduler of an open run, once Ray is started."""
+        machine = {name: value for name, value in run.config.to_dict().items() if name in MACHINE}
+        space = {
+            "member": tune.grid_search(list(range(run.population.config.members))),
+            "exchange": f"ssm-metarl/evolve/{uuid.uuid4().hex}",
+            "archive": run.population.store.archive,
+            "mean_iterations": run.population.config.mean_iterations,
+            "machine": {**machine, "learner_threads": 1},
+            "share": _share(run.population.config.members, int(machine["num_workers"])),
+            "task_distribution": run.family,
+        }
+        scheduler = cls(run.population, space, trainable)
+
+        population, telemetry = run.population, Telemetry(run.folder.name, run.config.task)
+        reported = len(population.store.events())
+
+        def on_boundary() -> None:
+            nonlocal reported
+            scheduler.checkpoint = run.export() or scheduler.checkpoint
+            events, best = population.store.events(), population.archive.get(population.progress.best or "")
+            telemetry.decisions(population.progress.cycle, best.level if best else None, events[reported:])
+            reported = len(events)
+
+        scheduler._on_boundary = on_boundary
+        return scheduler
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """A metric of the experiment is for its results; decisions do not depend on it."""
+        return True
+
+    # --- What Tune calls ------------------------------------------------------------------------------------
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
-        """A trial is new, or comes back after its process died: either way it gets its slot's assignment."""
+        """A member is new, or comes back after its process died: either way it asks for its assignment."""
         self._trial_state.setdefault(trial, None)  # the parent class's, which this one does not use
-        slot = int(trial.config["slot"])
-        self._trials[slot] = trial
-        self._assign(slot)
+        self._trials[int(trial.config["member"])] = trial
+        if self._exchange is None:
+            self._exchange = start_mailbox(trial.config["exchange"])
+            if not self.population.finished:
+                self.population.begin()
+        self._deliver()
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> str:
-        """Take a report; at the border let the population decide, and start every trial's next assignment."""
-        slot = self._slot(trial)
-        answer = self.evolution.report(slot, Report(**result["report"][0]))
-        if self.evolution.finished:
-            return TrialScheduler.STOP
-        if answer == "continue":
-            return TrialScheduler.CONTINUE
-        if answer == "restart":
-            self._start(tune_controller, slot)
-        else:
-            if any(self._has_work(other) for other in tune_controller.get_trials()):
-                # Free its processor. Without a checkpoint of Tune's: the trainer has written its own.
-                tune_controller.pause_trial(trial, should_checkpoint=False)
-            self._advance_if_ready(tune_controller)
-        return TrialScheduler.NOOP
+        """Take a report; once all that were asked have ended, new assignments follow from it."""
+        if "report" in result:
+            self.population.report(int(trial.config["member"]), Report.from_json(result["report"]))
+        self._deliver()
+        return TrialScheduler.STOP if self.population.finished else TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: TuneController, trial: Trial) -> None:
-        """A trial's process died. Tune has marked it as failed already if it is going to start it again."""
-        slot = self._slot(trial)
-        waits = trial.status == Trial.PENDING
-        if waits and trial not in _controller(tune_controller)._trial_to_actor:
-            # It died while Tune gave it another trial's process. Tune counts that twice, for the process and for the
-            # reset that went with it, the second time as the end of the trial that it has just had back: see _revive.
-            trial.run_metadata.num_failures -= 1
-            return
-        in_reset = waits and trial.run_metadata.num_failures <= trial.max_failures
-        if trial.status == Trial.ERROR or in_reset:
-            self.evolution.crashed(slot, _last_error(trial))
-            for other in tune_controller.get_trials():
-                # The processor that it had may be gone: those that only wait must not keep theirs.
-                if other.status == Trial.RUNNING and self.evolution.slots[self._slot(other)].ended:
-                    tune_controller.pause_trial(other, should_checkpoint=False)
-        else:
-            self._remove(tune_controller, slot, _last_error(trial))
+        """A member's process died; Tune starts it again, unless it was told not to."""
+        self.population.crashed(int(trial.config["member"]), _last_error(trial))
+        self._deliver()
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]) -> None:
-        """A trial was stopped while it ran."""
-        self._remove(tune_controller, self._slot(trial), "it was stopped")
+        """A member was stopped while it ran."""
+        self._gone(int(trial.config["member"]), "it was stopped")
 
     def on_trial_remove(self, tune_controller: TuneController, trial: Trial) -> None:
-        """A trial was stopped while it waited."""
-        self._remove(tune_controller, self._slot(trial), "it was stopped")
+        """A member was stopped while it waited."""
+        self._gone(int(trial.config["member"]), "it was stopped")
 
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
-        """A trial that has training to do in this generation; those at the border wait."""
-        if self.evolution.finished:
-            return None
-        controller = _controller(tune_controller)
-        self._revive(controller)
-        waiting = [trial for trial in controller.get_trials() if self._has_work(trial)]
-        # The largest first, so that a generation does not end with one processor busy and the others idle.
-        waiting.sort(key=lambda trial: -_work(self.evolution.slots[self._slot(trial)].config))
-        # Those for which Tune has not asked for a process yet come first: processes start side by side.
-        asked = (controller._staged_trials, controller._trial_to_actor)
-        return next((trial for trial in waiting if not any(trial in some for some in asked)), next(iter(waiting), None))
-
-    def _revive(self, controller: Any) -> None:
-        """Have trials back that Tune gave up although their slots live on, or that wait for a process it let go."""
-        for slot in self.evolution.living:
-            trial = self._trials.get(slot.id)
-            if trial is not None and trial.status == Trial.ERROR:
-                controller._resetting_trials.discard(trial)
-                controller._set_trial_status(trial, Trial.PENDING)
-                controller._live_trials.add(trial)
-                self._assign(slot.id)
-        for trial in [trial for trial in controller._staged_trials if trial not in controller._trial_to_actor]:
-            # Asked for, then gone with a failed reset: Tune would ask for no other, only take one that is left over.
-            controller._staged_trials.remove(trial)
-            controller._actor_cache.decrease_max(trial.placement_group_factory)
+        """The first member without a process; every one is to have its own."""
+        self._look_after_members()
+        idle = (Trial.PENDING, Trial.PAUSED)
+        waiting = [trial for _, trial in sorted(self._trials.items()) if trial.status in idle]
+        return next(iter(waiting), None)
 
     def debug_string(self) -> str:
         """One line for Tune's status."""
-        return f"RecursiveSelfImprovement: generation {self.evolution.generation}, best {self.evolution.best}"
+        progress = self.population.progress
+        return f"RecursiveSelfImprovement: {progress.phase}, cycle {progress.cycle}, best {progress.best}"
 
-    def _slot(self, trial: Trial) -> int:
-        return int(trial.config["slot"])
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune saves its scheduler with every state of its own; what counts of this one is in the run's folder.
+        return {"param_space": {}, "trainable": self.trainable}
 
-    def _has_work(self, trial: Trial) -> bool:
-        """Whether a trial without a process of its own has training to do in this generation."""
-        idle = trial.status in (Trial.PENDING, Trial.PAUSED)
-        return idle and not self.evolution.slots[self._slot(trial)].ended
+    # --- Members --------------------------------------------------------------------------------------------
 
-    def _remove(self, tune_controller: TuneController, slot: int, reason: str) -> None:
-        """A trial does not come back: those that wait for it must not wait for ever."""
-        if self.evolution.finished or self.evolution.slots[slot].status == "dead":
+    def close(self) -> None:
+        """Have all members end, also those that wait for an assignment."""
+        if self._exchange is not None:
+            self._exchange.actor.close.remote()
+
+    def _deliver(self) -> None:
+        """Hand out what the population has assigned since the last time."""
+        if self._exchange is None:
             return
-        self.evolution.died(slot, reason)
-        self._advance_if_ready(tune_controller)
+        assignments = self.population.assignments
+        numbers = {member: assignment.number for member, assignment in assignments.items()}
+        if numbers != self._sent:
+            self._exchange.actor.put.remote({m: assignment.to_dict() for m, assignment in assignments.items()})
+            self._sent = numbers
+        if self.population.boundaries != self._logged:
+            self._logged = self.population.boundaries
+            self._on_boundary()
+        if self.population.finished:
+            self.close()
 
-    def _advance_if_ready(self, tune_controller: TuneController) -> None:
-        if not self.evolution.ready():
-            return
-        self.evolution.advance()
-        self._on_border()
-        if not self.evolution.finished:
-            for slot in self.evolution.living:
-                self._trials[slot.id].run_metadata.num_failures = 0  # Tune's limit is for a generation
-                self._start(tune_controller, slot.id)
+    def _look_after_members(self) -> None:
+        """Those whose process does not come back are given up; those that come back late are had again."""
+        now = time.monotonic()
+        for member, trial in self._trials.items():
+            if trial.status == Trial.RUNNING:
+                self._waiting_since.pop(member, None)
+                if self.population.statuses[member] == Status.GONE:
+                    self.population.statuses[member] = Status.IDLE
+            elif trial.status in (Trial.ERROR, Trial.TERMINATED):
+                self._gone(member, _last_error(trial))
+            elif now - self._waiting_since.setdefault(member, now) > PATIENCE_S:
+                self._gone(member, f"no process for it within {PATIENCE_S:g} s")
 
-    def _start(self, tune_controller: TuneController, slot: int) -> None:
-        """Begin a trial's assignment in the process that it holds, or let Tune find one.
-
-        Tune would give every trial that pauses for the border a new process, which costs seconds (its cache serves
-        trials that are queued); here the last ones keep theirs and are reset where they are.
-        """
-        self._assign(slot)
-        trial = self._trials[slot]
-        controller = _controller(tune_controller)
-        if trial.status != Trial.RUNNING:
-            return
-        if trial not in controller._trial_to_actor:  # its process died while it waited
-            controller._set_trial_status(trial, Trial.PAUSED)
-            return
-
-        def go_on(trial: Trial, _done: bool) -> None:
-            if not controller._schedule_trial_restore(trial):
-                controller._schedule_trial_train(trial)
-
-        controller._schedule_trial_task(
-            trial=trial,
-            method_name="reset",
-            args=({**trial.config, TRIAL_INFO: _TrialInfo(trial)},),
-            kwargs={"storage": trial.storage},
-            on_result=go_on,
-            on_error=controller._trial_task_failure,
-        )
-
-    def _assign(self, slot: int) -> None:
-        """Have a trial start next from its slot's config and checkpoint."""
-        trial, evolution = self._trials[slot], self.evolution
-        config = {**evolution.slots[slot].config, **self._constants}
-        trial.set_config({**config, "slot": slot, "assignment": evolution.assignment(slot)})
-        path = evolution.start_path(slot)
-        result = _TrainingResult(Checkpoint(path), {}) if path else None
-        trial.run_metadata.checkpoint_manager._latest_checkpoint_result = result
-        trial.invalidate_json_state()
+    def _gone(self, member: int, reason: str) -> None:
+        if not self.population.finished:
+            self.population.gone(member, reason)
+            self._deliver()
 
 
-def _controller(tune_controller: TuneController) -> Any:
-    """Tune hands its controller to some methods in a wrapper that hides what is private."""
-    return getattr(tune_controller, "_tune_controller", tune_controller)
-
-
-def _work(config: Mapping[str, Any]) -> float:
-    """About how long a policy takes for a step, in any unit: the multiplications in its blocks."""
-    width, state, layers = (int(config[name]) for name in ("hidden_dim", "state_dim", "num_layers"))
-    slots = int(config.get("memory_slots", 0))
-    memory = width * (width + slots) if slots else 0
-    return float((width * (width + 2 * state) + memory) * layers + width)
+def _share(members: int, num_workers: int) -> float:
+    """Of a processor that each process of a member gets, so that all members run at the same time."""
+    if not ray.is_initialized():
+        return 1.0
+    processors = float(ray.cluster_resources().get("CPU", 1.0))
+    return min(1.0, int(1000 * processors / (members * (1 + num_workers))) / 1000)
 
 
 def _last_error(trial: Trial) -> str:

@@ -3,50 +3,62 @@
 from __future__ import annotations
 
 import json
-import shlex
-from dataclasses import replace
+from contextlib import ExitStack
+from pathlib import Path
 
 from ssm_metarl.cli.console import console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Evolve, Rollback, copy_of
-from ssm_metarl.cli.plots import plot_evolution
+from ssm_metarl.cli.plots import has_lineage, plot_evolution
 from ssm_metarl.cli.population import PopulationView, evolution_summary
-from ssm_metarl.cli.train import checked_config, run_place
+from ssm_metarl.cli.train import checked_config, copy_end, resume_words, run_place
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.storage.run_copy import RunCopy
 from ssm_metarl.tuning.evolve import evolve
-from ssm_metarl.tuning.population import all_generations
-from ssm_metarl.tuning.store import request_rollback
+from ssm_metarl.tuning.records import Decision
+from ssm_metarl.tuning.store import NOT_COPIED, REQUESTS, RunStore, request_rollback
 
 
 def run_evolve(options: Evolve) -> int:
     """Carry out `evolve`; returns the exit code."""
     rules = options.evolution
-    if options.cycles is not None:
-        if options.proposals < 1:
-            raise ValueError(f"proposals must be 1 or more, not {options.proposals}.")
-        rules = replace(rules, population=options.proposals + 1, generations=options.cycles, survivors=1)
-    config = checked_config(options, trials=rules.population)
+    config = checked_config(options, trials=rules.members)
     name = run_name(config.task, "evolve")
     run_dir, mirror = run_place(options, name)
+    with ExitStack() as stack:
+        copy = RunCopy(run_dir, mirror, NOT_COPIED, REQUESTS, say) if mirror else None
+        return _run_evolve(options, config, run_dir, stack.enter_context(copy) if copy else None)
+
+
+def _run_evolve(options: Evolve, config: TrainConfig, run_dir: Path, copy: RunCopy | None) -> int:
+    rules = options.evolution
     with PopulationView(run_dir, console):
-        result = evolve(config, rules, run_dir, start=options.start, resume=options.resume, mirror=mirror)
+        result = evolve(config, rules, run_dir, start=options.start, resume=options.resume, mirror=copy)
     summary = evolution_summary(result)
-    if result.checkpoint is not None:
+    events = RunStore(run_dir).events()
+    if has_lineage(events):
         summary["pictures"] = [str(path) for path in plot_evolution(run_dir, config.task)]
+    complete = copy_end(copy, summary, result.signal is not None)
+    if result.checkpoint is not None:
         say(f"Best checkpoint: {result.checkpoint}")
+        say(f"Its options by iteration, for train --schedule: {summary['schedule']}")
     for path in summary["pictures"]:
         say(f"Picture: {path}")
-    if result.state["finished"]:
-        say(f"Ended: {result.state['finished']}")
+    finished = result.state["progress"]["finished"]
+    if finished:
+        say(f"Ended: {finished}")
     if options.json:
         print(json.dumps(summary))
     if result.signal is not None:
-        say(f"Interrupted; resume with: evolve --resume --run-dir {shlex.quote(str(run_dir))}")
+        say(f"Interrupted; resume with: {resume_words('evolve', run_dir, copy, options.storage)}")
         return 128 + result.signal
-    return 0 if result.state["finished"] == all_generations(result.state["config"]["generations"]) else 1
+    if not complete:
+        return 1
+    return 0 if finished and (not events or events[-1]["decision"] != Decision.FAILED) else 1
 
 
 def run_rollback(options: Rollback) -> int:
     """Carry out `evolve rollback`; returns the exit code."""
     request_rollback(options.run, options.checkpoint, copy_of(options.storage, options.run))
-    say(f"{options.checkpoint} will be the best and the only parent from the next generation of {options.run} on.")
+    say(f"{options.checkpoint} will be the incumbent of {options.run} from its next decision on.")
     return 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import secrets
 import shlex
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,16 @@ from rich.table import Table
 
 from ssm_metarl import pretrained
 from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus, Line, parse
-from ssm_metarl.cli.population import population_table
+from ssm_metarl.cli.population import population_view
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import jobs
-from ssm_metarl.storage.mirror import Mirror, is_uri
+from ssm_metarl.distributed.cluster import WAY_IN
+from ssm_metarl.storage.contents import CheckpointError
+from ssm_metarl.storage.mirror import Mirror
 from ssm_metarl.storage.run_folder import resolve_checkpoint
-from ssm_metarl.tuning.store import read_state
+from ssm_metarl.storage.run_log import read_metrics
+from ssm_metarl.storage.uri import below, is_uri, shown
+from ssm_metarl.tuning.store import NOT_COPIED, RunStore, read_state
 
 
 def run_job(options: JobCommand, command: Sequence[str], console: Console) -> int:
@@ -79,26 +85,38 @@ def prepared(command: Sequence[str], storage: str) -> tuple[list[str], str | Non
         return Line(line.command, given).words(), None
     run_dir = given.get("run_dir")
     if run_dir is None:
-        parent = given.get("storage", _absolute(storage)).rstrip("/")
+        parent = given.get("storage", _absolute(storage))
         name = run_name(given.get("task", TrainConfig.task), line.command)
-        run_dir = f"{parent}/{name}"
+        run_dir = below(parent, name)
         given |= {"storage": parent, "run_dir": name} if is_uri(parent) else {"run_dir": run_dir}
     return Line(line.command, given).words(), run_dir
 
 
 def run_name(task: str, kind: str) -> str:
-    """Name of a new run's folder: its task, without what a path could not have, what it does, and the time."""
-    return f"{re.sub('[^A-Za-z0-9._-]+', '-', task)}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Name of a new run's folder: its task, without what a path could not have, what it does, the time, and letters
+    that tell two runs of the same second apart.
+    """
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    return f"{re.sub('[^A-Za-z0-9._-]+', '-', task)}-{kind}-{moment}-{secrets.token_hex(2)}"
 
 
 def _improve(storage: str) -> list[str]:
     """`evolve` without end, from the best there is."""
     for run in sorted(Path(storage).glob("*/"), key=lambda run: run.stat().st_mtime, reverse=True):
-        if (run / "rsi" / "state.json").is_file():
-            return ["evolve", "--resume", "--run-dir", str(run), "--generations", "0"]
+        if _resumable(run):
+            return ["evolve", "--resume", "--run-dir", str(run), "--cycles", "0", "--budget", "0"]
         if (run / "best.json").is_file():
-            return ["evolve", "--from", str(resolve_checkpoint(run)), "--generations", "0"]
-    return ["evolve", "--generations", "0"]
+            return ["evolve", "--from", str(resolve_checkpoint(run)), "--cycles", "0"]
+    return ["evolve", "--cycles", "0"]
+
+
+def _resumable(run: Path) -> bool:
+    """Whether a folder has a self-improving run, and one of this version."""
+    try:
+        read_state(run)
+    except ValueError:
+        return False
+    return True
 
 
 def _absolute(path: str | Path) -> str:
@@ -111,10 +129,11 @@ def _start(options: JobStart, command: list[str], console: Console) -> int:
     name = jobs.submit(command, run_dir, options.address)
     head = jobs.recorded_head()
     if head is not None and head != had:
-        console.print(f"Started a Ray head; dashboard: {head.dashboard}", highlight=False, soft_wrap=True)
-    console.print(f"{name}: {shlex.join(command)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"Started a Ray head; dashboard: {head.dashboard} ({WAY_IN})", highlight=False, soft_wrap=True)
+    console.print(shown(f"{name}: {shlex.join(command)}"), markup=False, highlight=False, soft_wrap=True)
     if options.json:
-        print(json.dumps({"job": name, "command": command, "run_dir": run_dir}))
+        said = {"command": [shown(word) for word in command], "run_dir": run_dir and shown(run_dir)}
+        print(json.dumps({"job": name, **said}))
     return 0
 
 
@@ -151,7 +170,7 @@ def job_view(job: Any) -> dict[str, Any]:
     return {
         "job": job.submission_id,
         "status": str(job.status.value),
-        "command": job.entrypoint.partition(" -m ssm_metarl ")[2],
+        "command": shown(job.entrypoint.partition(" -m ssm_metarl ")[2]),
         "run_dir": run_dir,
         "started": _time(job.start_time),
         "ended": _time(job.end_time),
@@ -176,29 +195,40 @@ def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
     return 0
 
 
-def _progress(place: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The population of a run, or else its last iteration, as far as this machine can read it."""
+def _progress(place: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]], dict[str, Any] | None]:
+    """State and decisions of a self-improving run, or else the last iteration, as far as this machine can read it."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder if is_uri(place) else place)
         try:
             if is_uri(place):
-                Mirror(run, place, ("rsi/tune", "rsi/checkpoints")).fetch()
-            return read_state(run), None
+                with closing(Mirror(run, place, NOT_COPIED)) as copy:
+                    copy.fetch()
+            return read_state(run), RunStore(run).events(), None
         except (OSError, ValueError):
-            lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").is_file() else []
-            return None, json.loads(lines[-1]) if lines else None
+            return None, [], _last_metrics(run)
+
+
+def _last_metrics(run: Path) -> dict[str, Any] | None:
+    """Of the last iteration of a run; None before the first."""
+    try:
+        return read_metrics(run)[-1]
+    except CheckpointError:
+        raise
+    except ValueError:
+        return None
 
 
 def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
-    state, metrics = _progress(view["run_dir"]) if view["run_dir"] else (None, None)
+    state, events, metrics = _progress(view["run_dir"]) if view["run_dir"] else (None, [], None)
     if as_json:
-        print(json.dumps({**view, "state": state, "metrics": metrics}))
+        place = view["run_dir"] and shown(view["run_dir"])
+        print(json.dumps({**view, "run_dir": place, "state": state, "metrics": metrics}))
         return 0
     for key, value in view.items():
         if value and (key != "message" or view["status"] == "FAILED"):
-            console.print(f"{key}: {value}", markup=False, highlight=False, soft_wrap=True)
+            console.print(shown(f"{key}: {value}"), markup=False, highlight=False, soft_wrap=True)
     if state is not None:
-        console.print(population_table(state))
+        console.print(population_view(state, events))
     if metrics is not None:
         before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
         console.print(f"iteration {metrics['iteration']}: return {before:.1f} → {after:.1f}", highlight=False)

@@ -60,7 +60,7 @@ def _app(options: App) -> int:
         raise ValueError("The web interface needs Gradio: pip install -e '.[app]'") from None
     from ssm_metarl.app.server import serve  # only here: Gradio takes seconds to load
 
-    serve(options.host, options.port, options.storage, options.address, say)
+    serve(options.host, options.port, options.storage, options.address, say, options.names)
     return 0
 
 

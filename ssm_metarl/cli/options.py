@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required, TypedDict, Union, get_type_hints
@@ -14,15 +15,34 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ssm_metarl.algorithms.registry import MetaConfig
-from ssm_metarl.cli.console import RUNS
-from ssm_metarl.config import OPTIONS, TrainConfig
+from ssm_metarl.cli.console import RUNS, say
+from ssm_metarl.config import OPTIONS, TrainConfig, available_cores
+from ssm_metarl.distributed.schedule import Schedule
 from ssm_metarl.evaluation.adapt import AdaptOptions, Mode
 from ssm_metarl.evaluation.tasks import EvaluationConfig
 from ssm_metarl.storage.checkpoint import load_checkpoint
-from ssm_metarl.storage.mirror import Mirror, is_uri
-from ssm_metarl.storage.run_folder import checkpoints, resolve_checkpoint
-from ssm_metarl.tuning.population import EvolveConfig
-from ssm_metarl.tuning.store import read_state
+from ssm_metarl.storage.lock import hold
+from ssm_metarl.storage.mirror import Mirror, copy_place, local_position
+from ssm_metarl.storage.run_folder import resolve_checkpoint
+from ssm_metarl.storage.run_record import checkpoint_to_resume, read_record
+from ssm_metarl.storage.trust import check_task, is_own
+from ssm_metarl.storage.uri import is_uri, shown
+from ssm_metarl.tasks import names_code
+from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.store import NOT_COPIED, read_state
+
+_PLACE = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="PATH",
+    instance_from_str=lambda words: words[0] if is_uri(words[0]) else Path(words[0]),
+    is_instance=lambda value: isinstance(value, Path | str),
+    str_from_instance=lambda value: [str(value)],
+)
+Place = Annotated[Path | str, _PLACE]
+"""A path, or a URI as text: as a path it would lose a slash."""
+
+Folder = Annotated[Path, _PLACE]
+"""A path; `Line.options` refuses a URI."""
 
 # --- Commands ---------------------------------------------------------------------------------------------
 
@@ -32,15 +52,17 @@ class Run:
     """The options that train and evolve have in common.
 
     Attributes:
-        config: of the run, or of the first generation's trials.
-        num_workers: Ray actors that collect rollouts, of each trial; 0 collects in process; auto: the free processors
+        config: of the run, or of its first incumbent.
+        num_workers: Ray actors that collect rollouts, of each member; 0 collects in process; auto: the free processors
             of the cluster that is joined, or this machine's cores, less one for each learner.
-        start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with; its task,
-            policy and, for the same algorithm, all other options are the defaults.
+        start: a checkpoint, a run for its best one, either one's URI, or pretrained:NAME, whose weights the run begins
+            with; its task, policy and, for the same algorithm, all other options are the defaults.
         run_dir: folder of the run; by default a new one in --storage.
         storage: parent of the run folders, on a cluster a path that its machines share; or a URI such as
             s3://bucket/runs, where they are copied with every checkpoint or decision and resumed from.
         address: of a Ray cluster to join, such as auto; by default RAY_ADDRESS, else Ray starts in this process.
+        trust_checkpoint_code: run the code that the checkpoint or run names as its task, though --task does not; a run
+            that was started here needs no such word.
         resume: resume from the last checkpoint or decision in --run-dir, with the options it was started with unless
             given anew.
         json: print the final summary as one JSON object.
@@ -48,10 +70,11 @@ class Run:
 
     config: TrainConfig
     num_workers: int | Literal["auto"] = "auto"
-    start: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    run_dir: Path | None = None
+    start: Annotated[Place | None, tyro.conf.arg(name="from")] = None
+    run_dir: Folder | None = None
     storage: str = RUNS
     address: str | None = None
+    trust_checkpoint_code: bool = False
     resume: bool = False
     json: bool = False
 
@@ -62,29 +85,33 @@ class Train(Run):
 
     Attributes:
         eval_tasks: held-out tasks of the final evaluation.
+        schedule: a schedule.json of evolve, or a run that has one: its options at first are the defaults, and change
+            before the iterations that it names, which reproduces evolve's incumbent without a population.
+        resume_from: the checkpoint of the run to resume from, such as checkpoint_000120, where the newest is damaged;
+            later ones are set aside.
     """
 
     eval_tasks: int = 40
+    schedule: Folder | None = None
+    resume_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evolve(Run):
-    """Let a population of policies improve itself: sizes and learning rates evolve, and what does not help is undone.
+    """Let a policy improve itself: in short races it is challenged by copies with one option changed.
+
+    With --budget it goes on until the budget is spent, unless --cycles says otherwise.
 
     Attributes:
         evolution: the rules.
-        cycles: instead of --population and --generations: as many cycles of one incumbent and its challengers.
-        proposals: challengers of a cycle.
     """
 
     evolution: EvolveConfig
-    cycles: int | None = None
-    proposals: int = 3
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """Make a kept checkpoint the best and the parent of a self-improving run's next generation.
+    """Make a kept checkpoint the incumbent of a self-improving run again.
 
     Attributes:
         run: the run's folder, of a run that is running or will be resumed.
@@ -92,7 +119,7 @@ class Rollback:
         storage: the URI that was given to evolve, if one was.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Folder]
     checkpoint: tyro.conf.Positional[str]
     storage: str = RUNS
 
@@ -104,14 +131,14 @@ class Evaluate:
     With --modes, ways of adapting are compared instead, each with the episodes given and judged on fresh ones.
 
     Attributes:
-        checkpoint: a checkpoint's folder, a run's for its best checkpoint, or pretrained:NAME.
+        checkpoint: a checkpoint's folder, a run's for its best checkpoint, either one's URI, or pretrained:NAME.
         modes: of adaptation (see adapt); the others are compared with the first.
         config: which tasks, how and where.
         address: of a Ray cluster to join; by default RAY_ADDRESS, else Ray starts in this process.
         json: print one JSON object.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Place]
     config: EvaluationConfig
     modes: tuple[Mode, ...] = ()
     address: str | None = None
@@ -126,7 +153,7 @@ class Adapt:
     (cartpole) before and after, and the adapted policy as a checkpoint, policy/.
 
     Attributes:
-        checkpoint: a checkpoint's folder, a run's for its best checkpoint, or pretrained:NAME.
+        checkpoint: a checkpoint's folder, a run's for its best checkpoint, either one's URI, or pretrained:NAME.
         params: the task's parameters, such as '{"direction": -1}'; the others are as in a task drawn from --split.
         mode: none, standard (this task's episodes), hybrid (and replayed ones, by propensity), or replay (any replayed
             ones, the control).
@@ -137,7 +164,7 @@ class Adapt:
         json: print one JSON object.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Place]
     config: EvaluationConfig = field(
         metadata={"without": ("num_tasks", "deterministic"), "aliases": ("inner_lr", "--step-size")}
     )
@@ -145,7 +172,7 @@ class Adapt:
     params: Mapping[str, Any] = field(default_factory=dict)
     mode: Mode = "standard"
     address: str | None = None
-    out: Path | None = None
+    out: Folder | None = None
     json: bool = False
 
 
@@ -157,7 +184,7 @@ class Plot:
         run: the run's folder.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Folder]
 
 
 @dataclass(frozen=True)
@@ -170,12 +197,15 @@ class App:
         storage: parent of the run folders; the page reads and writes nothing else.
         address: of the job server of a cluster, such as http://head:8265; by default RAY_API_SERVER_ADDRESS,
             RAY_ADDRESS, or a head of this machine, started with the first job.
+        names: other names by which a browser may ask for the page, such as that of a proxy; whoever asks for any name
+            but this machine's own is refused.
     """
 
     host: str = "127.0.0.1"
     port: int = 7860
     storage: Path = Path(RUNS)
     address: str | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -302,10 +332,14 @@ class Line:
             ValueError: an impossible value, or no run to resume; one sentence.
             CheckpointError: a checkpoint to start from is not there, or damaged.
         """
-        if self.given.get("resume"):
-            run = self._run()
-            if mirror := copy_of(self.given.get("storage", RUNS), run):
-                Mirror(run, mirror).pull()
+        self._refuse_uris()
+        if self.given.get("resume") and (mirror := copy_of(self.given.get("storage", RUNS), self._run())):
+            with hold(self._run()), closing(Mirror(self._run(), mirror, NOT_COPIED)) as copy:
+                had, sentence = local_position(self._run()), copy.pull()
+                if sentence and local_position(self._run()) != had:
+                    say(sentence)
+                if not sentence and not had:
+                    raise ValueError(f"There is no run to resume, neither in {self._run()} nor at {shown(mirror)}.")
         command: Command = _nested(COMMANDS[self.command], {**self.defaults(), **self.given})
         return command
 
@@ -325,26 +359,62 @@ class Line:
                 named += [option, json.dumps(value) if isinstance(value, Mapping) else str(value)]
         return [*self.command.split(), *positional, *named]
 
-    def defaults(self) -> dict[str, Any]:
-        """Options that are not given: the task's own, those of a checkpoint to start from or of a run to resume."""
+    def defaults(self, *, show: bool = False) -> dict[str, Any]:
+        """Options that are not given: the task's own, those of a checkpoint to start from or of a run to resume.
+
+        Args:
+            show: they are only shown: no code that a file names is asked for, or run.
+
+        Raises:
+            CheckpointError: a checkpoint is damaged, or its task is code that nobody wants.
+        """
         given = self.given
         if self.command not in ("train", "evolve"):
             return {}
         if given.get("resume"):
-            return _of_evolution(self._run()) if self.command == "evolve" else _of_training(self._run())
+            run = self._run()
+            evolved = self.command == "evolve"
+            found = _of_evolution(run) if evolved else _of_training(run, given.get("resume_from"))
+            if given.get("task", found["task"]) != found["task"]:
+                raise ValueError(
+                    f"The run in {run} is of the task {found['task']}, which --resume does not change: start a new run "
+                    f"of {given['task']} with --from {run}."
+                )
+            self._check_task(self._run(), found["task"], show)
+            return found if is_own(self._run(), found["task"]) else _of_this_machine(found)
+        if self.command == "train" and (path := given.get("schedule")):
+            found = Schedule.read(path).config.to_dict()
+            self._check_task(path, found["task"], show)
+            return {**_of_this_machine(found), "num_workers": "auto"}
         origin = {name: given[name] for name in ("task", "task_options", "task_ranges", "algorithm") if name in given}
         if start := given.get("start"):
-            config = TrainConfig.from_dict(load_checkpoint(resolve_checkpoint(start)).config)
-            if self.command == "train" and origin.get("algorithm", config.meta.algorithm) != config.meta.algorithm:
+            config = TrainConfig.from_checkpoint(load_checkpoint(resolve_checkpoint(start)).config)
+            self._check_task(start, config.task, show)
+            other = origin.get("algorithm", config.meta.algorithm) != config.meta.algorithm
+            if self.command == "train" and other and not (show and names_code(config.task)):
                 kept = {name: value for name, value in config.to_dict().items() if OPTIONS[name] in ("", "policy")}
-                config = TrainConfig.for_task(**kept, algorithm=origin["algorithm"])
+                config = TrainConfig.for_task(**{**kept, **origin})
+            config = config.replace(**{**_of_this_machine(config.to_dict()), "num_workers": 0})
         else:
             config = TrainConfig.for_task(**{"task": TrainConfig.task, **origin})
         if self.command == "train":
             return {**config.to_dict(), "num_workers": "auto", "device": "auto"}
-        # A trial is one process on one processor, so that a population fits a laptop.
+        # A member is one process on one processor, so that a race fits a laptop.
         single = {"num_workers": 0, "learner_threads": 1, "device": "cpu"}
-        return {**config.to_dict(), **single, **({} if config.meta.inner_steps else {"validation_steps": 0})}
+        endless = {"cycles": 0} if given.get("budget") else {}
+        return {**config.to_dict(), **single, **endless}
+
+    def _refuse_uris(self) -> None:
+        """Refuse a URI where a folder of this machine is meant."""
+        for name, instead in _FOLDERS.items():
+            value = self.given.get(name)
+            if value is not None and is_uri(value):
+                option = name.upper() if name == "run" else f"--{name.replace('_', '-')}"
+                raise ValueError(f"{option} is a folder of this machine, not {shown(str(value))}: {instead}.")
+
+    def _check_task(self, path: Path | str, task: str, show: bool) -> None:
+        if not show and "task" not in self.given:
+            check_task(path, task, trusted=self.given.get("trust_checkpoint_code", False))
 
     def _run(self) -> Path:
         if self.given.get("run_dir") is None:
@@ -352,19 +422,39 @@ class Line:
         return Path(self.given["run_dir"])
 
 
-def _of_training(run: Path) -> dict[str, Any]:
-    """Options of a run of train."""
-    found = checkpoints(run) if run.is_dir() else []
-    if not found:
-        raise ValueError(f"There is no checkpoint in {run} to resume from.")
-    return TrainConfig.from_dict(load_checkpoint(found[-1]).config).to_dict()
+_FOLDERS = {
+    "run_dir": "a copy at a URI is asked for with --storage, its parent",
+    "run": "name the folder, or fetch it first",
+    "out": "name a folder",
+    "schedule": "fetch it first",
+}
+"""Options that take no URI, and what to do instead."""
+
+
+def _of_training(run: Path, name: str | None) -> dict[str, Any]:
+    """Options of a run of train, as its checkpoint to resume from has them."""
+    config = TrainConfig.from_checkpoint(load_checkpoint(checkpoint_to_resume(run, name)).config)
+    kept = {name: value for name, value in read_record(run).items() if name == "eval_tasks"}
+    return {**config.to_dict(), **kept}
 
 
 def _of_evolution(run: Path) -> dict[str, Any]:
     """Options of a run of evolve."""
     state = read_state(run)
-    rules = {f.name: state["config"][f.name] for f in fields(EvolveConfig)}
-    return {**TrainConfig.from_dict(state["base"]).to_dict(), **rules}
+    return {**TrainConfig.from_checkpoint(state["base"]).to_dict(), **state["config"]}
+
+
+def _of_this_machine(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, of which those that say where and with how much do not exceed what this machine has: a file from
+    elsewhere does not say what is used here.
+    """
+    cores, device = available_cores(), options["device"]
+    return {
+        **options,
+        "num_workers": options["num_workers"] if options["num_workers"] <= cores else "auto",
+        "learner_threads": min(options["learner_threads"], cores),
+        "device": device if device == "cpu" else "auto",
+    }
 
 
 def parse(arguments: Sequence[str]) -> Line:
@@ -390,14 +480,14 @@ def _defaults_for_help(arguments: Sequence[str]) -> dict[str, Any]:
     if command not in ("train", "evolve"):
         return {}
     hints = {**_hints(MetaConfig), **_hints(TrainConfig), **_hints(Train)}
-    names = ("task", "task_options", "task_ranges", "algorithm", "start", "run_dir", "storage", "resume")
+    names = ("task", "task_options", "task_ranges", "algorithm", "start", "run_dir", "storage", "resume", "schedule")
     origin = _typed_dict("Origin", {name: hints[name] for name in names}, total=False)
     words = [word for word in words if word not in ("-h", "--help")]
     found, _ = tyro.cli(origin, args=words, return_unknown_args=True)
     given = _flat(Train, found)
     if is_uri(given.get("storage", RUNS)):
         given.pop("resume", None)  # nothing is fetched to be shown
-    return Line(command, given).defaults()
+    return Line(command, given).defaults(show=True)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -514,4 +604,4 @@ def _nested(kind: Any, values: Mapping[str, Any], without: frozenset[str] = froz
 
 def copy_of(storage: str, run: Path) -> str | None:
     """The URI of a run's copy, if storage is a URI."""
-    return f"{storage.rstrip('/')}/{run.name}" if is_uri(storage) else None
+    return copy_place(storage, run.resolve().name)

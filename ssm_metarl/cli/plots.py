@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import cycle, product
 from pathlib import Path
@@ -18,37 +17,27 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.storage.run_log import EVALUATION, read_evaluation, read_metrics
 from ssm_metarl.tasks.cartpole import MAX_ANGLE, MAX_POSITION, TIME_STEP
+from ssm_metarl.tuning.metrics import METRICS, composite
+from ssm_metarl.tuning.store import RunStore
 
 LISTED = 12
-"""Mutations that are listed beside a lineage, the last ones that were kept."""
+"""Changes that are listed beside a lineage, the last ones that were accepted."""
 
 _COLOURS = ("#7f8c8d", "#0b6fa4", "#c0392b", "#27ae60", "#8e44ad")
+
+_LEGEND: Mapping[str, Mapping[str, Any]] = {
+    "incumbent": {"color": _COLOURS[1], "linewidth": 1.5, "zorder": 2},
+    "challenger that won": {"color": _COLOURS[3], "linewidth": 2, "marker": "^", "markersize": 6, "zorder": 3},
+    "contender that lost": {"color": _COLOURS[0], "linewidth": 1, "alpha": 0.6, "zorder": 1},
+}
+"""The lines of a lineage."""
 
 # Of an animation: two panels side by side, in pixels, drawn larger and then reduced, which smooths the edges.
 _WIDTH, _HEIGHT, _SCALE = 380, 280, 2
 _GROUND, _METRE, _CART = 222, 68, 0.25  # the ground's place in a panel, pixels a metre, and a cart's height in metres
 _STRIDE, _PAUSE = 3, 10  # steps a frame, and frames for which the end of an episode is held
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a last one that is not complete (yet) is left out.
-
-    Raises:
-        ValueError: there is none, or it holds no iteration.
-    """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{run} is not the folder of a run: it has no metrics.jsonl.")
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    if not lines:
-        raise ValueError(f"{path} holds no iteration yet.")
-    return lines
 
 
 def plot_run(run: Path, title: str) -> list[Path]:
@@ -65,9 +54,8 @@ def plot_run(run: Path, title: str) -> list[Path]:
         ValueError: the folder holds no metrics.
     """
     files = [_learning_curve(read_metrics(run), run / "learning_curve.png", title)]
-    path = run / "evaluation.json"
-    evaluation = json.loads(path.read_text()) if path.is_file() else {"return": []}
-    if len(evaluation["return"]) > 1:
+    evaluation = read_evaluation(run / EVALUATION)
+    if evaluation and len(evaluation["return"]) > 1:
         files.append(_adaptation_curve(evaluation, run / "adaptation_curve.png", title))
     return files
 
@@ -104,7 +92,7 @@ def _adaptation_curve(evaluation: Mapping[str, Any], path: Path, title: str) -> 
 
 
 def plot_evolution(run: Path, title: str, folder: Path | None = None) -> list[Path]:
-    """Draw `lineage.png` and `evolution.png` from the decisions of a self-improving run.
+    """Draw `lineage.png` from the races and stretches of a self-improving run, and `evolution.png` from its metrics.
 
     Args:
         run: the run's folder.
@@ -112,75 +100,159 @@ def plot_evolution(run: Path, title: str, folder: Path | None = None) -> list[Pa
         folder: where to; None: into the run's.
 
     Returns:
-        The files written.
+        The files written; without `evolution.png` before the end of the first stretch.
 
     Raises:
-        ValueError: the run's folder holds no decision.
+        ValueError: the run's folder holds neither a race nor a stretch.
     """
-    path = run / "rsi" / "events.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    ends = [event for event in map(json.loads, lines) if event["kind"] in ("training", "probation")]
-    if not ends:
-        raise ValueError(f"{run} holds no generation of a self-improving run: there is no decision in {path}.")
+    events = RunStore(run).events()
+    if not has_lineage(events):
+        raise ValueError(f"{run} holds no race of a self-improving run, and no stretch either: nothing can be drawn.")
     folder = folder or run
-    return [
-        _lineage(ends, folder / "lineage.png", title),
-        _metrics_by_generation(ends, folder / "evolution.png", title),
-    ]
+    files = [_lineage(events, folder / "lineage.png", title)]
+    if stretches := [event for event in events if event["phase"] == "stretch" and event.get("metrics")]:
+        files.append(_metrics_by_stretch(stretches, folder / "evolution.png", title))
+    return files
 
 
-def _lineage(ends: list[dict[str, Any]], path: Path, title: str) -> Path:
-    """Every trial of every generation: where it came from, where it got to, and what became of it."""
+def has_lineage(events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a self-improving run has come so far that `plot_evolution` can draw it."""
+    return any("contenders" in event or event.get("metrics") for event in events)
+
+
+def _lineage(events: list[dict[str, Any]], path: Path, title: str) -> Path:
+    """One line of incumbents, with a short branch for every challenger, and an arrow for every way back."""
     figure, axes = _axes()
-    kept: list[str] = []
-    place = {event["checkpoint"]: (event["generation"], event["composite"]) for event in ends}
-    styles = {"continued": (_COLOURS[0], "o"), "kept": (_COLOURS[3], "^"), "rolled back": (_COLOURS[2], "x")}
-    for event in ends:
-        colour, marker = styles[event["decision"]]
-        x, y = place[event["checkpoint"]]
-        if event["start"] in place:
-            start_x, start_y = place[event["start"]]
-            axes.plot([start_x, x], [start_y, y], color=colour, linewidth=1, alpha=0.6)
-        axes.plot([x], [y], color=colour, marker=marker, linestyle="")
-        if event["decision"] == "kept":
-            # A number here and the text beside the picture: kept trials are close to each other.
-            changes = [f"{name} {value:g} → {event['after'][name]:g}" for name, value in event["before"].items()]
-            kept.append(f"{len(kept) + 1}  " + "\n     ".join(changes))
-            side = 6 if len(kept) % 2 else -6  # two of one generation can be in the same place
-            axes.annotate(str(len(kept)), (x, y), xytext=(side, 4), textcoords="offset points", fontsize=8, ha="center")
-    for name, (colour, marker) in styles.items():
-        axes.plot([], [], color=colour, marker=marker, label=name)
-    axes.set(xlabel="generation", ylabel="composite on validation tasks", title=f"Lineage of a population on {title}")
+    steps = _steps_by_iteration(events)
+    line: dict[int, float] = {}  # level by meta-iteration, since the last time that the run went back
+    accepted, went_back = list[str](), False
+    for event in events:
+        if event["decision"] == "rolled back":
+            to, went_back = event["iteration"], True
+            _draw_line(axes, steps, {at: level for at, level in line.items() if at <= to})
+            _draw_line(axes, steps, {at: level for at, level in line.items() if at >= to}, alpha=0.35)
+            _draw_way_back(axes, steps, line, to)
+            line = {at: level for at, level in line.items() if at == to}
+        for contender in event.get("contenders", ()):
+            won = _won(contender, event)
+            _draw_branch(axes, steps, line, event["iteration"], contender, won)
+        if "contenders" in event:
+            winner = next((c for c in event["contenders"] if _won(c, event)), event["contenders"][0])
+            line |= dict(enumerate(winner.get("curve", ()), event["iteration"] + 1))
+            for change in event["accepted"]:
+                accepted.append(f"{change['option']} {change['before']:.3g} → {change['after']:.3g}")
+                # A number here and the text beside the picture: races follow each other closely.
+                y = line.get(event["iteration"] + len(winner.get("curve", ())), 0.0)
+                x = steps(event["iteration"] + len(winner.get("curve", ())))
+                side = 8 if len(accepted) % 2 else -13
+                axes.annotate(
+                    str(len(accepted)), (x, y), xytext=(0, side), textcoords="offset points", fontsize=8, ha="center"
+                )
+        curve = event.get("curve", ())
+        line |= dict(enumerate(curve, event["iteration"] - len(curve) + 1))
+    _draw_line(axes, steps, line)
+    for label, style in _LEGEND.items():
+        axes.plot([], [], label=label, **style)
+    if went_back:
+        axes.plot([], [], label="given up", **{**_LEGEND["incumbent"], "alpha": 0.35})
+        axes.plot([], [], label="rolled back", color=_COLOURS[2])
+    axes.set(
+        xlabel="environment steps of the incumbent (millions)",
+        ylabel="normalised return after adaptation",
+        title=f"Lineage of a policy on {title}",
+    )
     axes.margins(y=0.1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, loc="lower right")
-    if kept:
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    if accepted:
         figure.set_size_inches(9, 4.2)
-        texts = [Line2D([], [], linestyle="", label=text) for text in kept[-LISTED:]]
-        figure.legend(handles=texts, loc="outside right upper", title="kept", fontsize=7, frameon=False, handlelength=0)
+        numbers = range(1, len(accepted) + 1)
+        texts = [f"{number}  {change}" for number, change in zip(numbers, accepted, strict=True)][-LISTED:]
+        handles = [Line2D([], [], linestyle="", label=text) for text in texts]
+        figure.legend(
+            handles=handles, loc="outside right upper", title="accepted", fontsize=7, frameon=False, handlelength=0
+        )
     return _write(figure, path)
 
 
-def _metrics_by_generation(ends: list[dict[str, Any]], path: Path, title: str) -> Path:
-    """The five metrics and the composite of each generation's best trial that was not rolled back."""
-    best: dict[int, dict[str, Any]] = {}
-    for event in ends:
-        other = best.get(event["generation"])
-        if event["decision"] != "rolled back" and (other is None or event["composite"] > other["composite"]):
-            best[event["generation"]] = event
-    generations = sorted(best)
+def _won(contender: Mapping[str, Any], event: Mapping[str, Any]) -> bool:
+    """Whether a contender of a race won it: the first change accepted is the winner's."""
+    first = event["accepted"][:1]
+    return (contender["option"], contender["value"]) in [(change["option"], change["after"]) for change in first]
+
+
+def _steps_by_iteration(events: list[dict[str, Any]]) -> Callable[[float], float]:
+    """Millions of environment steps that a meta-iteration of the incumbent ended with, as far as events tell."""
+    known = {event["iteration"]: event["env_steps"] / 1e6 for event in events}
+    at = np.array(sorted(known), float)
+    steps = np.array([known[iteration] for iteration in at])
+    rate = steps[-1] / max(at[-1], 1.0)
+
+    def millions(iteration: float) -> float:
+        beyond = max(iteration - at[-1], 0.0) * rate - max(at[0] - iteration, 0.0) * rate
+        return float(np.interp(iteration, at, steps) + beyond)
+
+    return millions
+
+
+def _draw_line(axes: Any, steps: Callable[[float], float], line: Mapping[int, float], alpha: float = 1.0) -> None:
+    at = sorted(line)
+    axes.plot([steps(i) for i in at], [line[i] for i in at], **_LEGEND["incumbent"], alpha=alpha)
+
+
+def _draw_way_back(axes: Any, steps: Callable[[float], float], line: Mapping[int, float], to: int) -> None:
+    """An arrow from the end of a line to the meta-iteration from which the run went on."""
+    if not line:
+        return
+    last, nearest = max(line), min(line, key=lambda at: abs(at - to))
+    arrow = {"arrowstyle": "->", "color": _COLOURS[2], "alpha": 0.8, "connectionstyle": "arc3,rad=.2"}
+    axes.annotate("", xy=(steps(to), line[nearest]), xytext=(steps(last), line[last]), arrowprops=arrow)
+
+
+def _draw_branch(
+    axes: Any,
+    steps: Callable[[float], float],
+    line: Mapping[int, float],
+    fork: int,
+    contender: Mapping[str, Any],
+    won: bool,
+) -> None:
+    """A challenger's levels from the fork on; the incumbent's own, where another one won, look like a challenger's."""
+    curve = contender.get("curve", ())
+    if not curve:
+        return
+    places = [steps(fork + number) for number in range(1, len(curve) + 1)]
+    levels = list(curve)
+    if fork in line:
+        places, levels = [steps(fork), *places], [line[fork], *levels]
+    style = _LEGEND["challenger that won" if won else "contender that lost"]
+    axes.plot(places, levels, **{**style, "marker": ""})
+    if won:
+        axes.plot(places[-1:], levels[-1:], **style)
+
+
+def _metrics_by_stretch(stretches: list[dict[str, Any]], path: Path, title: str) -> Path:
+    """The five metrics and the composite of the incumbent at the end of every stretch."""
     figure, axes = _axes()
-    for name, colour in zip(best[generations[0]]["metrics"], cycle((*_COLOURS[1:], "#d68910"))):
-        values = [best[generation]["metrics"].get(name) for generation in generations]
-        axes.plot(
-            generations, values, label=name.replace("_", " "), color=colour, linewidth=1, marker="o", markersize=3
-        )
-    axes.plot(generations, [best[g]["composite"] for g in generations], label="composite", color="black", linewidth=2)
-    low, high = np.array([best[generation]["interval"] for generation in generations], float).T  # NaN: no interval
-    axes.fill_between(generations, low, high, color="black", alpha=0.12, label="composite, 95 % over tasks")
-    axes.set(xlabel="generation", ylabel="metric of the best trial", ylim=(0, 1), title=f"Self-improvement on {title}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    steps = [event["spent"]["total"] / 1e6 for event in stretches]
+    for name, colour in zip(METRICS, cycle((*_COLOURS[1:], "#d68910"))):
+        values = np.array([event["metrics"].get(name) for event in stretches], float)
+        axes.plot(steps, values, label=name.replace("_", " "), color=colour, linewidth=1, marker="o", markersize=3)
+        if name == "average_return":
+            bounds = [event["intervals"].get(name) or (np.nan, np.nan) for event in stretches]  # NaN: no interval
+            low, high = np.array(bounds, float).T
+            axes.fill_between(steps, low, high, color=colour, alpha=0.15, label="average return, 95 % over tasks")
+    whole = [composite(event["metrics"]) for event in stretches]
+    axes.plot(steps, whole, label="composite", color="black", linewidth=2, marker="o", markersize=3)
+    for event, x in zip(stretches, steps, strict=True):
+        if event["decision"] == "rolled back":
+            axes.axvline(x, color=_COLOURS[2], linewidth=1, linestyle=":")
+    axes.set(
+        xlabel="environment steps of the whole run (millions)",
+        ylabel="metric of the incumbent",
+        ylim=(0, 1),
+        title=f"Self-improvement on {title}",
+    )
+    figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return _write(figure, path)
 
 

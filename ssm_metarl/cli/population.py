@@ -1,33 +1,45 @@
-"""A self-improving run as the terminal shows it; everything is read from `rsi/state.json`."""
+"""A self-improving run as the terminal shows it; everything is read from `rsi/state.json` and `rsi/events.jsonl`."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich import box
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ssm_metarl.distributed.schedule import SCHEDULE
 from ssm_metarl.tuning.evolve import EvolveResult
-from ssm_metarl.tuning.metrics import METRICS
+from ssm_metarl.tuning.metrics import METRICS, composite
+from ssm_metarl.tuning.options import SIZES
+from ssm_metarl.tuning.records import Decision, Phase
 from ssm_metarl.tuning.store import RunStore, read_state
 
-_HEADINGS = ("#", "status", "N/H/L", "inner", "outer", "S", "ret", "spd", "gen", "eff", "stb", "comp.")
-_LEGEND = (
-    "N state_dim, H hidden_dim, L num_layers, S inner_steps\n"
-    "ret average return, spd adaptation speed, gen generalisation\n"
-    "eff meta-efficiency, stb stability, comp. composite"
+HEADINGS = dict(
+    zip(METRICS, ("average\nreturn", "adaptation\nspeed", "generali-\nsation", "meta-\nefficiency", "\nstability"))
 )
+"""Of the metrics, in two lines each."""
+
+LINES = 5
+"""Decisions below the live view, the last ones."""
+
+WIDTH = 78
+"""Characters of a line of options."""
+
+Values = Mapping[str, Any]
 
 
 class PopulationView:
-    """Shows a run while it runs: a live table in a terminal, a line a decision elsewhere:
+    """Shows a run while it runs: a live view in a terminal, a line a decision elsewhere:
 
         with PopulationView(run_dir, console):
             evolve(config, rules, run_dir)
@@ -42,7 +54,7 @@ class PopulationView:
         self._live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._shown = 0
+        self._shown = len(RunStore(run).events())  # of a run that is resumed
 
     def __enter__(self) -> PopulationView:
         if self._live:
@@ -60,7 +72,7 @@ class PopulationView:
         if self._live:
             self._live.stop()
         elif error is None:
-            self._console.print(population_table(read_state(self._run)))
+            self._console.print(incumbent_table(read_state(self._run)))
 
     def _follow(self) -> None:
         while not self._end.wait(0.5):
@@ -68,87 +80,218 @@ class PopulationView:
 
     def _update(self) -> None:
         try:
-            state = read_state(self._run)
+            state, events = read_state(self._run), RunStore(self._run).events()
         except ValueError:  # not there yet
             return
-        events = RunStore(self._run).events()
         if self._live:
-            self._live.update(Group(population_table(state), *map(Text, list(_lines(events))[-5:])))
+            self._live.update(population_view(state, events))
             return
-        for line in list(_lines(events))[self._shown :]:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-            self._shown += 1
+        for event in events[self._shown :]:
+            self._console.print(decision_line(event), markup=False, highlight=False, soft_wrap=True)
+        self._shown = max(self._shown, len(events))
 
 
-def population_table(state: Mapping[str, Any]) -> Table:
-    """The population at its last border: sizes, learning rates, five metrics, composite and status."""
-    rules = state["config"]
-    total = f" of {rules['generations']}" if rules["generations"] else ""
-    best = state["archive"].get(state["best"] or "")
-    caption = f"best ever {best['composite']:.3f} ({best['name']})" if best else "assessing the first policies …"
-    caption = f"{_LEGEND}\n{caption}"
-    table = Table(title=f"Generation {state['generation']}{total}", caption=caption, padding=(0, 0), pad_edge=False)
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="left" if heading == "status" else "right", no_wrap=True)
-    for trial in state["trials"]:
-        sizes, rates, metrics = trial["sizes"], trial["learning_rates"], trial["metrics"]
-        cells = [str(trial["id"]), trial["status"], "/".join(str(size) for size in sizes.values())]
-        cells += [f"{rates['inner_lr']:.3g}", f"{rates['outer_lr']:.2g}", str(rates["inner_steps"])]
-        # Of a child on probation nothing is known yet: the record is its parent's.
-        known = trial["status"] != "on probation" and trial["composite"] is not None
-        cells += [f"{metrics[name]:.2f}" if known and name in metrics else "–" for name in METRICS]
-        cells.append(f"{trial['composite']:.3f}" if known else "–")
-        table.add_row(*cells, style="bold" if best and trial["checkpoint"] == best["name"] else None)
+def population_view(state: Values, events: Sequence[Values]) -> RenderableType:
+    """All that there is to see of a run: incumbent, race or stretch, costs, and the last decisions."""
+    parts: list[RenderableType] = [incumbent_table(state)]
+    if state["live"]["race"]:
+        parts.append(race_table(state))
+    elif not state["progress"]["finished"]:
+        parts.append(_stretch_bar(state))
+    parts.append(Text(spent_words(state)))
+    parts += [Text(decision_line(event), overflow="ellipsis", no_wrap=True) for event in events[-LINES:]]
+    return Group(*parts)
+
+
+def incumbent_table(state: Values) -> Table:
+    """The policy that is handed over: its five metrics with intervals over tasks, their composite, and its options."""
+    live, known = state["live"], _assessed(state)
+    before_after = "" if live["returns"] is None else f", return {_arrow(live['returns'][0], live['returns'][-1])}"
+    title = f"{state['base']['task']}: incumbent at iteration {live['iteration']}{before_after}"
+    table = Table(title=title, caption="\n".join(option_lines(state)), box=box.SIMPLE_HEAD, title_style="bold")
+    for name in METRICS:
+        table.add_column(HEADINGS[name], justify="right", no_wrap=True)
+    table.add_column("\ncomposite", justify="right", no_wrap=True)
+    values, intervals = (known["metrics"], known["intervals"]) if known else ({}, {})
+    cells = [f"{values[name]:.2f}" if name in values else "–" for name in METRICS]
+    table.add_row(*cells, f"{composite(values):.3f}" if values else "–", style="bold" if values else None)
+    if values:
+        table.add_row(*(_range(intervals.get(name)) for name in METRICS), "", style="dim")
     return table
+
+
+def race_table(state: Values) -> Table:
+    """The contenders of a race: what each changes, how far it is, and why it left."""
+    cycle, total = state["progress"]["cycle"] + 1, state["config"]["cycles"]
+    table = Table(title=f"Race {cycle}{f' of {total}' if total else ''}", box=box.SIMPLE_HEAD, title_style="bold")
+    table.add_column("contender", no_wrap=True)
+    for heading in ("iterations", "return", "z"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    before = state["incumbent"]["config"]
+    for entry in state["live"]["race"]:
+        option = entry["option"]
+        name = "incumbent" if option is None else f"{option} {_arrow(before[option], entry['value'])}"
+        score = "–" if entry["return"] is None else f"{entry['return']:.2f}"
+        z = "–" if entry["z"] is None else f"{entry['z']:+.1f}"
+        dropped = f"left: {entry['reason']}" if entry["reason"] else ""
+        table.add_row(name, str(entry["iterations"]), score, z, dropped, style="dim" if dropped else None)
+    return table
+
+
+def phase_words(state: Values) -> str:
+    """What the run does now, in a few words."""
+    progress, live = state["progress"], state["live"]
+    if progress["finished"]:
+        return f"ended: {progress['finished']}"
+    if live["race"]:
+        left = sum(not entry["reason"] for entry in live["race"])
+        return f"race {progress['cycle'] + 1}: {left} of {len(live['race'])} contenders left"
+    done, length = stretch_progress(state)
+    return f"{progress['phase']}: {done} of {length} iterations"
+
+
+def stretch_progress(state: Values) -> tuple[int, int]:
+    """Meta-iterations done of the stretch, and its length."""
+    progress, left = state["progress"], state["live"]["left"]
+    warm_up = progress["phase"] == Phase.WARM_UP
+    length = max(state["config"]["warm_up"] if warm_up else progress["length"], progress["left"])
+    return length - max(left, 0), length
+
+
+def spent_words(state: Values) -> str:
+    """What the run has cost so far, and what of that went into losers and assessments."""
+    spent, total, budget = state["progress"]["spent"], state["live"]["spent"], state["config"]["budget"]
+    of = f" of {_steps(budget)}" if budget else ""
+    shares = [f"{name} {spent[name] / total:.0%}" for name in ("losers", "assessments") if total]
+    return " · ".join([f"spent {_steps(total)}{of} environment steps", *shares])
+
+
+def option_lines(state: Values) -> list[str]:
+    """The incumbent's options that may change, those that did with what they were at first; lines of `WIDTH`."""
+    config, base = state["incumbent"]["config"], state["base"]
+    words = [
+        f"{name} {_arrow(base[name], config[name]) if config[name] != base[name] else _number(config[name])}"
+        for name in state["config"]["evolve"]
+    ]
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + len(word) + 3 > WIDTH:
+            lines.append("")
+        lines[-1] += f" · {word}" if lines[-1] else word
+    return lines
 
 
 def evolution_summary(result: EvolveResult) -> dict[str, Any]:
     """What `evolve --json` prints, JSON values."""
     state = result.state
-    best = state["archive"].get(state["best"] or "")
-    events = RunStore(result.run_dir).events()
-    decisions = Counter(event["decision"] for event in events if event["kind"] == "probation")
+    progress, config = state["progress"], state["incumbent"]["config"]
+    best = state["archive"].get(progress["best"] or "")
+    decisions = Counter(event["decision"] for event in RunStore(result.run_dir).events())
+    keys = ("name", "metrics", "intervals", "level")
     return {
         "run_dir": str(result.run_dir),
         "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
-        "generation": state["generation"],
-        "finished": state["finished"],
-        "best": None if best is None else {key: best[key] for key in ("name", "metrics", "composite", "interval")},
-        "sizes": None if best is None else {name: best["config"][name] for name in state["trials"][0]["sizes"]},
-        "learning_rates": None
-        if best is None
-        else {name: best["config"][name] for name in state["trials"][0]["learning_rates"]},
-        "kept": decisions["kept"],
-        "rolled_back": decisions["rolled back"],
-        "failures": sum(event["kind"] == "failure" for event in events),
-        "env_steps": sum(trial["lifetime_steps"] for trial in state["trials"]),
+        "cycle": progress["cycle"],
+        "finished": progress["finished"],
+        "best": None if best is None else {key: best[key] for key in keys} | {"composite": composite(best["metrics"])},
+        "options": {name: config[name] for name in state["config"]["evolve"]},
+        "sizes": {name: config[name] for name in SIZES},
+        "accepted": decisions[Decision.ACCEPTED],
+        "rejected": decisions[Decision.REJECTED],
+        "rolled_back": decisions[Decision.ROLLED_BACK],
+        "failures": decisions[Decision.FAILED],
+        "env_steps": progress["spent"]["total"],
+        "losers_steps": progress["spent"]["losers"],
         "seconds": result.seconds,
-        "seconds_by_phase": state["seconds"],
+        "seconds_by_phase": progress["seconds"],
         "interrupted": result.signal is not None,
+        "schedule": str(result.run_dir / SCHEDULE) if result.checkpoint is not None else None,
         "pictures": [],
     }
 
 
-def decisions_table(events: list[dict[str, Any]]) -> Table:
-    """Every decision but to go on, the last one first: what was changed, what became of it, and why."""
+def decisions_table(events: Sequence[Values]) -> Table:
+    """Every decision, the last one first: at which iteration, what was decided, and why."""
     table = Table()
-    for heading in ("generation", "trial", "change", "decision", "reason"):
-        table.add_column(heading, justify="right" if heading in ("generation", "trial") else "left")
-    for event in reversed([event for event in events if event["kind"] != "training"]):
-        cells = (str(event["generation"]), str(event["trial"]), _changes(event), event["decision"], event["reason"])
-        table.add_row(*cells)
+    table.add_column("iteration", justify="right")
+    table.add_column("decision")
+    table.add_column("what")
+    for event in reversed(events):
+        table.add_row(str(event["iteration"]), event["decision"], _what(event))
     return table
 
 
-def _lines(events: list[dict[str, Any]]) -> Iterator[str]:
-    """Decisions that a reader of the terminal wants to see, a line each."""
-    for event in events:
-        if event["kind"] == "training":
-            continue
-        what = f"{_changes(event)}: " if event["before"] else ""
-        reason = f" ({event['reason']})" if event["reason"] else ""
-        yield f"generation {event['generation']}, trial {event['trial']}: {what}{event['decision']}{reason}"
+def decision_line(event: Values) -> str:
+    """A decision as one line."""
+    return f"iteration {event['iteration']}: {_what(event)}"
 
 
-def _changes(event: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:g} → {event['after'][name]:g}" for name, value in event["before"].items())
+def _what(event: Values) -> str:
+    match event["decision"]:
+        case Decision.ACCEPTED:
+            error = event.get("resize_error")
+            lost = f", its output changed by {error:.1%}" if error else ""
+            return f"race {event['cycle'] + 1} accepted {_changes(event['accepted'])}{_z_words(event)}{lost}"
+        case Decision.REJECTED:
+            return f"race {event['cycle'] + 1} rejected {_changes(event['changes'])}"
+        case Decision.CONTINUED:
+            return f"level {event['metrics']['average_return']:.3f} after a stretch{_composite_words(event)}"
+        case Decision.ROLLED_BACK:
+            return f"rolled back to {event['checkpoint']}: {event['reason']}"
+        case Decision.FAILED:
+            return f"failure of member {event['member']} in the {event['phase']}: {event['reason']}"
+        case Decision.HANDED_OVER:
+            weights = "running mean of weights" if event["weights"] == "mean" else "last weights"
+            return f"handed over, the {weights}{_composite_words(event)}"
+    return str(event["decision"])
+
+
+def _changes(changes: Sequence[Values]) -> str:
+    """Changes of options in words; several values of one option stand behind one name."""
+    values: dict[str, list[str]] = {}
+    for change in changes:
+        values.setdefault(f"{change['option']} {_number(change['before'])}", []).append(_number(change["after"]))
+    return ", ".join(f"{before} → {' or '.join(after)}" for before, after in values.items())
+
+
+def _z_words(event: Values) -> str:
+    """How far ahead of the incumbent the winner was."""
+    won = event["accepted"][0]
+    found = [c["z"] for c in event["contenders"] if (c["option"], c["value"]) == (won["option"], won["after"])]
+    return f" (z {found[0]:+.1f})" if found and found[0] is not None else ""
+
+
+def _composite_words(event: Values) -> str:
+    return f", composite {composite(event['metrics']):.3f}" if event["metrics"] else ""
+
+
+def _assessed(state: Values) -> Values | None:
+    """The record with metrics that shows what is handed over."""
+    best = state["archive"].get(state["progress"]["best"] or "")
+    return best if best and best["metrics"] else None
+
+
+def _stretch_bar(state: Values) -> RenderableType:
+    """How far the stretch is, and when it ends."""
+    (done, length), pace = stretch_progress(state), state["live"].get("pace")
+    eta = "" if pace is None else f"ETA {timedelta(seconds=round(pace * (length - done)))}"
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(phase_words(state), ProgressBar(length, done, width=30), eta)
+    return grid
+
+
+def _steps(count: float) -> str:
+    return f"{count / 1e6:.3g} M" if count >= 1e6 else f"{count / 1e3:.3g} k"
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:.2f}–{interval[1]:.2f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _arrow(before: float, after: float) -> str:
+    return f"{_number(before)} → {_number(after)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from ssm_metarl.distributed.cluster import auto_workers
 from ssm_metarl.distributed.learner import check_device
 from ssm_metarl.distributed.train import train
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
-from ssm_metarl.storage.mirror import Mirror, is_uri
+from ssm_metarl.storage.lock import hold
+from ssm_metarl.storage.run_copy import WAIT, WAIT_INTERRUPTED, RunCopy
+from ssm_metarl.storage.run_record import read_record, write_record
+from ssm_metarl.storage.trust import remember
+from ssm_metarl.storage.uri import is_uri, shown
 
 
 def checked_config(options: Run, trials: int) -> TrainConfig:
@@ -33,8 +38,33 @@ def checked_config(options: Run, trials: int) -> TrainConfig:
 def run_place(options: Run, name: str) -> tuple[Path, str | None]:
     """A run's folder, and the URI of its copy if it is to have one."""
     parent = RUNS if is_uri(options.storage) else options.storage
-    run_dir = options.run_dir or Path(parent) / name
-    return run_dir, copy_of(options.storage, run_dir)
+    run_dir = Path(options.run_dir or Path(parent) / name)
+    if options.resume or not (run_dir.is_dir() and any(run_dir.iterdir())):
+        remember(run_dir, options.config.task)
+    mirror = copy_of(options.storage, run_dir)
+    if options.resume and mirror is None and (place := read_record(run_dir).get("copy")):
+        say(f"The copy of this run at {place} stays as it is: --storage, its parent, would bring it up to date.")
+    return run_dir, mirror
+
+
+def copy_end(copy: RunCopy | None, summary: dict[str, Any], interrupted: bool) -> bool:
+    """Wait for a run's copy to catch up, for a stated time at most, and enter in the summary how it stands.
+
+    Returns:
+        Whether it is complete; True where there is none.
+    """
+    if copy is None:
+        return True
+    copy.update()
+    complete = copy.close(WAIT_INTERRUPTED if interrupted else WAIT)
+    summary["copy"] = copy.summary()
+    return complete
+
+
+def resume_words(command: str, run_dir: Path, copy: RunCopy | None, storage: str) -> str:
+    """The command that goes on with a run."""
+    where = f" --storage {shlex.quote(shown(storage))}" if copy else ""
+    return f"{command} --resume --run-dir {shlex.quote(str(run_dir))}{where}"
 
 
 def run_train(options: Train) -> int:
@@ -44,11 +74,21 @@ def run_train(options: Train) -> int:
     config = checked_config(options, trials=1)
     name = run_name(config.task, config.meta.algorithm)
     run_dir, mirror = run_place(options, name)
+    if options.resume_from and not options.resume:
+        raise ValueError("--resume-from names the checkpoint that --resume goes on from.")
+    with ExitStack() as stack:
+        copy = stack.enter_context(RunCopy(run_dir, mirror, say=say)) if mirror else None
+        return _run_train(options, config, run_dir, copy, stack)
+
+
+def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy | None, held: ExitStack) -> int:
     with _progress() as progress:
         bar = progress.add_task(config.task, total=config.experience.iterations, returns="", speed="")
 
         def show(metrics: dict[str, Any]) -> None:
             if show.steps is None:  # type: ignore[attr-defined]
+                held.enter_context(hold(run_dir))  # until the evaluation is written
+                write_record(run_dir, eval_tasks=options.eval_tasks)
                 say(f"Run folder: {run_dir}")
             before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
@@ -61,7 +101,16 @@ def run_train(options: Train) -> int:
                 console.print(f"iteration {metrics['iteration']}/{config.experience.iterations}: {returns} {speed}")
 
         show.steps = None  # type: ignore[attr-defined]
-        result = train(config, run_dir, start=options.start, resume=options.resume, on_iteration=show, mirror=mirror)
+        result = train(
+            config,
+            run_dir,
+            start=options.start,
+            resume=options.resume,
+            on_iteration=show,
+            mirror=copy,
+            schedule=options.schedule,
+            resume_from=options.resume_from,
+        )
     summary: dict[str, Any] = {
         "run_dir": str(run_dir),
         "checkpoint": str(result.checkpoint),
@@ -69,6 +118,10 @@ def run_train(options: Train) -> int:
         "interrupted": result.signal is not None,
         "metrics": result.metrics,
     }
+    held.enter_context(hold(run_dir))
+    if result.signal is None and not result.metrics:
+        count = config.experience.iterations
+        say(f"Nothing is left to train: the run has its {count} iterations; --iterations N asks for more.")
     if result.signal is None:
         console.print(f"Evaluating on {options.eval_tasks} held-out tasks …")
         report = evaluate_checkpoint(
@@ -76,23 +129,23 @@ def run_train(options: Train) -> int:
             num_tasks=options.eval_tasks,
             seed=config.experience.seed,
             num_workers=config.machine.num_workers,
+            trust_checkpoint_code=True,  # this process wrote it
         ).summary()
         summary["evaluation"] = report
         (run_dir / "evaluation.json").write_text(json.dumps(summary["evaluation"], indent=1))
         console.print(evaluation_table(summary["evaluation"]))
     if (run_dir / "metrics.jsonl").stat().st_size:
         summary["pictures"] = [str(path) for path in plot_run(run_dir, config.task)]
-    if mirror:
-        Mirror(run_dir, mirror).push()
+    complete = copy_end(copy, summary, result.signal is not None)
     say(f"Checkpoint: {result.checkpoint}")
     for path in summary.get("pictures", []):
         say(f"Picture: {path}")
     if options.json:
         print(json.dumps(summary))
     if result.signal is not None:
-        say(f"Interrupted; resume with: train --resume --run-dir {shlex.quote(str(run_dir))}")
+        say(f"Interrupted; resume with: {resume_words('train', run_dir, copy, options.storage)}")
         return 128 + result.signal
-    return 0
+    return 0 if complete else 1
 
 
 def _progress() -> Progress:

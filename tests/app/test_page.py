@@ -24,6 +24,7 @@ import pytest
 from packaging.requirements import Requirement
 from rich.table import Table
 
+from evolved import fresh_run, save
 from ssm_metarl import TrainConfig, train
 from ssm_metarl.app import adaptation_tab, evolution_tab, pretrained_tab, server, training_tab, view
 from ssm_metarl.app.workspace import MAX_JOBS, Workspace, job_of
@@ -32,7 +33,8 @@ from ssm_metarl.cli.main import main
 from ssm_metarl.cli.options import Evolve, Train, parse
 from ssm_metarl.distributed import jobs
 from ssm_metarl.storage.checkpoint import load_checkpoint
-from ssm_metarl.storage.contents import CheckpointError
+from ssm_metarl.storage.contents import MANIFEST, CheckpointError
+from ssm_metarl.tuning.records import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 DEAD_END = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
@@ -124,8 +126,10 @@ def test_a_card_that_nobody_vouches_for_is_text(workspace: Workspace) -> None:
     shown = pretrained_tab.describe(workspace, "point")
     assert "&lt;script&gt;" in shown
     assert "<script>" not in shown
-    card.write_text("[")
-    assert "navigation-2d" in pretrained_tab.describe(workspace, "point")
+    for damaged in ("[", '{"about": ["x"]}', '{"evaluation": {"return": "high"}}'):
+        card.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"card\.json"):
+            pretrained_tab.describe(workspace, "point")
     card.unlink()
 
 
@@ -166,14 +170,15 @@ def test_what_the_page_trains_is_what_the_command_trains() -> None:
 
 def test_what_the_page_evolves_is_what_the_command_evolves(workspace: Workspace) -> None:
     for start in (None, workspace.checkpoint("point")):
-        words = evolution_tab.evolve_command(start, "navigation-2d", 2, 1, 2000, 4, 2, 5)
+        words = evolution_tab.evolve_command(start, "navigation-2d", ["outer_lr", "state_dim"], 2, 1, 2000, 5)
         prepared(words, str(workspace.runs))
         parsed = parse(words).options()
         assert isinstance(parsed, Evolve)
-        assert (parsed.cycles, parsed.proposals, parsed.start, parsed.config.experience.seed) == (2, 1, start, 5)
-        assert parsed.evolution.generation_steps == 2000
-    with pytest.raises(ValueError, match="validation_tasks must be"):
-        evolution_tab.evolve_command(None, "navigation-2d", 1, 1, 0, 0, 2, 0)
+        rules = parsed.evolution
+        assert (rules.cycles, rules.proposals, rules.budget, rules.evolve) == (2, 1, 2000, ("outer_lr", "state_dim"))
+        assert (parsed.start, parsed.config.experience.seed) == (start, 5)
+    with pytest.raises(ValueError, match="evolve must name at least one option"):
+        evolution_tab.evolve_command(None, "navigation-2d", [], 1, 1, 0, 0)
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +189,42 @@ def test_a_run_goes_on_from_its_last_checkpoint(workspace: Workspace, monkeypatc
     assert started == [["train", "--resume", "--run-dir", str(workspace.folder("point")), "--iterations", "5"]]
     with pytest.raises(gr.Error, match="no checkpoint in empty"):
         handlers.go_on("empty", 4, progress=lambda *_, **__: None)
+
+
+def test_a_self_improving_run_goes_on_for_more(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(Workspace, "start", lambda self, command: started.append(command))
+    folder = workspace.folder("evolved")
+    population = fresh_run(folder)
+    population.progress.cycle, population.progress.spent["total"] = 4, 1000
+    save(population)
+    handlers = evolution_tab.Handlers(workspace)
+    assert "to cycle 7" in handlers.go_on("evolved", 3, 500, progress=lambda *_, **__: None)
+    handlers.go_on("evolved", 0, 0, progress=lambda *_, **__: None)
+    common = ["evolve", "--resume", "--run-dir", str(folder)]
+    assert started == [[*common, "--cycles", "7", "--budget", "1500"], [*common, "--cycles", "0", "--budget", "0"]]
+    shutil.rmtree(folder)
+
+
+def test_a_tab_shows_a_self_improving_run(workspace: Workspace) -> None:
+    """The checkpoints that it can go back to, assessed ones first; and its race or how far its stretch is."""
+    folder = workspace.folder("evolved")
+    population = fresh_run(folder, proposals=1)
+    for number, level in ((1, None), (2, 0.4), (3, None)):
+        name = f"iteration_{number}"
+        record = Record(name=name, iteration=number, env_steps=1, cycle=0, config=population.base, level=level)
+        population.archive[name] = record
+        (population.store.checkpoints / name).mkdir()
+        (population.store.checkpoints / name / MANIFEST).write_text("{}")
+    save(population)
+    stamp, show = evolution_tab.look("evolved", folder, None, {})
+    assert stamp["kept"] == ["iteration_2", "iteration_3", "iteration_1"]
+    shown = show()
+    assert "evolved · no job · cycle 0 of 6 · warm-up: 0 of 2 iterations" in shown["status"]
+    assert '<progress value="0" max="2"' in shown["population"]
+    assert shown["pictures"] == evolution_tab.WAITING
+    assert shown["checkpoint"]["value"] == "iteration_2"
+    shutil.rmtree(folder)
 
 
 def test_a_tab_shows_how_a_run_stands(workspace: Workspace) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from evolved import fresh_run, race
 from ssm_metarl.cli import job as job_cli
 from ssm_metarl.cli.main import main
 from ssm_metarl.distributed import jobs
+from ssm_metarl.tuning.store import read_state
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
 
@@ -40,21 +42,26 @@ def test_paths_of_a_command_are_made_absolute(tmp_path: Path) -> None:
 def test_without_a_command_the_best_there_is_goes_on(tmp_path: Path) -> None:
     """The newest self-improving run, or the newest trained one, or initial weights."""
     runs = tmp_path / "work" / "runs"
-    assert job_cli.prepared([], "runs")[0][:3] == ["evolve", "--generations", "0"]
-    for age, name, file in ((3, "evolved", "rsi/state.json"), (2, "trained", "best.json"), (1, "other", "notes")):
+    assert job_cli.prepared([], "runs")[0][:3] == ["evolve", "--cycles", "0"]
+    fresh_run(runs / "evolved")
+    for age, name, file in ((3, "evolved", "notes"), (2, "trained", "best.json"), (1, "other", "notes")):
         path = runs / name / file
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"checkpoint": "checkpoint_000001"}))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"checkpoint": "checkpoint_000001", "return": 1.0}))
         os.utime(runs / name, (10**9 - age, 10**9 - age))
     (runs / "trained" / "checkpoint_000001").mkdir()
     (runs / "trained" / "checkpoint_000001" / "manifest.json").write_text("{}")
     os.utime(runs / "trained", (10**9, 10**9))
     best = str(runs / "trained" / "checkpoint_000001")
-    assert job_cli.prepared([], "runs")[0][:5] == ["evolve", "--from", best, "--generations", "0"]
+    assert job_cli.prepared([], "runs")[0][:5] == ["evolve", "--from", best, "--cycles", "0"]
     os.utime(runs / "evolved", (10**9 + 1, 10**9 + 1))
     command, run_dir = job_cli.prepared([], "runs")
-    assert command == ["evolve", "--run-dir", str(runs / "evolved"), "--resume", "--generations", "0"]
+    endless = ["--budget", "0.0", "--cycles", "0"]
+    assert command == ["evolve", "--run-dir", str(runs / "evolved"), "--resume", *endless]
     assert run_dir == str(runs / "evolved")
+    (runs / "evolved" / "rsi" / "state.json").write_text('{"format": 1}')
+    os.utime(runs / "evolved", (10**9 + 1, 10**9 + 1))
+    assert job_cli.prepared([], "runs")[0][:3] == ["evolve", "--from", best], "a run of another version is passed by"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_without_a_command_the_best_there_is_goes_on(tmp_path: Path) -> None:
     [
         (["start", "--", "train", "--task", "navigatoin-2d"], "did you mean 'navigation-2d'?", 2),
         (["start", "--", "train", "--hidden-dim", "0"], "hidden_dim must be", 2),
-        (["start", "--", "evolve", "--population", "1"], "population must be", 2),
+        (["start", "--", "evolve", "--proposals", "0"], "proposals must be", 2),
         (["start", "--", "plot", "runs"], "A job can train, evolve or evaluate, not 'plot'.", 2),
         (["status"], "No cluster is known", 1),
         (["logs", "--follow"], "No cluster is known", 1),
@@ -90,11 +97,13 @@ def test_what_cannot_be_done_is_one_sentence(
 @pytest.mark.parametrize("prefix", ["", "file://"])
 def test_the_status_of_a_run_is_read_where_the_run_is(tmp_path: Path, prefix: str) -> None:
     place = f"{prefix}{tmp_path}/run"
-    assert job_cli._progress(place) == (None, None)
+    assert job_cli._progress(place) == (None, [], None)
     (tmp_path / "run" / "rsi").mkdir(parents=True)
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n')
-    assert job_cli._progress(place) == (None, {"iteration": 2})
-    state = {"format": 1, "generation": 3}
-    (tmp_path / "run" / "rsi" / "state.json").write_text(json.dumps(state))
-    assert job_cli._progress(place) == (state, None)
-    assert job_cli._progress("nowhere://bucket/run") == (None, None)
+    line = {"env_steps": 10, "return_by_step": [1.0], "seconds": {"total": 1.0}}
+    lines = [json.dumps({**line, "iteration": number}) + "\n" for number in (1, 2)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
+    assert job_cli._progress(place) == (None, [], {**line, "iteration": 2})
+    population = fresh_run(tmp_path / "run")
+    population.store.commit({**read_state(tmp_path / "run"), "events_before": 0}, [race(1, won=True)])
+    assert job_cli._progress(place) == (read_state(tmp_path / "run"), [race(1, won=True)], None)
+    assert job_cli._progress("nowhere://bucket/run") == (None, [], None)

@@ -40,7 +40,7 @@ def written(folder: Path) -> dict[str, int]:
         ("--resume", "--resume needs --run-dir"),
         ("--resume --run-dir absent", "There is no checkpoint in absent to resume from."),
         ("--resume --run-dir {run} --hidden-dim 24", "its policy has hidden_dim 16 instead of 24."),
-        ("--resume --run-dir {run} --task cartpole", "its policy has observation_size 2 instead of 4"),
+        ("--resume --run-dir {run} --task cartpole", "is of the task navigation-2d, which --resume does not change"),
         ("--run-dir {run}", "is not empty; resume the run in it, or choose another folder."),
         ("--run-dir {run}/metrics.jsonl", "metrics.jsonl cannot be made: File exists."),
         ("--run-dir {run}/metrics.jsonl/a", "metrics.jsonl/a cannot be made: Not a directory."),
@@ -140,7 +140,10 @@ def test_a_checkpoint_with_corrupt_json_is_refused_in_one_sentence(
         ("train --help --task bandit --algorithm=promp", ["(default: bandit)", "(default: promp)"]),
         ('train --help --task_options={"arms":3} --task bandit', ["arms"]),
         ("train --help --resume --run-dir absent --storage s3://bucket/runs", ["(default: navigation-2d)"]),
-        ("evolve --help", ["--validation-tasks INT", "of the two-sided paired bootstrap", "--learner-threads INT"]),
+        (
+            "evolve --help",
+            ["--budget FLOAT", "environment steps of all members", "--proposals INT", "--learner-threads INT"],
+        ),
         ("evaluate --help", ["{train,validation,test,shifted,shifted-test}", "--num-tasks INT", "--steps", "--json"]),
         ("adapt --help", ["{none,standard,replay,hybrid}", "{sgd,adam}", "--step-size"]),
         ("plot --help", ["PATH"]),
@@ -205,6 +208,6 @@ def test_reading_a_command_line_fetches_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(SystemExit):
         parse([*words, "--help"])
     assert not pulled
-    with pytest.raises(ValueError, match="There is no checkpoint in"):
+    with pytest.raises(ValueError, match="There is no run to resume, neither in"):
         line.options()
     assert pulled == [f"file://{tmp_path}/copies/run"]

@@ -32,6 +32,22 @@ RUN_LOCAL = Path(__file__).resolve().parents[2] / "run_local.py"
 # --- train ------------------------------------------------------------------------------------------------
 
 
+def test_a_schedule_gives_the_options_and_changes_them(command: Command, tmp_path: Path) -> None:
+    options = TrainConfig.for_task("cartpole", **SMALL).to_dict()
+    schedule = {"iterations": 3, "weights": "last", "options": [[0, options], [2, {"state_dim": 10, "outer_lr": 0.01}]]}
+    (tmp_path / "schedule.json").write_text(json.dumps(schedule))
+    given = ["--num-workers", "0", "--eval-tasks", "2", "--schedule", "schedule.json", "--meta-batch", "2"]
+    outcome = command("train", *given, "--run-dir", "run")
+    assert outcome.code == 0, outcome.err
+    sizes = [load_checkpoint(path).config["state_dim"] for path in checkpoints(tmp_path / "run")]
+    assert sizes == [8, 10]
+    last = load_checkpoint(checkpoints(tmp_path / "run")[-1])
+    assert (last.progress["iteration"], last.config["outer_lr"], last.config["meta_batch"]) == (3, 0.01, 2)
+    assert last.config["task"] == "cartpole"
+    outcome = command("train", "--schedule", "nowhere.json")
+    assert (outcome.code, outcome.err) == (2, "error: There is no schedule nowhere.json.\n")
+
+
 def test_train_is_the_default_command_and_prints_one_json_object(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "a run [bold] with a long name, that holds spaces and brackets, and is longer than a line"
     outcome = command("--iterations", "3", *IN_PROCESS, "--run-dir", folder, "--json")

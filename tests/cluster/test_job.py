@@ -21,6 +21,7 @@ from ssm_metarl.cli.main import main
 from ssm_metarl.distributed import jobs
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
+from ssm_metarl.tuning.config import EvolveConfig
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -140,10 +141,10 @@ def test_a_stop_writes_a_checkpoint_and_a_resume_goes_on(home: Path, started: di
 def test_without_a_command_self_improvement_goes_on_from_the_best(home: Path, started: dict[str, Any]) -> None:
     answer = json.loads(job(home, "start", "--json"))
     assert answer["command"][:2] == ["evolve", "--from"]
-    assert answer["command"][-2:] == ["--generations", "0"]
-    view = wait_for(lambda: (view := status(home))["state"] and view["state"]["generation"] >= 1 and view, 240)
+    assert answer["command"][-4:-2] == ["--cycles", "0"]
+    view = wait_for(lambda: (view := status(home))["state"] and view["state"]["progress"]["cycle"] >= 1 and view, 240)
     assert view["status"] == "RUNNING"
-    assert len(view["state"]["trials"]) == 4
+    assert len(view["state"]["live"]["members"]) == 1 + EvolveConfig.proposals
     job(home, "stop")
     run = Path(answer["run_dir"])
     assert load_checkpoint(checkpoints(run)[-1]).progress["env_steps"] > 0

@@ -41,8 +41,8 @@ class Recorded:
 def values(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
     found: dict[tuple[str, ...], float] = {}
     monkeypatch.setattr(Recorded, "values", found, raising=False)
-    monkeypatch.setattr(telemetry_module, "Counter", Recorded)
-    monkeypatch.setattr(telemetry_module, "Gauge", Recorded)
+    monkeypatch.setattr(telemetry_module.ray_metrics, "Counter", Recorded)
+    monkeypatch.setattr(telemetry_module.ray_metrics, "Gauge", Recorded)
     monkeypatch.setattr(telemetry_module.ray, "is_initialized", lambda: True)
     return found
 
@@ -66,16 +66,17 @@ def test_an_iteration_counts_what_is_new(values: dict[tuple[str, ...], float]) -
     assert values[("ssm_metarl_phase_seconds", "update")] == 2.0
 
 
-def test_a_generation_counts_decisions_once(values: dict[tuple[str, ...], float]) -> None:
-    telemetry = Telemetry("population", "task")
-    events = [{"kind": "probation", "decision": decision} for decision in ("kept", "rolled back", "rolled back")]
-    telemetry.generation(1, 0.4, events[:2])
-    telemetry.generation(2, 0.5, [*events, {"kind": "failure", "decision": "restored"}])
-    assert values[("ssm_metarl_kept",)] == 1
-    assert values[("ssm_metarl_rollbacks",)] == 3
+def test_decisions_are_counted_by_kind(values: dict[tuple[str, ...], float]) -> None:
+    telemetry = Telemetry("evolve", "task")
+    telemetry.decisions(1, None, [{"decision": decision} for decision in ("accepted", "rejected", "rejected")])
+    assert ("ssm_metarl_level",) not in values
+    telemetry.decisions(2, 0.5, [{"decision": decision} for decision in ("rolled back", "failed", "continued")])
+    assert values[("ssm_metarl_accepted",)] == 1
+    assert values[("ssm_metarl_rejected",)] == 2
+    assert values[("ssm_metarl_rollbacks",)] == 1
     assert values[("ssm_metarl_failures",)] == 1
-    assert values[("ssm_metarl_generation",)] == 2
-    assert values[("ssm_metarl_best_composite",)] == 0.5
+    assert values[("ssm_metarl_cycle",)] == 2
+    assert values[("ssm_metarl_level",)] == 0.5
 
 
 def test_the_grafana_dashboard_asks_for_metrics_that_there_are() -> None:

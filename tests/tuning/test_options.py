@@ -126,7 +126,7 @@ def test_within_bounds_an_option_moves_both_ways(name: str) -> None:
         ("entropy_bonus", 0.0, [0.004]),
         ("epochs", 5, [20, 1]),
         ("epochs", 1, [4]),
-        ("episodes", 8, [32, 2]),
+        ("episodes", 8, [16, 4]),
         ("inner_steps", 1, [2]),
         ("inner_steps", 5, [4]),
         ("discount", 0.9, [0.975, 0.6]),

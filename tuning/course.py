@@ -1,0 +1,216 @@
+"""The course of a run: races and stretches, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from ssm_metarl.algorithms.registry import ALGORITHMS
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tuning.assessment import Assessing
+from ssm_metarl.tuning.incumbent import Course, Outcome
+from ssm_metarl.tuning.options import OPTIONS, SIZES, Challenge, changed, independent, playable
+from ssm_metarl.tuning.race import INCUMBENT, Race, task_scores
+from ssm_metarl.tuning.records import Decision, Phase, Report, Status
+from ssm_metarl.tuning.rules import SIZE_ROUND, cost
+
+LONGEST = 16
+"""A stretch is at most as many times as long as the first one."""
+
+
+class Running(Assessing):
+    """The incumbent's races and stretches."""
+
+    def _run(self) -> Course:
+        """The whole run: races and stretches until the budget, the cycles or the failures end it."""
+        progress = self.progress
+        while not self.finished:
+            self._apply_requests()
+            if progress.left:
+                yield from self._stretch()
+            elif not self._affordable() or 0 < self.config.cycles <= progress.cycle:
+                yield from self._hand_over()
+            elif self._races():
+                yield from self._race()
+            else:
+                progress.cycle += not self.config.mutate or len(self._alive()) < 2
+                progress.left, progress.phase = min(progress.length, self._affordable()), Phase.STRETCH
+
+    def _stretch(self) -> Course:
+        """The incumbent trains alone: a checkpoint after every leg, and an assessment at the end."""
+        progress, incumbent = self.progress, self.incumbent
+        leg = max(min(progress.left, int(incumbent.config["checkpoint_every"]), self._affordable()), 1)
+        name = self._name(incumbent.iteration + leg)
+        reports = yield from self._alone(iterations=leg, checkpoint=name)
+        if reports[-1].failure is not None:
+            return
+        self._advance(reports, name)
+        progress.left = min(progress.left - leg, self._affordable())
+        if not progress.left:
+            if progress.phase == Phase.STRETCH:
+                yield from self._assess()
+            progress.phase = Phase.RACE
+            incumbent.curve = []
+        self._boundary()
+
+    def _race(self) -> Course:
+        """The incumbent and its challengers train side by side for a few iterations; the winner goes on."""
+        challenges = self._challenges()
+        if not challenges:  # nothing can move
+            self.progress.left, self.progress.cycle = self.progress.length, self.progress.cycle + 1
+            self.progress.phase = Phase.STRETCH
+            return
+        configs = [self.incumbent.config, *(changed(self.incumbent.config, challenge) for challenge in challenges)]
+        members = [self._member(), *(m for m in self._alive() if m != self._member())][: len(configs)]
+        plays = [OPTIONS[challenge.option].plays for challenge in challenges]
+        race = Race(len(members), self.config.race, paired="amount" not in plays)
+        rounds = _round_lengths(configs, SIZE_ROUND if challenges[0].option in SIZES else 1)
+        # Stages of the first iteration that a challenger would play as the incumbent does.
+        alike = {"later": int(self.incumbent.config["inner_steps"]) + 1, "query": 1}
+        stages = [0, *(alike.get(play, 0) for play in plays)]
+        share = f"{self.progress.cycle}" if any(stages) else ""
+        if self._longest_race(configs, rounds, stages) > self._affordable():
+            self.progress.left, self.progress.cycle = self._affordable(), self.progress.cycle + 1
+            self.progress.phase = Phase.STRETCH
+            return
+        heard: Outcome = {member: [] for member in members}
+        self._show_race(race, members, challenges, rounds, heard)
+        # In its first round all play alike: where that can be handed on, the incumbent plays it alone.
+        number, racing = 1, [INCUMBENT] if share else list(race.left)
+        while True:
+            tasks = {
+                members[contender]: self._assignment(
+                    config=configs[contender],
+                    start=self.incumbent.checkpoint,
+                    iterations=rounds[contender] * number,
+                    share=share if contender == INCUMBENT else "",
+                    take="" if contender == INCUMBENT else share,
+                    stages=stages[contender],
+                )
+                for contender in racing
+            }
+            outcome = yield tasks
+            for contender in racing:
+                reports = outcome[members[contender]]
+                heard[members[contender]] += reports
+                if reports[-1].failure is not None:
+                    race.fail(contender, reports[-1].failure)
+                elif number > 1:
+                    race.add(contender, self._scores(heard[members[contender]], rounds[contender], configs[contender]))
+            for contender in [each for each in race.left if self.statuses[members[each]] == Status.GONE]:
+                race.fail(contender, "its process is gone")  # while it had nothing to do
+            if race.failed[INCUMBENT] and self.statuses[members[INCUMBENT]] == Status.GONE:  # the race is void
+                self._account(losers=sum(report.spent + report.assessed for each in heard.values() for report in each))
+                self.race = []
+                return
+            if number > 1 and len(race.left) > 1:
+                race.decide()
+            self._show_race(race, members, challenges, rounds, heard)
+            if not race.left or (race.over and (number > 1 or race.left == [INCUMBENT])):
+                break
+            number, racing = number + 1, list(race.left)
+        yield from self._end_race(race, members, challenges, configs, heard)
+
+    def _end_race(
+        self,
+        race: Race,
+        members: list[int],
+        challenges: list[Challenge],
+        configs: list[dict[str, Any]],
+        heard: Outcome,
+    ) -> Course:
+        """The winner gets a checkpoint and is the incumbent from now on; what was learnt is kept."""
+        progress, incumbent = self.progress, self.incumbent
+        winner = race.winner() if race.left else INCUMBENT
+        steps = [sum(report.spent + report.assessed for report in heard[member]) for member in members]
+        member, done = members[winner], heard[members[winner]]
+        if not race.left:
+            self._account(losers=sum(steps))
+            self.race = []
+            self._retreat(member, done[-1].failure or "")
+            return
+        name = self._name(done[-1].iteration)
+        task = self._assignment(configs[winner], incumbent.checkpoint, iterations=done[-1].iterations, checkpoint=name)
+        reports = (yield {member: task})[member]
+        if reports[-1].failure is not None:  # its process is gone: the race is void
+            self._account(losers=sum(steps))
+            self.race = []
+            return
+        won = challenges[winner - 1] if winner != INCUMBENT else None
+        ahead = [i for i in range(1, len(challenges) + 1) if i != winner and race.is_ahead(i)] if won else []
+        ahead.sort(key=lambda contender: -race.z(contender, INCUMBENT))
+        accepted = [won] if won else []
+        accepted += [challenges[i - 1] for i in ahead if won and independent(won, challenges[i - 1])][:1]
+        self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead])
+        longest = LONGEST * self.config.stretch
+        progress.length = self.config.stretch if won else min(int(1.5 * progress.length + 0.5), longest)
+        if won is None:
+            progress.spent["rejected"] += sum(steps) - steps[winner]
+        self._account(losers=sum(steps) - steps[winner])
+        if won:
+            incumbent.path.append([incumbent.iteration, _difference(incumbent.config, configs[winner])])
+            incumbent.latest, progress.flat = [], 0
+        incumbent.config, incumbent.member = configs[winner], member
+        errors = [report.resize_error for report in done if report.resize_error is not None]
+        self._log(
+            Phase.RACE,
+            Decision.ACCEPTED if won else Decision.REJECTED,
+            changes=[asdict(challenge) for challenge in challenges],
+            accepted=[asdict(challenge) for challenge in accepted],
+            contenders=self.race,
+            losers=sum(steps) - steps[winner],
+            resize_error=errors[0] if errors else None,
+        )
+        self._advance([*done, *reports], name)
+        for challenge in accepted[1:]:
+            config = changed(incumbent.config, challenge)
+            incumbent.path.append([incumbent.iteration, _difference(incumbent.config, config)])
+            incumbent.config = config
+        progress.cycle, progress.phase, self.race = progress.cycle + 1, Phase.STRETCH, []
+        # What won may go farther still: the next race comes at once.
+        progress.left = 0 if won and self._races() else min(progress.length, self._affordable())
+        self._boundary()
+
+    def _alone(self, iterations: int, checkpoint: str | None = None, **more: Any) -> Course:
+        """The incumbent does something alone; returns its reports. A failure has been dealt with."""
+        incumbent, member = self.incumbent, self._member()
+        task = self._assignment(incumbent.config, incumbent.checkpoint, iterations, checkpoint=checkpoint, **more)
+        reports = (yield {member: task})[member]
+        if reports[-1].failure is not None:
+            self._retreat(member, reports[-1].failure)
+        return reports
+
+    def _challenges(self) -> list[Challenge]:
+        """The next race's changes, as many as there are members for them."""
+        config, progress = self.incumbent.config, self.progress
+        clipped = ALGORITHMS[config["algorithm"]].clipped
+        rng = np.random.default_rng(seed_for(self.seed, Branch.PROPOSAL, progress.cycle))
+        fixed = [name for name in self.config.evolve if not playable(name, config, clipped)]
+        # The first race looks at the most promising options in both directions; later ones at fewer.
+        wanted = self.config.proposals if not progress.cycle else (self.config.proposals + 1) // 2
+        count = min(wanted, len(self._alive()) - 1)
+        return self.options.challenges(config, count, rng, sizes=self._sizes(), fixed=fixed) if count else []
+
+    def _name(self, iteration: int) -> str:
+        """Name of a checkpoint; what a run wrote before it went back is not written over."""
+        return f"iteration_{iteration:06d}_{self.progress.assignments:06d}"
+
+    def _scores(self, reports: list[Report], count: int, config: Mapping[str, Any]) -> Array:
+        """Returns by task of a round's meta-iterations."""
+        returns = [report.returns for report in reports if report.returns is not None]
+        return np.concatenate([task_scores(each, config["step_weights"]) for each in returns[-count:]])
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that changed."""
+    return {name: value for name, value in after.items() if value != before[name]}
+
+
+def _round_lengths(configs: list[dict[str, Any]], least: int) -> list[int]:
+    """Meta-iterations of each contender's round, so that all play about as many environment steps."""
+    costs = [cost(config) for config in configs]
+    return [least * max(round(max(costs) / cost), 1) for cost in costs]

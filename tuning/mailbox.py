@@ -1,0 +1,92 @@
+"""Where the members of a run get their assignments and hand each other rollouts: an actor without a processor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ssm_metarl.algorithms.rollouts import Rollouts
+
+
+class _Mailbox:
+    """The assignments of the moment, and the last rollouts that were offered."""
+
+    def __init__(self) -> None:
+        self._assignments: dict[int, dict[str, Any]] = {}
+        self._offered: tuple[str, Any] = ("", None)
+        self._closed = False
+        self._news = asyncio.Condition()
+
+    async def put(self, assignments: dict[int, dict[str, Any]]) -> None:
+        """Replace all assignments: a member without one waits, also where its process was started again."""
+        async with self._news:
+            self._assignments = assignments
+            self._news.notify_all()
+
+    async def close(self) -> None:
+        """Tell all members that the run is over."""
+        async with self._news:
+            self._closed = True
+            self._news.notify_all()
+
+    async def next(self, member: int, after: int) -> dict[str, Any] | None:
+        """A member's assignment with a number above `after`, or None at the end of the run."""
+
+        def is_there() -> bool:
+            return self._closed or self._assignments.get(member, {"number": -1})["number"] > after
+
+        async with self._news:
+            await self._news.wait_for(is_there)
+        return None if self._closed else self._assignments[member]
+
+    async def offer(self, key: str, rollouts: list[Any]) -> None:
+        """Keep a reference to rollouts; it takes the place of the one before."""
+        self._offered = (key, rollouts)
+
+    async def fetch(self, key: str) -> list[Any]:
+        """The reference that was offered under a name."""
+        return self._offered[1] if self._offered[0] == key else []
+
+
+class RayExchange:
+    """An `Exchange` over an actor; rollouts go through Ray's object store.
+
+    Args:
+        actor: handle of the actor.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def next(self, member: int, after: int) -> dict[str, Any] | None:
+        """See `Exchange`; waits without a limit."""
+        answer: dict[str, Any] | None = ray.get(self.actor.next.remote(member, after))
+        return answer
+
+    def offer(self, key: str, rollouts: Sequence[Rollouts]) -> None:
+        """See `Exchange`."""
+        ray.get(self.actor.offer.remote(key, [ray.put(list(rollouts))]))
+
+    def fetch(self, key: str) -> Sequence[Rollouts]:
+        """See `Exchange`; nothing where the process that offered them is gone."""
+        references = ray.get(self.actor.fetch.remote(key))
+        try:
+            return ray.get(references[0]) if references else ()
+        except ray.exceptions.RayError:
+            return ()
+
+
+def start_mailbox(name: str) -> RayExchange:
+    """Start the actor on this node; it ends with this process."""
+    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(_Mailbox).options(name=name, num_cpus=0, scheduling_strategy=node, max_concurrency=1000)
+    return RayExchange(actor.remote())
+
+
+def connect(exchange: Any) -> Any:
+    """The exchange that a config names: the actor of that name, or the object itself."""
+    return RayExchange(ray.get_actor(exchange)) if isinstance(exchange, str) else exchange

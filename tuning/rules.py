@@ -1,0 +1,163 @@
+"""What becomes of the incumbent between races and stretches, and what the budget still has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tuning.incumbent import LATEST
+from ssm_metarl.tuning.ledger import Ledger
+from ssm_metarl.tuning.options import OPTIONS
+from ssm_metarl.tuning.records import Decision, Phase, Record, Report, Status
+
+ENDLESS = 60
+"""Without a budget, what losers may cost is a share of the steps so far, or of as many meta-iterations at first."""
+
+SIZE_ROUND = 2
+"""Meta-iterations of a round in a race about sizes, whose effect takes longer to show."""
+
+FLAT = 2
+"""Stretches without an improvement after which the policy's sizes may move, too."""
+
+
+class Rules(Ledger):
+    """A run's ledger with the decisions that need no race: going on, going back, ending."""
+
+    def _advance(self, reports: list[Report], name: str) -> None:
+        """The incumbent is where its member's reports say, with a checkpoint."""
+        incumbent = self.incumbent
+        self._account(incumbent=sum(report.spent + report.assessed for report in reports))
+        for report in reports:
+            if report.returns is not None:
+                incumbent.latest = [*incumbent.latest[1 - LATEST :], report.returns]
+                incumbent.curve.append(self._normal(report.returns)[-1])
+        incumbent.iteration, incumbent.env_steps = reports[-1].iteration, reports[-1].env_steps
+        incumbent.checkpoint = name
+        known = self.archive.get(self.progress.best or "")
+        self.archive[name] = Record(
+            name=name,
+            iteration=incumbent.iteration,
+            env_steps=incumbent.env_steps,
+            cycle=self.progress.cycle,
+            config=incumbent.config,
+            path=[list(change) for change in incumbent.path],
+            handed_over=known.handed_over if known else "last",
+        )
+        self.progress.best = self.progress.best or name
+
+    def _retreat(self, member: int, reason: str) -> None:
+        """The incumbent cannot go on: again from its checkpoint, with other random numbers and half the rate."""
+        if self.statuses[member] == Status.GONE:  # which was said, and counted, at once
+            return
+        self._fail(member, reason)
+        if self.finished:
+            return
+        incumbent = self.incumbent
+        node = seed_for(self.seed, Branch.CHILD_SEED, self.progress.assignments)
+        low = self.config.bounds.get("outer_lr", (OPTIONS["outer_lr"].low,))[0]
+        changes = {"seed": int(node.generate_state(1)[0]), "outer_lr": max(incumbent.config["outer_lr"] / 2, low)}
+        incumbent.config = {**incumbent.config, **changes}
+        incumbent.path.append([incumbent.iteration, changes])
+        self._boundary()
+
+    def _return_to(self, record: Record, reason: str) -> None:
+        """Make an earlier checkpoint the incumbent, with random numbers of its own from there on."""
+        incumbent = self.incumbent
+        seed = {"seed": int(seed_for(self.seed, Branch.CHILD_SEED, self.progress.assignments).generate_state(1)[0])}
+        incumbent.config, incumbent.checkpoint = {**record.config, **seed}, record.name
+        incumbent.iteration, incumbent.env_steps = record.iteration, record.env_steps
+        incumbent.path, incumbent.latest = [*(list(change) for change in record.path), [record.iteration, seed]], []
+        self.progress.best = record.name
+        self._log(Phase.STRETCH, Decision.ROLLED_BACK, record=record, reason=reason)
+
+    def _apply_requests(self) -> None:
+        """Go back to the checkpoint that a person asked for last."""
+        for path, name in self.store.requests():
+            if path.name in self._requests:
+                continue
+            self._requests.append(path.name)
+            if (record := self.archive.get(name)) is not None:
+                self._return_to(record, "asked for")
+                self.progress.left = self.progress.left or self.progress.length
+                self.progress.phase, self.incumbent.curve = Phase.STRETCH, []
+                self._boundary()
+
+    def _fail(self, member: int, reason: str, counts: bool = True) -> None:
+        self._troubled = True
+        self.progress.failures += counts
+        self._log(self.progress.phase, Decision.FAILED, member=member, reason=reason)
+        if self.progress.failures >= self.config.max_failures:
+            self._end(f"{self.progress.failures} failures in a row")
+
+    def _end(self, why: str) -> None:
+        """Nothing comes after this."""
+        if not self.finished:
+            self.progress.finished = why
+            self.progress.phase = Phase.HAND_OVER
+            self.assignments = {}
+            self._boundary()
+
+    def _alive(self) -> list[int]:
+        return [member for member, status in enumerate(self.statuses) if status != Status.GONE]
+
+    def _member(self) -> int:
+        """Who trains the incumbent: its own member, or another one where that is gone."""
+        if self.statuses[self.incumbent.member] == Status.GONE:
+            self.incumbent.member = self._alive()[0]
+        return self.incumbent.member
+
+    # --- Environment steps ---
+
+    def _iteration_steps(self) -> float:
+        """Environment steps of a meta-iteration of the incumbent, as they were on average lately; 0: not known."""
+        return self.incumbent.env_steps / self.incumbent.iteration if self.incumbent.iteration else 0.0
+
+    def _affordable(self) -> int:
+        """Meta-iterations that the budget still has room for, what assessments may take set aside."""
+        if not self.config.budget:
+            return 1 << 30
+        spent = self.progress.spent
+        left = self.config.budget * (1 - self.config.assess_share) - (spent["total"] - spent["assessments"])
+        each = self._iteration_steps()
+        return max(int(left / each + 0.5), 0) if each else int(left > 0) * (1 << 30)
+
+    def _affordable_tasks(self, policies: int, share: float) -> int:
+        """Held-out tasks on which as many policies can be played with a share of what assessments may take."""
+        config, spent = self.incumbent.config, self.progress.spent
+        whole = self.config.budget if share == 1.0 and self.config.budget else spent["total"]
+        purse = self.config.assess_share * share * whole - spent["assessments"]
+        each = self._iteration_steps() / config["meta_batch"]
+        return max(int(purse / (policies * each)), 0) if each else 0
+
+    def _account(self, *, losers: int = 0, assessments: int = 0, incumbent: int = 0) -> None:
+        spent = self.progress.spent
+        spent["losers"] += losers
+        spent["assessments"] += assessments
+        spent["total"] += losers + assessments + incumbent
+
+    def _races(self) -> bool:
+        """Whether there is to be another race, and there are steps for it and for the winner to go on."""
+        config, spent = self.config, self.progress.spent
+        if not config.mutate or 0 < config.cycles <= self.progress.cycle or len(self._alive()) < 2:
+            return False
+        iterations = config.race.rounds + 1 + config.proposals + config.stretch
+        whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
+        purse = config.losers_share * whole - spent["rejected"]
+        return self._affordable() > iterations and purse > config.proposals * self._iteration_steps()
+
+    def _sizes(self) -> bool:
+        """Whether the policy's sizes may move: the last stretches were flat, and there are steps for a longer race."""
+        longer = SIZE_ROUND * (self.config.race.rounds + 1) * self.config.members
+        return self.progress.flat >= FLAT and self._affordable() > longer
+
+    def _longest_race(self, configs: list[dict[str, Any]], rounds: list[int], stages: list[int]) -> float:
+        """Meta-iterations of the incumbent that a race costs where nobody leaves it."""
+        costs = [count * cost(config) / cost(configs[0]) for count, config in zip(rounds, configs)]
+        alike = [each > int(configs[0]["inner_steps"]) for each in stages]  # who takes over the whole first iteration
+        return sum(cost * (self.config.race.rounds + 1) for cost in costs) - sum(map(int, alike))
+
+
+def cost(config: Mapping[str, Any]) -> int:
+    """Episodes of a meta-iteration."""
+    return int(config["meta_batch"] * config["episodes"] * (config["inner_steps"] + 1))
