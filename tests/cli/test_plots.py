@@ -21,7 +21,12 @@ from ssm_metarl.tasks.cartpole import TIME_STEP
 def write_metrics(run: Path, iterations: int, stages: int) -> list[dict[str, Any]]:
     """A run's metrics, with other returns after each inner step and iteration."""
     lines = [
-        {"iteration": i, "env_steps": 1000 * i, "return_by_step": [10.0 * i + step for step in range(stages)]}
+        {
+            "iteration": i,
+            "env_steps": 1000 * i,
+            "return_by_step": [10.0 * i + step for step in range(stages)],
+            "seconds": {"sample": 0.1, "adapt": 0.1, "update": 0.1, "ray": 0.0, "total": 0.3},
+        }
         for i in range(1, iterations + 1)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -30,7 +35,8 @@ def write_metrics(run: Path, iterations: int, stages: int) -> list[dict[str, Any
 
 def write_evaluation(run: Path) -> dict[str, Any]:
     evaluation = {"return": [1.0, 2.0, 4.0], "ci_low": [0.5, 1.5, 3.0], "ci_high": [1.5, 2.5, 5.0]}
-    evaluation |= {"num_tasks": 40, "split": "test"}
+    evaluation |= {"num_tasks": 40, "split": "test", "task": "navigation-2d"}
+    evaluation |= {"episode_length": [100.0, 100.0, 100.0], "environment_steps": 1000, "seconds": 1.0}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     return evaluation
 

@@ -24,7 +24,8 @@ def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(cluster.ray, "init", init)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: bool(starts))
     monkeypatch.setattr(cluster, "available_cores", lambda: 2)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):  # another test's Ray may have set the mode
+        monkeypatch.delenv(name, raising=False)
     return starts
 
 

@@ -34,7 +34,7 @@ def names(run: Path) -> set[str]:
 
 
 def visible(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*"))
+    return sorted(path.name for path in folder.rglob("*") if not path.name.startswith(".lock"))
 
 
 # --- What a run leaves ------------------------------------------------------------------------------------
