@@ -24,7 +24,7 @@ from ssm_metarl.app.view import (
 from ssm_metarl.app.workspace import Workspace
 from ssm_metarl.cli.adapt import write_report
 from ssm_metarl.cli.job import run_name
-from ssm_metarl.cli.options import json_object
+from ssm_metarl.cli.parsing import json_object
 from ssm_metarl.cli.tables import interval_words, modes_table, parameter_words
 from ssm_metarl.evaluation.adapt import MODES, adapt_checkpoint
 from ssm_metarl.evaluation.compare import compare_modes

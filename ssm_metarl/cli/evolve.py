@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ssm_metarl.cli.console import console, say
 from ssm_metarl.cli.job import run_name
-from ssm_metarl.cli.options import Evolve, Rollback, copy_of
+from ssm_metarl.cli.options import Evolve, Rollback
+from ssm_metarl.cli.parsing import copy_of
 from ssm_metarl.cli.plots import has_lineage, plot_evolution
 from ssm_metarl.cli.population import PopulationView, evolution_summary
 from ssm_metarl.cli.train import checked_config, copy_end, resume_words, run_place

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ssm_metarl import pretrained
-from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus, Line, parse
+from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus
+from ssm_metarl.cli.parsing import Line, parse
 from ssm_metarl.cli.population import population_view
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import jobs

@@ -13,7 +13,8 @@ from ssm_metarl.cli.console import RUNS, console, say
 from ssm_metarl.cli.evaluate import run_evaluate
 from ssm_metarl.cli.evolve import run_evolve, run_rollback
 from ssm_metarl.cli.job import run_job
-from ssm_metarl.cli.options import COMMANDS, Adapt, App, Evaluate, Evolve, JobCommand, Plot, Rollback, Run, Train, parse
+from ssm_metarl.cli.options import COMMANDS, Adapt, App, Evaluate, Evolve, JobCommand, Plot, Rollback, Run, Train
+from ssm_metarl.cli.parsing import parse
 from ssm_metarl.cli.plot import run_plot
 from ssm_metarl.cli.train import run_train
 from ssm_metarl.distributed.collection import EnvironmentFailure

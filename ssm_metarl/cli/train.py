@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ssm_metarl.cli.console import RUNS, console, say
 from ssm_metarl.cli.job import run_name
-from ssm_metarl.cli.options import Run, Train, copy_of
+from ssm_metarl.cli.options import Run, Train
+from ssm_metarl.cli.parsing import copy_of
 from ssm_metarl.cli.plots import plot_run
 from ssm_metarl.cli.tables import evaluation_table
 from ssm_metarl.config import TrainConfig

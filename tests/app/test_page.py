@@ -30,7 +30,8 @@ from ssm_metarl.app import adaptation_tab, evolution_tab, pretrained_tab, server
 from ssm_metarl.app.workspace import MAX_JOBS, Workspace, job_of
 from ssm_metarl.cli.job import prepared
 from ssm_metarl.cli.main import main
-from ssm_metarl.cli.options import Evolve, Train, parse
+from ssm_metarl.cli.options import Evolve, Train
+from ssm_metarl.cli.parsing import parse
 from ssm_metarl.distributed import jobs
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import MANIFEST, CheckpointError

@@ -16,7 +16,8 @@ from builders import PNG
 from evolved import contenders, event, fresh_run, race
 from ssm_metarl.cli import plots
 from ssm_metarl.cli.main import main
-from ssm_metarl.cli.options import Evolve, parse
+from ssm_metarl.cli.options import Evolve
+from ssm_metarl.cli.parsing import parse
 from ssm_metarl.cli.plots import plot_evolution
 from ssm_metarl.cli.population import PopulationView, decisions_table, incumbent_table, population_view, race_table
 from ssm_metarl.config import TrainConfig

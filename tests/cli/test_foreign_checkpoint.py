@@ -223,7 +223,8 @@ def test_a_foreign_config_does_not_say_where_and_with_how_much(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ten thousand workers and threads on a device of its own: what is there is used."""
-    from ssm_metarl.cli.options import Train, parse
+    from ssm_metarl.cli.options import Train
+    from ssm_metarl.cli.parsing import parse
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     run = tmp_path / "run"

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from command_line import Command, join_ray
-from ssm_metarl.cli.options import Train, parse
+from ssm_metarl.cli.options import Train
+from ssm_metarl.cli.parsing import parse
 from ssm_metarl.cli.train import checked_config
 from ssm_metarl.config import TrainConfig
 
@@ -202,7 +203,7 @@ def test_a_command_line_is_what_it_gives_and_can_be_written_again() -> None:
 def test_reading_a_command_line_fetches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run to resume comes from its copy when the command runs."""
     pulled: list[str] = []
-    monkeypatch.setattr("ssm_metarl.cli.options.Mirror.pull", lambda mirror: pulled.append(mirror.uri))
+    monkeypatch.setattr("ssm_metarl.cli.parsing.Mirror.pull", lambda mirror: pulled.append(mirror.uri))
     words = ["train", "--resume", "--run-dir", str(tmp_path / "run"), "--storage", f"file://{tmp_path}/copies"]
     line = parse(words)
     with pytest.raises(SystemExit):
