@@ -94,8 +94,7 @@ def train(
         CheckpointError: the checkpoint to resume or to start from is damaged or of other sizes.
         EnvironmentFailure: more than a tenth of the episodes are invalid.
     """
-    begin = time.perf_counter()
-    run = Path(run_dir)
+    begin, run = time.perf_counter(), Path(run_dir)
     check_device(config.machine.device)
     copy = RunCopy(run, mirror) if isinstance(mirror, str) else mirror
     result: TrainResult | None = None
