@@ -415,6 +415,10 @@ TITLES = {
 }
 
 
+GOALS = {("random-starts", "navigation-2d"): -15.5}
+"""Least mean return of `evolve`."""
+
+
 def compared(options: Options) -> dict[str, Any]:
     """A row a method: return by family, and the interquartile mean of normalised returns over all, with intervals."""
     results, plan = carry_out(options), jobs(options)
@@ -432,7 +436,14 @@ def compared(options: Options) -> dict[str, Any]:
         }
     each = {key: {"return": found["returns"][-1], "path": found.get("path", [])} for key, found in results.items()}
     columns = [f"{name} ({FAMILIES[name].steps / 1e6:g} M steps)" for name in families]
+    goals = []
+    for column, name in enumerate(families):
+        bound, cell = GOALS.get((options.show, name)), next(r for r in rows if r["name"] == methods[0])["cells"][column]
+        if bound is not None and cell:
+            row = {"row": methods[0], "column": columns[column], "bound": bound, "most": False}
+            goals.append({**row, **cell, "met": cell["value"] >= bound})
     return {
+        "goals": goals,
         "title": TITLES[options.show],
         "seeds": list(options.starts),
         "columns": [*columns, "all, normalised (IQM)"],
