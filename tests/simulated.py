@@ -27,6 +27,9 @@ from ssm_metarl.tuning.store import RunStore
 REFERENCE = ReferenceReturns(random=0.0, random_sd=0.1, oracle=1.0)
 """Returns are normalised already."""
 
+SHORT: dict[str, Any] = {"cycles": 3, "proposals": 2, "stretch": 2}
+"""Rules of a run of a few dozen meta-iterations."""
+
 BEST_RATE = 0.01
 """Outer learning rate at which skill grows fastest."""
 

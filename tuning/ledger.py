@@ -22,15 +22,7 @@ from ssm_metarl.tuning.store import RunStore
 
 
 class Ledger:
-    """State and events of a run; what is saved is the state at the incumbent's last checkpoint.
-
-    Args:
-        config: the rules.
-        base: `TrainConfig` of the first incumbent, flat JSON values.
-        reference: the family's, by which returns are normalised.
-        store: where state, events and checkpoints are.
-        start: name of the checkpoint in the archive that the incumbent starts from; None: initial weights.
-    """
+    """State and events of a run, see `Population`; what is saved is the state at the incumbent's last checkpoint."""
 
     def __init__(
         self,

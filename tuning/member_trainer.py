@@ -22,7 +22,7 @@ from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.storage.mirror import local_folder, write_folder
 from ssm_metarl.storage.uri import below
-from ssm_metarl.tuning.records import Assignment, Play, Report, mean_name
+from ssm_metarl.tuning.records import START, Assignment, Play, Report, mean_name
 
 MEAN = "mean_iterations"
 """In a checkpoint's progress: over how many iterations its weights are averaged."""
@@ -126,16 +126,12 @@ class MemberTrainer(MetaTrainer):
         with tempfile.TemporaryDirectory() as folder:
             loaded = load_checkpoint(local_folder(below(self._archive, assignment.start), Path(folder)))
             resize = self.go_on_from(loaded)
-            if resize is None:
-                try:
-                    mean = load_checkpoint(
-                        local_folder(below(self._archive, mean_name(assignment.start)), Path(folder))
-                    )
-                    self._mean = int(mean.progress[MEAN]), mean.policy
-                except (ValueError, OSError, KeyError):  # a run's start has none
-                    self._mean = 1, loaded.policy
+            if resize is None and assignment.start != START:
+                mean = load_checkpoint(local_folder(below(self._archive, mean_name(assignment.start)), Path(folder)))
+                self._mean = int(mean.progress[MEAN]), mean.policy
             else:
                 self._mean = 1, self.learner.weights()
+            if resize is not None:
                 self._report.resize_error = resize.error
                 self._report.assessed += resize.env_steps
         self.learner.check_rates(self.train_config.meta.inner_lr, self.train_config.meta.outer_lr)

@@ -12,6 +12,9 @@ import numpy as np
 
 from ssm_metarl.algorithms.rollouts import Array
 
+START = "start"
+"""Name in the archive of the checkpoint that a run was started from; it alone has no running mean beside it."""
+
 
 class Phase(StrEnum):
     """What the run does."""

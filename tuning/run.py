@@ -24,10 +24,8 @@ from ssm_metarl.tasks import TaskDistribution
 from ssm_metarl.tuning.config import EvolveConfig
 from ssm_metarl.tuning.metrics import normalise
 from ssm_metarl.tuning.population import Population
+from ssm_metarl.tuning.records import START
 from ssm_metarl.tuning.store import RunStore, read_state
-
-START = "start"
-"""Name in the archive of the checkpoint that a run was started from."""
 
 MACHINE = ("num_workers", "learner_threads", "device", "sample_timeout_s")
 """Options that say where members run, not what they do."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from command_line import SMALL, Command, Outcome
+from ssm_metarl.cli import plots
 from ssm_metarl.cli.main import main
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
@@ -34,3 +36,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two iterations."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     return train(TrainConfig.for_task("navigation-2d", iterations=2, inner_lr=0.2, **SMALL), folder).run_dir
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """Figures drawn, by file name."""
+    drawn: dict[str, Figure] = {}
+    write = plots._write
+
+    def keep(figure: Figure, path: Path) -> Path:
+        drawn[path.name] = figure
+        return write(figure, path)
+
+    monkeypatch.setattr(plots, "_write", keep)
+    return drawn

@@ -234,20 +234,6 @@ def test_what_happens_is_said_without_a_terminal(fresh: Path) -> None:
     assert decisions_table(events).row_count == 5
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """Figures drawn, by file name."""
-    drawn: dict[str, Figure] = {}
-    write = plots._write
-
-    def keep(figure: Figure, path: Path) -> Path:
-        drawn[path.name] = figure
-        return write(figure, path)
-
-    monkeypatch.setattr(plots, "_write", keep)
-    return drawn
-
-
 def test_pictures_of_a_run(fresh: Path, figures: dict[str, Figure]) -> None:
     with pytest.raises(ValueError, match="no race"):
         plot_evolution(fresh, "a task")

@@ -41,20 +41,6 @@ def write_evaluation(run: Path) -> dict[str, Any]:
     return evaluation
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """Figures drawn, by file name."""
-    drawn: dict[str, Figure] = {}
-    write = plots._write
-
-    def keep(figure: Figure, path: Path) -> Path:
-        drawn[path.name] = figure
-        return write(figure, path)
-
-    monkeypatch.setattr(plots, "_write", keep)
-    return drawn
-
-
 @pytest.mark.parametrize(("iterations", "stages"), [(1, 2), (3, 2), (4, 8)])
 def test_the_learning_curve_has_a_line_for_every_inner_step(
     tmp_path: Path, figures: dict[str, Figure], iterations: int, stages: int

@@ -10,24 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulated import Killed, World, drive, events, new_population, read_policy, resumed, skill_of
+from simulated import SHORT, Killed, World, drive, events, new_population, read_policy, resumed, skill_of
 from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.records import Decision, Phase, Report, Status, mean_name
 from ssm_metarl.tuning.store import read_state, request_rollback
 
-SHORT: dict[str, Any] = {"cycles": 3, "proposals": 2, "stretch": 2}
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("ssm_metarl.tuning.metrics.RESAMPLES", 5)
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Iterator[Path]:
-    """One after the other, each new."""
-    return (tmp_path / str(number) for number in range(1000))
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 def decided(population: Population) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 from simulated import (
     BEST_RATE,
     EPISODE_STEPS,
+    SHORT,
     Killed,
     World,
     drive,
@@ -28,19 +29,7 @@ from ssm_metarl.tuning.records import Decision, Phase
 ITERATION = 20 * 4 * 2 * EPISODE_STEPS
 """Environment steps of a meta-iteration of the simulated incumbent."""
 
-SHORT: dict[str, Any] = {"cycles": 3, "proposals": 2, "stretch": 2}
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-    monkeypatch.setattr("ssm_metarl.tuning.metrics.RESAMPLES", 5)
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Iterator[Path]:
-    """One after the other, each new."""
-    return (tmp_path / str(number) for number in range(1000))
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 def outcome(population: Population) -> dict[str, Any]:
