@@ -38,13 +38,13 @@ def cluster_of(head_cpus: int, *node_cpus: int) -> tuple[Cluster, list[Any]]:
     return cluster, nodes
 
 
-def when(condition: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
-    """Do something in the background as soon as a condition holds."""
+def when(look: Callable[[], Any], action: Callable[[Any], object]) -> threading.Thread:
+    """Do something in the background with what is looked for, as soon as there is something."""
 
     def watch() -> None:
-        while not condition():
+        while not (found := look()):
             time.sleep(0.05)
-        action()
+        action(found)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -72,7 +72,7 @@ def run_train(folder: Path) -> dict[str, Any]:
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     held: dict[str, int] = {}
 
-    def kill() -> None:
+    def kill(_: object) -> None:
         held.update(holders("RolloutWorker"))
         cluster.remove_node(nodes[0], allow_graceful=False)
 
@@ -83,18 +83,20 @@ def run_train(folder: Path) -> dict[str, Any]:
 
 
 def run_evolve(folder: Path) -> dict[str, Any]:
-    """Three members of two processors each; a node that holds one is killed after the first race."""
-    cluster, nodes = cluster_of(4, 4, 2)
+    """Three members of two processors each, at most one on the head; a node that holds one is killed after a race."""
+    cluster, nodes = cluster_of(2, 4, 4)
     log = folder / "storage" / "evolved" / "rsi" / "events.jsonl"
     killed: list[str] = []
 
-    def kill() -> None:
-        held = holders("MemberTrainer")
-        node = next(node for node in nodes if node.node_id in held)
+    def with_member() -> Any | None:
+        held = holders("MemberTrainer") if lines(log) else {}
+        return next((node for node in nodes if node.node_id in held), None)
+
+    def kill(node: Any) -> None:
         killed.append(node.node_id)
         cluster.remove_node(node, allow_graceful=False)
 
-    when(lambda: len(lines(log)) >= 1, kill)
+    when(with_member, kill)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
     rules = ["--proposals=2", "--cycles=6", "--assess-tasks=4"]
     storage = str(folder / "storage")
