@@ -1,4 +1,4 @@
-from ssm_metarl.cli.main import main
+from ssm_metarl.__main__ import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

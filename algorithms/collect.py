@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -17,6 +19,11 @@ from ssm_metarl.seeds import child
 
 MakeEnv = Callable[[Sequence[Any], int], gymnasium.vector.VectorEnv]
 
+Steps = Generator[None, None, Rollouts]
+"""A rollout under way: it pauses after every step, and returns the record."""
+
+_log = logging.getLogger(__name__)
+
 
 def collect(
     env: gymnasium.vector.VectorEnv,
@@ -28,8 +35,8 @@ def collect(
     *,
     trial_episodes: int = 1,
     deterministic: bool = False,
-) -> Rollouts:
-    """Let the policy act for one episode, or one trial of several, in every slot of `env`.
+) -> Steps:
+    """Let the policy act for one episode, or one trial of several, in every slot of `env`; see `played`.
 
     Args:
         env: M·K sub-environments, slot k of task m at index m·K + k, autoreset in the same step.
@@ -42,6 +49,9 @@ def collect(
         trial_episodes: episodes that follow each other in a slot, with the recurrent state, the previous action and the
             previous reward carried over (Duan et al. 2016, arXiv 1611.02779); `env` must end them itself.
         deterministic: take the most likely action instead of sampling.
+
+    Yields:
+        After every step of all slots.
 
     Returns:
         One record of the M tasks. An episode in which an observation, a reward, an action or its log-probability was
@@ -85,6 +95,7 @@ def collect(
             inputs[..., size:-2] = one_hot[action] if spec.discrete else action
             inputs[..., -2] = reward
             inputs[..., -1] = done
+        yield
     return record.rollouts()
 
 
@@ -99,9 +110,8 @@ def collect_tasks(
     *,
     trial_episodes: int = 1,
     deterministic: bool = False,
-) -> Rollouts:
-    """Make the tasks' environments and `collect`; a task whose environment raises is dropped, the others are
-    not.
+) -> Steps:
+    """Make the tasks' environments and `collect`; a task whose environment raises is dropped, the others are not.
 
     Since a task's experience depends on its seed alone, collecting again task by task after an exception returns for
     the healthy tasks exactly what would have been collected with all of them together.
@@ -115,26 +125,57 @@ def collect_tasks(
         lost.
     """
 
-    def attempt(part: slice) -> Rollouts:
+    def attempt(part: slice) -> Steps:
         env = make_env(tasks[part], num_episodes)
         try:
-            return collect(
+            return (yield from collect(
                 env, spec, of_tasks(weights, part), seeds[part], tasks[part], horizon,
                 trial_episodes=trial_episodes, deterministic=deterministic,
-            )  # fmt: skip
+            ))  # fmt: skip
         finally:
-            env.close()
+            _close(env)
 
     try:
-        return attempt(slice(0, len(tasks)))
-    except Exception:
-        parts: list[Rollouts] = []
-        for i in range(len(tasks)):
-            try:
-                parts.append(attempt(slice(i, i + 1)))
-            except Exception:
-                parts.append(_blank(spec, tasks[i], num_episodes, traceback.format_exc()))
-        return Rollouts.concatenate(parts)
+        return (yield from attempt(slice(0, len(tasks))))
+    except (Exception, SystemExit) as error:
+        _unless_signalled(error)
+    parts: list[Rollouts] = []
+    for i in range(len(tasks)):
+        try:
+            parts.append((yield from attempt(slice(i, i + 1))))
+        except (Exception, SystemExit) as error:
+            _unless_signalled(error)
+            parts.append(_blank(spec, tasks[i], num_episodes, traceback.format_exc()))
+    return Rollouts.concatenate(parts)
+
+
+def played(steps: Steps) -> Rollouts:
+    """Play a rollout to its end; its record."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            record: Rollouts = end.value
+            return record
+
+
+def _close(env: gymnasium.vector.VectorEnv) -> None:
+    """Close an environment; one that cannot be is no reason to lose what it has played."""
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:
+        _unless_signalled(error)
+        _log.warning("An environment could not be closed: %s: %s", type(error).__name__, error)
+
+
+def _unless_signalled(error: BaseException) -> None:
+    """Raise again the SystemExit of a signal's handler: it ends the process, that of an environment does not."""
+    if not isinstance(error, SystemExit):
+        return
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    codes = [getattr(handler, "__code__", None) for handler in handlers]
+    if any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise error
 
 
 def _draw(

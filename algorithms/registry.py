@@ -28,7 +28,7 @@ class Algorithm:
         family_preset: attribute of a task family with the options that train it by this algorithm; None: no family has
             such options, and those of the algorithm hold for all.
         trainer: `module:class`.
-        fixed: options that the trainer does not follow, and the value that each must have.
+        fixed: options that the trainer does not follow, and the values that each may have, the usual one first.
     """
 
     inner_ratio: bool = True
@@ -37,7 +37,7 @@ class Algorithm:
     least_inner_steps: int = 1
     family_preset: str | None = "recommended"
     trainer: str = META_TRAINER
-    fixed: Mapping[str, object] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
 
 
 ALGORITHMS: Mapping[str, Algorithm] = {
@@ -50,13 +50,13 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         family_preset=None,
         trainer="ssm_metarl.distributed.rllib.trainer:PolicyGradientTrainer",
         fixed={
-            "inner_steps": 0,
-            "baseline": "critic",
-            "kl_penalty": 0.0,
-            "trial_episodes": 1,
-            "learned_step_sizes": False,
-            "replay_episodes": 0,
-            "sample_timeout_s": None,
+            "inner_steps": (0,),
+            "baseline": ("critic",),
+            "kl_penalty": (0.0,),
+            "trial_episodes": (1,),
+            "learned_step_sizes": (False,),
+            "replay_episodes": (0,),
+            "sample_timeout_s": ("auto", None),
         },
     ),
 }

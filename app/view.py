@@ -17,8 +17,8 @@ from rich.table import Table
 
 from ssm_metarl.app.guard import check_types
 from ssm_metarl.app.workspace import Kind, Workspace, job_of
-from ssm_metarl.distributed.collection import EnvironmentFailure
 from ssm_metarl.distributed.jobs import JobError
+from ssm_metarl.distributed.pool import EnvironmentFailure
 
 COMPUTE: Mapping[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}
 """Of events that play episodes in this process: one after the other, the others wait in the queue."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray._private import ray_constants, services
 from ray._private.authentication import authentication_token_setup
@@ -26,6 +27,9 @@ network for its own, and most of them listen on every address. It means that no 
 
 TOKEN_MODE = {"RAY_AUTH_MODE": "token"}
 """Environment of Ray's processes in which each asks for this user's token."""
+
+ANSWER_SECONDS = 10.0
+"""What a cluster has to answer before it counts as dead."""
 
 WAY_IN = "it asks for the token that `ray get-auth-token` prints"
 """Of a dashboard: how to get in."""
@@ -126,12 +130,33 @@ def _restore(environment: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
+def _check_answers(address: str) -> None:
+    """Refuse an address where nothing speaks Ray's protocol: Ray itself would try for minutes, deaf to signals.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    place = (read_ray_address() or "") if address == "auto" else address.removeprefix("ray://")
+    if not place or ":" not in place or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # Ray says at once what is wrong; and encrypted ports answer only to it
+    try:
+        with grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)]) as channel:
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_SECONDS)
+    except grpc.FutureTimeoutError:
+        found = f"{place}, where Ray's record of this machine has one," if address == "auto" else address
+        raise ValueError(
+            f"No Ray cluster answers at {found} within {ANSWER_SECONDS:.0f} s (--address, RAY_ADDRESS): "
+            "start one, or leave the address out."
+        ) from None
+
+
 def _join(address: str) -> Any:
     """Connect to a running cluster.
 
     Raises:
         ValueError: none answers, or one of another version; one sentence.
     """
+    _check_answers(address)
     local = _only_on_loopback(address)
     if local:
         send_token()

@@ -8,15 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
-from ssm_metarl.distributed.pool import Pool
+from ssm_metarl.distributed.pool import EnvironmentFailure, Pool
 from ssm_metarl.tasks import Task
 
 INVALID_EPISODES_ALLOWED = 0.1
 """Share of a collection's episodes that may be invalid before the run stops."""
-
-
-class EnvironmentFailure(RuntimeError):
-    """Too many episodes are invalid; the message carries its own traceback."""
 
 
 class StageCollector:

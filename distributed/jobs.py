@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
+import requests
 from packaging.requirements import Requirement
 
 import ssm_metarl
 from ssm_metarl.config import available_cores
-from ssm_metarl.distributed.cluster import ON_LOOPBACK, TOKEN_MODE, ensure_token, send_token
+from ssm_metarl.distributed.cluster import ANSWER_SECONDS, ON_LOOPBACK, TOKEN_MODE, ensure_token, send_token
 from ssm_metarl.storage.atomic import replace_file
 
 if TYPE_CHECKING:
@@ -149,17 +151,30 @@ def start_head(timeout_s: float = 90.0) -> Head:
     raise JobError(f"A Ray head did not come up within {timeout_s:.0f} s; see {log}.")
 
 
-def end_head(head: Head, timeout_s: float = 30.0) -> None:
+def end_head(head: Head, timeout_s: float = 3.0) -> None:
     """End exactly the processes of a head, and forget it."""
     if head.alive():
         process = psutil.Process(head.pid)
         family = [process, *process.children(recursive=True)]
         process.terminate()  # it ends its children, and they theirs
-        _, left = psutil.wait_procs(family, timeout_s)
-        for straggler in left:
+        for straggler in _left(family, timeout_s):
             straggler.kill()
-        psutil.wait_procs(left, timeout_s)
+        _left(family, timeout_s)
     head_file().unlink(missing_ok=True)
+
+
+def _left(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that run after a while at most. One that has ended counts as gone, also if its parent never looks."""
+
+    def runs(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    end = time.monotonic() + timeout_s
+    while (left := [process for process in processes if runs(process)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
 
 
 def connect(address: str | None = None, *, start: bool = False) -> JobSubmissionClient:
@@ -188,11 +203,17 @@ def _client(address: str) -> JobSubmissionClient:
 
     try:
         send_token()
+        if address.startswith(("http://", "https://")):
+            requests.head(address, timeout=ANSWER_SECONDS)  # Ray's own request would wait for ever
         client = JobSubmissionClient(address)
     except AuthenticationError:
         raise JobError(
             f"The cluster at {address} asks for a token: put its own into ~/.ray/auth_token or RAY_AUTH_TOKEN."
         ) from None
+    except requests.Timeout:
+        raise JobError(f"No Ray job server answers at {address} within {ANSWER_SECONDS:.0f} s.") from None
+    except requests.ConnectionError:
+        raise JobError(f"No Ray job server answers at {address}: nothing listens there.") from None
     except (ConnectionError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise JobError(f"No Ray job server answers at {address}: {reason[0]}") from None

@@ -310,6 +310,6 @@ def check_device(name: str) -> None:
     """
     name = resolve_device(name)
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.collect import collect_tasks, played
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
+from ssm_metarl.distributed.suspicion import Suspicion
 
 if TYPE_CHECKING:
     from ssm_metarl.distributed.worker import WorkerHandle
 
-MAX_DEATHS = 3
-"""A task held by a worker at this many deaths in one call is taken to be their cause, and dropped."""
+FIRST_SILENCE, LEAST_SILENCE = 300.0, 60.0
+"""Seconds without a sign of life after which a worker is replaced: before any worker has played, and at least later."""
+
+SILENCES = 10.0
+"""The same, in the longest silence of a worker that went on."""
+
+WARNING = 0.25
+"""The share of it after which a silence is told."""
+
+SampleTimeout = float | Literal["auto"] | None
+"""See `MachineConfig.sample_timeout_s`."""
+
+_log = logging.getLogger(__name__)
 
 INLINE_BYTES = 90_000
 """Shared weights below this travel with each call (Ray inlines up to 100 KiB): cheaper than a put."""
+
+
+class EnvironmentFailure(RuntimeError):
+    """Too many episodes are invalid, or every task is lost; the message carries a traceback where there is one."""
 
 
 class Pool:
@@ -39,8 +56,9 @@ class Pool:
             query = pool.collect(adapted, tasks, query_seeds, num_episodes=20, label="query 7")
 
     Tasks are split evenly and in order. What a task experiences depends on its seed and weights alone, so the
-    result depends neither on the number of workers nor on a worker's death: what the worker held is collected
-    again, task by task, by whichever worker is free.
+    result depends neither on the number of workers nor on the end of one: what a worker held that died, or gave no sign
+    of life, is collected again, task by task, by whichever worker is free. A task that keeps ending workers is dropped,
+    see `Suspicion`.
 
     Args:
         distribution: the family of the tasks.
@@ -48,13 +66,13 @@ class Pool:
         num_workers: n, Ray actors of one CPU each; 0 collects in this process and needs no Ray.
         trial_episodes: episodes that follow each other in an episode slot, see `collect`.
         name: the actors are named `{name}/rollout-worker-{i}`, unique among the open pools of a driver.
-        sample_timeout_s: seconds after which a worker is replaced and the tasks that it holds are given up;
-            None: never. When it fires, the run is no longer reproducible. Has no effect in process.
+        sample_timeout_s: when a worker is replaced and its tasks are played again, see `MachineConfig`. Has no effect
+            in process.
 
     Attributes:
         restarts: workers that died or were replaced so far.
-        dropped: tasks dropped so far because they killed `MAX_DEATHS` workers.
-        timed_out: number of tasks given up so far because of `sample_timeout_s`.
+        dropped: tasks dropped so far because they kept ending workers.
+        timed_out: number of tasks given up so far because one alone took longer than `sample_timeout_s`.
         ray_seconds: seconds that `collect` took so far, less its slowest worker's own sampling; 0 in
             process. Waiting for workers that start is part of it.
 
@@ -70,12 +88,12 @@ class Pool:
         num_workers: int,
         trial_episodes: int = 1,
         name: str = "local",
-        sample_timeout_s: float | None = None,
+        sample_timeout_s: SampleTimeout = "auto",
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 (in process) or more, not {num_workers}.")
-        if sample_timeout_s is not None and not sample_timeout_s > 0:
-            raise ValueError(f"sample_timeout_s must be a positive number or None, not {sample_timeout_s}.")
+        if isinstance(sample_timeout_s, int | float) and not sample_timeout_s > 0:
+            raise ValueError(f'sample_timeout_s must be a positive number, "auto" or None, not {sample_timeout_s}.')
         self.restarts = 0
         self.dropped: list[Task] = []
         self.timed_out = 0
@@ -83,7 +101,9 @@ class Pool:
         self._distribution = distribution
         self._spec = spec
         self._trial_episodes = trial_episodes
-        self._timeout_s = sample_timeout_s
+        self._watch = _Watch(sample_timeout_s)
+        self._suspicion = Suspicion()
+        self._calls = 0
         self._put: tuple[Mapping[str, Array], Any] | None = None  # the last shared weights, their reference
         self._workers: list[WorkerHandle] = []
         self._closed = False
@@ -122,7 +142,8 @@ class Pool:
 
         Raises:
             ValueError: without a task, or with another number of seeds than tasks.
-            RuntimeError: when every task was dropped or timed out; when the pool is closed.
+            EnvironmentFailure: every task was dropped or timed out.
+            RuntimeError: the pool is closed.
         """
         if self._closed:
             raise RuntimeError("This pool is closed: its workers are gone.")
@@ -133,7 +154,8 @@ class Pool:
         start = time.perf_counter()
         per_task = weights["encoder.weight"].ndim == 3
         sent = weights if per_task else self._sent_once(weights)
-        batch = _Batch(sent, per_task, tasks, seeds, num_episodes, label, deterministic)
+        self._calls += 1
+        batch = _Batch(self._calls, sent, per_task, tasks, seeds, num_episodes, label, deterministic)
         batch.split(len(self._workers))
         self._play(batch)
         rollouts = batch.joined()
@@ -146,8 +168,11 @@ class Pool:
 
     def close(self) -> None:
         """End the workers; the pool cannot be used any more. Closing again does nothing."""
-        for worker in self._workers:
-            worker.close()
+        if self._workers:
+            from ssm_metarl.distributed.worker import close_workers
+
+            close_workers(self._workers)
+        self._distribution.close()
         self._workers = []
         self._put = None
         self._closed = True
@@ -170,16 +195,18 @@ class Pool:
     ) -> Rollouts:
         family = self._distribution
         with self._threads.limit(limits=1, user_api="blas"):
-            rollouts = collect_tasks(
-                family.make_vector_env,
-                self._spec,
-                weights,
-                seeds,
-                tasks,
-                num_episodes,
-                family.horizon,
-                trial_episodes=self._trial_episodes,
-                deterministic=deterministic,
+            rollouts = played(
+                collect_tasks(
+                    family.make_vector_env,
+                    self._spec,
+                    weights,
+                    seeds,
+                    tasks,
+                    num_episodes,
+                    family.horizon,
+                    trial_episodes=self._trial_episodes,
+                    deterministic=deterministic,
+                )
             )
         return _owned(rollouts)
 
@@ -201,66 +228,164 @@ class Pool:
         try:
             while batch.waiting or held:
                 for worker in self._workers:
-                    if batch.waiting and worker.call is None:
-                        held[worker] = batch.waiting.popleft()
-                        batch.submit(worker, held[worker])
+                    if worker.call is None and (part := self._next(batch, worker)):
+                        held[worker] = part
+                        batch.submit(worker, part)
                 # A worker that is starting or restarting matters only while something waits for it.
-                awaited = self._workers if batch.waiting else list(held)
-                done = ready_workers(awaited, self._time_left(held))
-                for worker in done:
-                    self._receive(batch, worker, held.pop(worker, None))
-                if not done:
-                    self._give_up_late(batch, held)
+                awaited = [worker for worker in self._workers if worker.call is not None]
+                for worker in ready_workers(
+                    awaited if batch.waiting else list(held), self._watch.seconds(held.values())
+                ):
+                    self._receive(batch, worker, held)
+                for worker, part in list(held.items()):
+                    self._look_after(batch, worker, part, held)
         finally:
             for worker in held:  # after an exception: what they still answer belongs to no batch
                 worker.await_process()
 
-    def _receive(self, batch: _Batch, worker: WorkerHandle, part: _Part | None) -> None:
-        """Take the answer of a worker that played `part`, or (None) that has started."""
+    def _next(self, batch: _Batch, worker: WorkerHandle) -> _Part | None:
+        """The first part that waits for a worker on this node: a suspect is rather tried where it has not been."""
+        nodes = self._running_nodes()
+        for part in batch.waiting:
+            if len(part.tasks) > 1 or not self._suspicion.avoided(batch.key(part), worker.node, nodes):
+                batch.waiting.remove(part)
+                return part
+        return None
+
+    def _running_nodes(self) -> set[str]:
+        """Nodes with a worker that is not starting or restarting."""
+        return {worker.node for worker in self._workers if not worker.starting}
+
+    def _receive(self, batch: _Batch, worker: WorkerHandle, held: dict[WorkerHandle, _Part]) -> None:
+        """Take an answer of a worker: a sign of life, what it played, or that it has started."""
         from ssm_metarl.distributed.worker import WorkerDied
 
+        node, part = worker.node, held.get(worker)
         try:
             answer = worker.result()
         except WorkerDied:
             if part is not None:
-                self.restarts += 1
-                self.dropped += batch.blame(part)
-        else:
-            if part is not None:
-                batch.finish(part, worker, *answer)
+                del held[worker]
+                self._take_back(batch, part, node)
+            return
+        if part is None:
+            return
+        self._watch.lives(part, worker)
+        if answer is not None:
+            del held[worker]
+            batch.finish(part, worker, *answer)
+            if len(part.tasks) == 1:
+                self._suspicion.played(batch.key(part))
 
-    def _time_left(self, held: Mapping[WorkerHandle, _Part]) -> float | None:
-        """Seconds until the first part held is late."""
-        if self._timeout_s is None or not held:
-            return None
-        since = min(part.since for part in held.values())
-        return max(0.0, since + self._timeout_s - time.perf_counter())
+    def _take_back(self, batch: _Batch, part: _Part, node: str) -> None:
+        """Have the tasks of a worker that ended wait, one by one; drop one that keeps ending those that play it."""
+        from ssm_metarl.distributed.worker import nodes_alive
 
-    def _give_up_late(self, batch: _Batch, held: dict[WorkerHandle, _Part]) -> None:
-        """Replace the workers that took longer than `sample_timeout_s`."""
-        assert self._timeout_s is not None
-        latest = time.perf_counter() - self._timeout_s
-        for worker in [worker for worker, part in held.items() if part.since <= latest]:
-            part = held.pop(worker)
-            worker.restart()
-            self.restarts += 1
-            self.timed_out += len(part.tasks)
-            for i in part.tasks:
-                batch.lose(i, f"took longer than sample_timeout_s = {self._timeout_s:g}")
+        self.restarts += 1
+        if len(part.tasks) == 1:
+            key = batch.key(part)
+            self._suspicion.ended(key, node)
+            if self._suspicion.condemned(key, nodes_alive(), self._running_nodes() | {node}):
+                self._suspicion.forget(key)
+                self.dropped.append(batch.tasks[part.tasks.start])
+                batch.lose(part.tasks.start, "was dropped: every worker that played it alone ended")
+                return
+        batch.waiting.extend(_Part(range(i, i + 1)) for i in part.tasks)
+
+    def _look_after(self, batch: _Batch, worker: WorkerHandle, part: _Part, held: dict[WorkerHandle, _Part]) -> None:
+        """Tell of a worker that is silent, and replace one that is so for too long."""
+        self._watch.tell(part, worker)
+        if not self._watch.is_late(part):
+            return
+        _log.warning("%s is replaced: its %d tasks are played again.", worker.name, len(part.tasks))
+        del held[worker]
+        worker.restart()
+        if not self._watch.bounds_calls or len(part.tasks) > 1:
+            self._take_back(batch, part, worker.node)
+            return
+        self.restarts += 1
+        self.timed_out += 1
+        batch.lose(part.tasks.start, f"took longer than sample_timeout_s = {self._watch.timeout:g}")
 
 
 @dataclass
 class _Part:
-    """Consecutive tasks of a batch, that a worker plays in one call, and when the call began."""
+    """Consecutive tasks of a batch, that a worker plays in one call.
+
+    Attributes:
+        since: when the call began.
+        alive: when the worker gave the last sign of life.
+        told: whether its silence since then was told.
+    """
 
     tasks: range
     since: float = 0.0
+    alive: float = 0.0
+    told: bool = False
+
+
+class _Watch:
+    """How long a worker may be silent, from how long others were.
+
+    Args:
+        timeout: `MachineConfig.sample_timeout_s`.
+
+    Attributes:
+        bounds_calls: whether `timeout` is one of whole calls.
+    """
+
+    def __init__(self, timeout: SampleTimeout) -> None:
+        self.timeout: Any = timeout
+        self.bounds_calls = isinstance(timeout, int | float)
+        self._longest: float | None = None
+
+    def _silence(self) -> float:
+        """Seconds without a sign of life that are too many."""
+        return FIRST_SILENCE if self._longest is None else max(LEAST_SILENCE, SILENCES * self._longest)
+
+    def lives(self, part: _Part, worker: WorkerHandle) -> None:
+        """The worker gave a sign of life."""
+        now = time.perf_counter()
+        if part.told:
+            _log.warning("%s plays again, after %.0f s.", worker.name, now - part.alive)
+        self._longest = max(self._longest or 0.0, now - part.alive)
+        part.alive, part.told = now, False
+
+    def is_late(self, part: _Part) -> bool:
+        """Whether the worker is to be replaced."""
+        now = time.perf_counter()
+        if self.bounds_calls:
+            return bool(now - part.since >= self.timeout)
+        return self.timeout is not None and now - part.alive >= self._silence()
+
+    def tell(self, part: _Part, worker: WorkerHandle) -> None:
+        """Warn of a silence, once."""
+        now, silence = time.perf_counter(), self._silence()
+        if part.told or now - part.alive < WARNING * silence:
+            return
+        part.told = True
+        clock = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - part.alive)))
+        if self.bounds_calls:
+            end = f"; it is replaced when its call takes {self.timeout:g} s"
+        else:
+            end = "" if self.timeout is None else f"; it is replaced after {silence:.0f} s"
+        _log.warning("%s (process %d) has given no sign of life since %s%s.", worker.name, worker.pid, clock, end)
+
+    def seconds(self, parts: Collection[_Part]) -> float | None:
+        """Seconds until one of these parts wants to be looked after."""
+        moments = [part.alive + WARNING * self._silence() for part in parts if not part.told]
+        if self.bounds_calls:
+            moments += [part.since + self.timeout for part in parts]
+        elif self.timeout is not None:
+            moments += [part.alive + self._silence() for part in parts]
+        return max(0.0, min(moments) - time.perf_counter()) if moments else None
 
 
 @dataclass
 class _Batch:
-    """One call of `Pool.collect`: its arguments, what waits, what came back, whom deaths are blamed on."""
+    """One call of `Pool.collect`: its arguments, what waits, what came back, what is lost."""
 
+    number: int
     weights: Any
     per_task: bool
     tasks: Sequence[Task]
@@ -271,8 +396,11 @@ class _Batch:
     waiting: deque[_Part] = field(default_factory=deque)
     played: dict[int, Rollouts] = field(default_factory=dict)  # by the number of the part's first task
     lost: dict[int, str] = field(default_factory=dict)  # by the number of the task
-    deaths: Counter[int] = field(default_factory=Counter)  # by the number of the task
     seconds: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))  # own sampling, by worker
+
+    def key(self, part: _Part) -> tuple[int, int]:
+        """The name of a part's first task, also beside those of other calls."""
+        return self.number, part.tasks.start
 
     def split(self, workers: int) -> None:
         """Let parts of equal size (to one task) wait, at most one a worker."""
@@ -287,7 +415,7 @@ class _Batch:
         if self.per_task:
             weights = {name: value[own] for name, value in weights.items()}
         title = f"collect {self.label}, {len(part.tasks)} tasks"
-        part.since = time.perf_counter()
+        part.since = part.alive = time.perf_counter()
         worker.submit(title, weights, self.tasks[own], self.seeds[own], self.num_episodes, self.deterministic)
 
     def finish(self, part: _Part, worker: WorkerHandle, rollouts: Rollouts, seconds: float) -> None:
@@ -295,30 +423,19 @@ class _Batch:
         self.played[part.tasks.start] = rollouts
         self.seconds[worker] += seconds
 
-    def blame(self, part: _Part) -> list[Task]:
-        """Count a death for the tasks held and let them wait one by one; return those dropped instead."""
-        dropped = []
-        for i in part.tasks:
-            self.deaths[i] += 1
-            if self.deaths[i] < MAX_DEATHS:
-                self.waiting.append(_Part(range(i, i + 1)))
-            else:
-                self.lose(i, f"was dropped: {MAX_DEATHS} workers died while they played it")
-                dropped.append(self.tasks[i])
-        return dropped
-
     def lose(self, task: int, reason: str) -> None:
-        """Have an empty record in the place of a task, and a sentence why."""
+        """Have an empty record in the place of a task, and say why."""
         self.lost[task] = f"Task {task}, {self.tasks[task]!r}, {reason}."
+        _log.warning(self.lost[task])
 
     def joined(self) -> Rollouts:
         """The record of all tasks, in order.
 
         Raises:
-            RuntimeError: when all are lost.
+            EnvironmentFailure: all are lost.
         """
         if not self.played:
-            raise RuntimeError(f"Every task was lost. {next(iter(self.lost.values()))}")
+            raise EnvironmentFailure(f"Every task was lost. {next(iter(self.lost.values()))}")
         like = next(iter(self.played.values()))
         parts = dict(self.played)
         for i, reason in self.lost.items():

@@ -2,28 +2,67 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+_log = logging.getLogger(__name__)
+
+_received: list[list[int]] = []
+"""Of the runs that `interrupts` ends; one at most in practice."""
 
 
 @contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """A list that gets the number of the first SIGINT or SIGTERM; the second raises. Works in the main thread only."""
+def interrupts(what: str) -> Iterator[list[int]]:
+    """A list that gets the number of the first SIGINT, SIGTERM or SIGHUP; the second ends the process at once.
+
+    SIGHUP, which a closed terminal sends, stays ignored where it is, as under nohup. Signals are received in the main
+    thread only.
+
+    Args:
+        what: the run does before it ends, such as "The iteration is being finished", which the first signal tells.
+
+    Raises:
+        KeyboardInterrupt: the second signal is SIGINT.
+        SystemExit: it is another; with 128 and its number.
+    """
     received: list[int] = []
+    _received.append(received)
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
+        numbers.clear()
 
     def note(number: int, _frame: object) -> None:
-        if received:
+        if not received:
+            received.append(number)
+            again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            with suppress(RuntimeError):  # it interrupted the writing of a line
+                _log.warning("%s; another %s ends it at once.", what, again)
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        received.append(number)
+        else:
+            raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
+        _received.remove(received)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def hang_up() -> None:
+    """Nobody reads what this process writes: a run ends after its iteration, anything else at once.
+
+    Raises:
+        SystemExit: with 141, as if by SIGPIPE.
+    """
+    for received in _received:
+        received.append(signal.SIGPIPE)
+    if not _received:
+        raise SystemExit(128 + signal.SIGPIPE)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.spec import PolicySpec
@@ -23,7 +25,7 @@ from ssm_metarl.distributed.learner import check_device
 from ssm_metarl.distributed.schedule import SCHEDULE, Schedule, schedule_file
 from ssm_metarl.distributed.signals import interrupts
 from ssm_metarl.distributed.trainer import MetaTrainer, check_sizes, with_critic
-from ssm_metarl.storage.atomic import replace_file
+from ssm_metarl.storage.atomic import naming, replace_file
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.storage.lock import RunLock, hold
@@ -68,7 +70,7 @@ def train(
 ) -> TrainResult:
     """Train in a folder: checkpoints, `metrics.jsonl` and TensorBoard events.
 
-    SIGINT and SIGTERM end the run after the current iteration, with a checkpoint; a second one ends it at once.
+    SIGINT, SIGTERM and SIGHUP end the run after the current iteration, with a checkpoint; a second one ends it at once.
 
     Args:
         config: of the run. With `num_workers` above 0, Ray is started in this process unless it already is.
@@ -188,6 +190,7 @@ def _train(
     start_ray(machine.num_workers, always=kind.always_ray)
     trainer = kind.of_run(config, distribution)
     metrics: dict[str, Any] = {}
+    checkpoint = last
     try:
         if last:
             trainer.load_checkpoint(str(last))
@@ -195,9 +198,12 @@ def _train(
             trainer.go_on_from(first)
         elif first:
             trainer.start_from(first)
-        checkpoint = last or _save(trainer, run, [])
+        checkpoint = checkpoint or _save(trainer, run, [])
         saved = trainer.meta_iteration
-        with interrupts() as interrupted, _RunLog(run, saved, machine.checkpoint_every) as log:
+        with (
+            interrupts("The iteration is being finished") as interrupted,
+            _RunLog(run, saved, machine.checkpoint_every) as log,
+        ):
             while trainer.meta_iteration < config.experience.iterations and not interrupted:
                 if plan and (changes := plan.changes.get(trainer.meta_iteration)):
                     assert isinstance(trainer, MetaTrainer)
@@ -216,6 +222,10 @@ def _train(
                 checkpoint = _save(trainer, run, log.recent)
         if copy:
             copy.update()
+    except OSError as error:
+        if checkpoint:
+            error.add_note(f"{checkpoint} and the checkpoints before it are safe: --resume goes on from there.")
+        raise
     finally:
         trainer.stop()
     return TrainResult(run, checkpoint, metrics, 0.0, interrupted[0] if interrupted else None)
@@ -235,22 +245,30 @@ class _RunLog:
         self._window = window
         self.recent = cut_metrics(path, iteration)[-window:]
         self._lines = path.open("a")
-        self._board = SummaryWriter(str(run), purge_step=iteration + 1, filename_suffix=f".{iteration}")
+        # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it without end.
+        self._board = EventsWriter(str(run / "events"), f".{iteration}")
+        self._write_event(step=iteration + 1, session_log=SessionLog(status=SessionLog.START))  # purges what is later
 
     def __enter__(self) -> _RunLog:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._board.close()
-        self._lines.close()
+        for file in (self._board, self._lines):
+            with suppress(OSError) if failure[0] else nullcontext():  # what failed first counts
+                file.close()
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Write an iteration's metrics."""
-        self._lines.write(json.dumps(metrics) + "\n")
-        self._lines.flush()
-        for name, value in _scalars(metrics):
-            self._board.add_scalar(name, value, metrics["iteration"])
+        with naming(Path(self._lines.name)):
+            self._lines.write(json.dumps(metrics) + "\n")
+            self._lines.flush()
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in _scalars(metrics)]
+            self._write_event(step=metrics["iteration"], summary=Summary(value=values))
+            self._board.flush()
         self.recent = [*self.recent, metrics["return_by_step"][-1]][-self._window :]
+
+    def _write_event(self, **content: Any) -> None:
+        self._board.write_event(Event(wall_time=time.time(), **content))
 
 
 def trainer_class(config: TrainConfig) -> type[Trainer]:

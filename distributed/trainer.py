@@ -64,7 +64,7 @@ class MetaTrainer(tune.Trainable):
         """Build learner and workers; Tune and the constructor call it once."""
         config = dict(config)
         distribution = config.pop("task_distribution", None)
-        if distribution is not None and config.get("task") not in names():
+        if distribution is not None and ":" not in config["task"] and config["task"] not in names():
             # A family of the user's own, in a process where the user's module did not run.
             register(config["task"], lambda: distribution)
         if self._trial_info is not None:  # under Tune, where the learner has the one CPU that was requested for it

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,13 @@ _DEATHS = (
 )
 
 
+BEAT_SECONDS = 2.0
+"""From one sign of life of a worker that plays to the next."""
+
+CLOSING_SECONDS = 3.0
+"""What workers have to close their environments before they are ended."""
+
+
 class RolloutWorker:
     """A thin shell around `collect_tasks`, stateless between calls: any worker gives the same answer.
 
@@ -36,7 +43,8 @@ class RolloutWorker:
 
         actor = ray.remote(RolloutWorker).remote(distribution, spec)
         ray.get(actor.process.remote())  # it runs
-        rollouts, seconds = ray.get(actor.collect.remote(weights, tasks, seeds, num_episodes, deterministic))
+        for answer in actor.collect.options(num_returns="streaming").remote(weights, tasks, seeds, 20, False):
+            print("it lives" if ray.get(answer) is None else "it has ended")
 
     Args:
         distribution: the family whose environments it makes.
@@ -53,9 +61,9 @@ class RolloutWorker:
 
     # Unlike any other call this one is repeated by Ray until the actor runs: its answer ends a restart.
     @ray.method(max_task_retries=-1)
-    def process(self) -> int:
-        """Id of the actor's process; another one after a restart."""
-        return os.getpid()
+    def process(self) -> tuple[int, str]:
+        """Ids of the actor's process and of its node; others after a restart."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def collect(
         self,
@@ -64,15 +72,16 @@ class RolloutWorker:
         seeds: Sequence[np.random.SeedSequence],
         num_episodes: int,
         deterministic: bool,
-    ) -> tuple[Rollouts, float]:
+    ) -> Iterator[tuple[Rollouts, float] | None]:
         """Play `num_episodes` episodes of each task; see `collect_tasks`.
 
-        Returns:
-            The record, and the seconds that sampling took in this process.
+        Yields:
+            None every `BEAT_SECONDS` in which there was a step; at last the record, and the seconds that sampling took
+            in this process.
         """
-        start = time.perf_counter()
+        start = beat = time.perf_counter()
         family = self._distribution
-        rollouts = collect_tasks(
+        steps = collect_tasks(
             family.make_vector_env,
             self._spec,
             weights,
@@ -83,7 +92,19 @@ class RolloutWorker:
             trial_episodes=self._trial_episodes,
             deterministic=deterministic,
         )
-        return rollouts, time.perf_counter() - start
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                yield end.value, time.perf_counter() - start
+                return
+            if (now := time.perf_counter()) - beat > BEAT_SECONDS:
+                beat = now
+                yield None
+
+    def close_environments(self) -> None:
+        """Close those that the family has kept for the next call."""
+        self._distribution.close()
 
 
 class WorkerDied(Exception):
@@ -98,44 +119,64 @@ class WorkerHandle:
         worker = WorkerHandle("run/rollout-worker-0", distribution, spec)
         worker.result()  # wait until it runs
         worker.submit("collect support 7, 10 tasks", weights, tasks, seeds, num_episodes, deterministic)
-        rollouts, seconds = worker.result()
+        while (answer := worker.result()) is None:  # a sign of life
+            pass
+        rollouts, seconds = answer
 
     Args:
         name: the actor's name in Ray, unique in the driver's namespace.
         distribution, spec, trial_episodes: the worker's.
 
     Attributes:
-        call: the reference of the call under way, None when there is none: the worker is free.
+        call: the call under way, None when there is none: the worker is free.
+        name: the actor's.
+        pid, node: ids of its process and node, as last known; 0 and "" before it has started.
     """
 
     def __init__(self, name: str, distribution: TaskDistribution, spec: PolicySpec, trial_episodes: int = 1) -> None:
-        self._name = name
+        self.name = name
+        self.pid, self.node = 0, ""
         self._arguments = (distribution, spec, trial_episodes)
         self.call: Any = None
         self._create()
 
+    @property
+    def starting(self) -> bool:
+        """Whether its process has not answered yet since it was started."""
+        return self.call is not None and self.call is self._start
+
     def submit(self, title: str, *arguments: Any) -> None:
         """Start `RolloutWorker.collect` on a free worker, under `title` in Ray's dashboard."""
-        self.call = self.actor.collect.options(name=title).remote(*arguments)
+        self.call = self.actor.collect.options(name=title, num_returns="streaming").remote(*arguments)
 
     def result(self) -> Any:
-        """Wait for the call under way; return its answer: of `collect`, or the process id after a start.
+        """Wait for the next answer of the call under way.
+
+        Returns:
+            Of `collect`: None for a sign of life, and the call goes on, or its result. Of a start: the process id.
 
         Raises:
             WorkerDied: the worker's process ended during the call.
             Exception: what the call raised, with the worker's traceback.
         """
+        starting = self.starting
         call, self.call = self.call, None
         try:
-            return ray.get(call)
+            answer = ray.get(call if starting else next(call))
         except _DEATHS as error:
-            if call != self._start:
+            if not starting:
                 self.await_process()
             elif isinstance(error, exceptions.ActorDiedError) and not error.actor_init_failed:
                 self._create()  # it was ended for good: Ray does not restart it
             else:
                 raise
             raise WorkerDied(str(error)) from error
+        if starting:
+            self.pid, self.node = answer
+            return self.pid
+        if answer is None:
+            self.call = call
+        return answer
 
     def await_process(self) -> None:
         """Have under way a call that is answered when the worker runs and has finished all earlier calls."""
@@ -146,7 +187,7 @@ class WorkerHandle:
         while True:
             self.await_process()
             try:
-                return self.result()
+                return int(self.result())
             except WorkerDied:
                 continue
 
@@ -157,8 +198,7 @@ class WorkerHandle:
 
     def close(self) -> None:
         """End the actor for good."""
-        if ray.is_initialized():
-            ray.kill(self.actor)
+        ray.kill(self.actor)
 
     def _create(self) -> None:
         # Ray applies "SPREAD" even inside a placement group and would take the actor out of it.
@@ -166,7 +206,7 @@ class WorkerHandle:
         self.actor = (
             ray.remote(RolloutWorker)
             .options(
-                name=self._name,
+                name=self.name,
                 num_cpus=1,
                 max_restarts=-1,
                 max_task_retries=0,
@@ -177,7 +217,25 @@ class WorkerHandle:
         self.await_process()
 
 
+def close_workers(workers: Sequence[WorkerHandle]) -> None:
+    """End workers for good; those that are free get a moment to close their environments."""
+    if not ray.is_initialized():
+        return
+    closing = [worker.actor.close_environments.remote() for worker in workers if worker.call is None]
+    if closing:
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSING_SECONDS)
+    for worker in workers:
+        worker.close()
+
+
+def nodes_alive() -> set[str]:
+    """Ids of the cluster's nodes."""
+    return {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
+
+
 def ready_workers(workers: Sequence[WorkerHandle], timeout_s: float | None) -> list[WorkerHandle]:
-    """Those of `workers` whose call has ended, or none when `timeout_s` passed before the first did."""
+    """Those of `workers` whose call has an answer, or none when `timeout_s` passed before the first had."""
     by_call = {worker.call: worker for worker in workers}
-    return [by_call[call] for call in ray.wait(list(by_call), num_returns=1, timeout=timeout_s)[0]]
+    if not ray.wait(list(by_call), num_returns=1, timeout=timeout_s)[0]:
+        return []
+    return [by_call[call] for call in ray.wait(list(by_call), num_returns=len(by_call), timeout=0)[0]]

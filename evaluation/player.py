@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from ssm_metarl.algorithms.collect import collect
+from ssm_metarl.algorithms.collect import collect, played
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
@@ -175,7 +175,8 @@ class Player:
             whole: Rollouts | None = None
             for turn in range(rounds):
                 node = seed_for(seed, Branch.PLAYER, step, turn)
-                part = collect(vector, self.spec, weights, [node], [{}], longest, trial_episodes=self.trial_episodes)
+                steps = collect(vector, self.spec, weights, [node], [{}], longest, trial_episodes=self.trial_episodes)
+                part = played(steps)
                 if not part.num_steps:
                     raise ValueError(f"The environment gave nothing to learn from: {part.errors[0]}")
                 whole = part if whole is None else whole.beside(part)

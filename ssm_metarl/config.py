@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 from gymnasium import spaces
@@ -60,22 +60,24 @@ class MachineConfig:
         learner_threads: threads that share the learner's tasks (on a CPU).
         device: where the learner computes, such as "cpu" or "cuda"; "auto": on a GPU where there is one.
         checkpoint_every: iterations between checkpoints; there is one at the end, too.
-        sample_timeout_s: seconds after which a worker is replaced and its tasks are given up; such a run is not
-            reproducible.
+        sample_timeout_s: "auto": a worker that gives no sign of life for ten times as long as any that went on, and
+            for a minute at least, is replaced, and its tasks are played again with the same seeds. A number: seconds
+            that a worker may take for a call; a task that takes longer alone is given up, and such a run is not
+            reproducible. None: never.
     """
 
     num_workers: int = 0
     learner_threads: int = field(default_factory=available_cores)
     device: str = "cpu"
     checkpoint_every: int = 10
-    sample_timeout_s: float | None = None
+    sample_timeout_s: float | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         check_count("num_workers", self.num_workers, 0)
         for name in ("learner_threads", "checkpoint_every"):
             check_count(name, getattr(self, name), 1)
         check_text("device", self.device)
-        if self.sample_timeout_s is not None:
+        if self.sample_timeout_s is not None and self.sample_timeout_s != "auto":
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
 
 
@@ -111,9 +113,9 @@ class TrainConfig:
         for name in ("task_options", "task_ranges"):
             check_mapping(name, getattr(self, name))
         options = self.to_dict()
-        for name, value in ALGORITHMS[self.meta.algorithm].fixed.items():
-            if options[name] != value:
-                raise ValueError(f"{name} must be {value!r} for {self.meta.algorithm}, not {brief(options[name])}.")
+        for name, values in ALGORITHMS[self.meta.algorithm].fixed.items():
+            if options[name] not in values:
+                raise ValueError(f"{name} must be {values[0]!r} for {self.meta.algorithm}, not {brief(options[name])}.")
 
     def family(self) -> TaskDistribution:
         """A new instance of the task family.

@@ -169,6 +169,9 @@ class TaskDistribution(abc.ABC):
             ValueError: a task's parameters are missing, unknown or impossible, or the batch is empty.
         """
 
+    def close(self) -> None:  # noqa: B027 (nothing to do is right for most)
+        """Close the environments that the family keeps between batches; it can still be used."""
+
 
 SPLITS = ("train", "validation", "test")
 """Of a family that offers no tasks outside its training range."""

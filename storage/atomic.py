@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,12 +24,22 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     """
     temporary = temporary_beside(path)
     try:
-        write_new(temporary, content, mode)
-        os.replace(temporary, path)
+        with naming(path):
+            write_new(temporary, content, mode)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of the disk name the file that is written: the system's own names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def delete(path: Path) -> None:

@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from hypothesis import strategies as st
 
 from ssm_metarl.algorithms.batch import Batch, make_batch
-from ssm_metarl.algorithms.collect import collect
+from ssm_metarl.algorithms.collect import collect, played
 from ssm_metarl.algorithms.inner_loop import adapt_weights
 from ssm_metarl.algorithms.parameters import expected_shapes
 from ssm_metarl.algorithms.policy import SSMPolicy
@@ -167,7 +167,7 @@ def toy_rollouts(
     """Experience of toy tasks."""
     tasks = [{"observation_size": spec.observation_size, **task} for task in tasks]
     nodes = [seed_for(seed, task) for task in range(len(tasks))]
-    return collect(ToyEnv(tasks, num_episodes), spec, weights, nodes, tasks, horizon)
+    return played(collect(ToyEnv(tasks, num_episodes), spec, weights, nodes, tasks, horizon))
 
 
 def uneven(tasks: int, num_episodes: int, horizon: int, seed: int = 0) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from gymnasium.spaces import Discrete, Space
 from gymnasium.vector import AutoresetMode
 
 from builders import make_policy
-from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.collect import collect_tasks, played
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import seed_for
@@ -113,7 +113,7 @@ def rollouts(family: TaskDistribution, tasks: list[Any], first: int = 0, num_epi
     """What the small policy plays in these tasks, the first of which has the number `first`."""
     spec, weights = small_policy(family)
     nodes = [seed_for(0, first + number) for number in range(len(tasks))]
-    return collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes, family.horizon)
+    return played(collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes, family.horizon))
 
 
 def draw(family: TaskDistribution, n: int, seed: int = 0) -> list[Any]:

@@ -113,7 +113,8 @@ class ScriptedTrainer(tune.Trainable):
     """Gains skill at a rate that its outer learning rate decides: most around `BEST_RATE`, and ruinous above 0.05."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        self.exchange, self.number = connect(config["exchange"]), int(config["member"])
+        self.number = int(config["member"])
+        self.exchange = connect(config["exchange"], self.number)
         archive = str(config["archive"])
         kind = fault_now(archive, self.number, "start")
         if kind == "kill":

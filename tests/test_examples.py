@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ssm_metarl import SSMPolicy, TrainConfig, evaluate_checkpoint, load_policy, train
-from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.collect import collect_tasks, played
 from ssm_metarl.seeds import seed_for
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -44,8 +44,8 @@ def test_windy(example: ModuleType, tmp_path: Path) -> None:
     spec = TrainConfig.for_task("windy").policy_spec(family)
     tasks, seeds = family.sample(2, np.random.default_rng(0)), [seed_for(0, task) for task in range(2)]
     weights = SSMPolicy(spec).numpy_weights()
-    both = collect_tasks(family.make_vector_env, spec, weights, seeds, tasks, 3, family.horizon)
-    alone = collect_tasks(family.make_vector_env, spec, weights, seeds[1:], tasks[1:], 3, family.horizon)
+    both = played(collect_tasks(family.make_vector_env, spec, weights, seeds, tasks, 3, family.horizon))
+    alone = played(collect_tasks(family.make_vector_env, spec, weights, seeds[1:], tasks[1:], 3, family.horizon))
     assert not both.errors
     np.testing.assert_array_equal(both.returns()[1], alone.returns()[0])
     result = train(TrainConfig.for_task("windy", iterations=10, seed=1), tmp_path / "run")

@@ -78,7 +78,7 @@ def evolve(
 ) -> EvolveResult:
     """Let a policy improve itself in a folder; see `EvolveConfig` for the rules.
 
-    SIGINT and SIGTERM end the run; it resumes from the incumbent's last checkpoint.
+    SIGINT, SIGTERM and SIGHUP end the run; it resumes from the incumbent's last checkpoint.
 
     Args:
         config: of the incumbent at first, whose `lr_schedule` counts as constant. Each member takes `1 + num_workers`
@@ -104,7 +104,7 @@ def evolve(
     try:
         start_ray(config.machine.num_workers, always=True)
         scheduler = RecursiveSelfImprovement.of_run(opened, trainable)
-        with interrupts() as interrupted:
+        with interrupts("The members end") as interrupted:
             _fit(scheduler, run, interrupted)
         seconds = time.perf_counter() - begin
         population.add_seconds("wall", seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from ssm_metarl.algorithms.rollouts import Rollouts
 
 
 class _Mailbox:
-    """The assignments of the moment, and the last rollouts that were offered."""
+    """The assignments of the moment, the last rollouts that were offered, and what members have to tell."""
 
     def __init__(self) -> None:
         self._assignments: dict[int, dict[str, Any]] = {}
         self._offered: tuple[str, Any] = ("", None)
+        self._notes: list[str] = []
         self._closed = False
         self._news = asyncio.Condition()
 
@@ -50,6 +52,19 @@ class _Mailbox:
     async def fetch(self, key: str) -> list[Any]:
         """The reference that was offered under a name."""
         return self._offered[1] if self._offered[0] == key else []
+
+    async def tell(self, line: str) -> None:
+        """Take a line for the run's terminal."""
+        async with self._news:
+            self._notes.append(line)
+            self._news.notify_all()
+
+    async def notes(self) -> list[str]:
+        """The lines since the last time, as soon as there is one; none at the end of the run."""
+        async with self._news:
+            await self._news.wait_for(lambda: self._closed or self._notes)
+        lines, self._notes = self._notes, []
+        return lines
 
 
 class RayExchange:
@@ -87,6 +102,28 @@ def start_mailbox(name: str) -> RayExchange:
     return RayExchange(actor.remote())
 
 
-def connect(exchange: Any) -> Any:
-    """The exchange that a config names: the actor of that name, or the object itself."""
-    return RayExchange(ray.get_actor(exchange)) if isinstance(exchange, str) else exchange
+class _Teller(logging.Handler):
+    """Sends what this package logs in a member's process to the mailbox."""
+
+    def __init__(self, member: int, actor: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._member, self._actor = member, actor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send a line."""
+        self._actor.tell.remote(f"member {self._member}: {record.getMessage()}")
+
+
+def connect(exchange: Any, member: int) -> Any:
+    """The exchange that a config names: the actor of that name, or the object itself.
+
+    What this process logs goes to an actor, too, for the terminal of the run.
+    """
+    if not isinstance(exchange, str):
+        return exchange
+    actor = ray.get_actor(exchange)
+    log = logging.getLogger("ssm_metarl")
+    for handler in [handler for handler in log.handlers if isinstance(handler, _Teller)]:
+        log.removeHandler(handler)
+    log.addHandler(_Teller(member, actor))
+    return RayExchange(actor)

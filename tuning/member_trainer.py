@@ -15,7 +15,8 @@ import numpy as np
 from ray.tune import PlacementGroupFactory
 
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
-from ssm_metarl.distributed.collection import EnvironmentFailure, StageCollector
+from ssm_metarl.distributed.collection import StageCollector
+from ssm_metarl.distributed.pool import EnvironmentFailure
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import evaluate_policy
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -59,7 +60,7 @@ class MemberTrainer(MetaTrainer):
         self.member = int(config["member"])
         self._archive, self._reach = str(config["archive"]), int(config["mean_iterations"])
         self._constants = {**config["machine"], "task_distribution": config.get("task_distribution")}
-        self._exchange: Exchange = connect(config["exchange"])
+        self._exchange: Exchange = connect(config["exchange"], self.member)
         self._held: tuple[str | None, dict[str, Any]] | None = None
         self._done = 0
         self._built = False

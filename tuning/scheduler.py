@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from ssm_metarl.tuning.run import MACHINE, Run, open_run
 
 if TYPE_CHECKING:
     from ray.tune.execution.tune_controller import TuneController
+
+_log = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
 """Seconds that the others wait for a member whose process is gone, before they go on without it."""
@@ -77,6 +80,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         self._trials: dict[int, Trial] = {}
         self._waiting_since: dict[int, float] = {}
         self._exchange: RayExchange | None = None
+        self._notes: Any = None  # the call that is answered when a member has something to tell
         self._sent: dict[int, int] = {}
         self._logged = -1
 
@@ -183,6 +187,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
     def choose_trial_to_run(self, tune_controller: TuneController) -> Trial | None:
         """The first member without a process; every one is to have its own."""
         self._look_after_members()
+        self._relay()
         idle = (Trial.PENDING, Trial.PAUSED)
         waiting = [trial for _, trial in sorted(self._trials.items()) if trial.status in idle]
         return next(iter(waiting), None)
@@ -230,6 +235,17 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
                 self._gone(member, _last_error(trial))
             elif now - self._waiting_since.setdefault(member, now) > PATIENCE_S:
                 self._gone(member, f"no process for it within {PATIENCE_S:g} s")
+
+    def _relay(self) -> None:
+        """Tell what members had to tell."""
+        if self._exchange is None or self.population.finished:
+            return
+        if self._notes is None:
+            self._notes = self._exchange.actor.notes.remote()
+        elif ray.wait([self._notes], timeout=0)[0]:
+            for line in ray.get(self._notes):
+                _log.warning(line)
+            self._notes = None
 
     def _gone(self, member: int, reason: str) -> None:
         if not self.population.finished:

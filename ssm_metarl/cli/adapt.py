@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ssm_metarl.cli.console import answer
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Adapt
 from ssm_metarl.cli.plots import plot_task
@@ -40,7 +41,7 @@ def run_adapt(options: Adapt, console: Console, runs: str) -> int:
         console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Adapted policy: {summary['checkpoint']}", markup=False, highlight=False, soft_wrap=True)
     if options.json:
-        print(json.dumps(summary))
+        answer(json.dumps(summary))
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ssm_metarl.cli.console import console
+from ssm_metarl.cli.console import answer, console
 from ssm_metarl.cli.options import Evaluate
 from ssm_metarl.cli.tables import evaluation_table, modes_table
 from ssm_metarl.evaluation.compare import compare_modes
@@ -20,5 +20,5 @@ def run_evaluate(options: Evaluate) -> int:
         report = evaluate_checkpoint(options.checkpoint, options.config).summary()
         console.print(evaluation_table(report))
     if options.json:
-        print(json.dumps(report))
+        answer(json.dumps(report))
     return 0

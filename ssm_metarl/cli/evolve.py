@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from ssm_metarl.cli.console import console, say
+from ssm_metarl.cli.console import answer, console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Evolve, Rollback
 from ssm_metarl.cli.parsing import copy_of
@@ -49,7 +49,7 @@ def _run_evolve(options: Evolve, config: TrainConfig, run_dir: Path, copy: RunCo
     if finished:
         say(f"Ended: {finished}")
     if options.json:
-        print(json.dumps(summary))
+        answer(json.dumps(summary))
     if result.signal is not None:
         say(f"Interrupted; resume with: {resume_words('evolve', run_dir, copy, options.storage)}")
         return 128 + result.signal

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ssm_metarl import pretrained
+from ssm_metarl.cli.console import answer
 from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus
 from ssm_metarl.cli.parsing import Line, parse
 from ssm_metarl.cli.population import population_view
@@ -134,7 +135,7 @@ def _start(options: JobStart, command: list[str], console: Console) -> int:
     console.print(shown(f"{name}: {shlex.join(command)}"), markup=False, highlight=False, soft_wrap=True)
     if options.json:
         said = {"command": [shown(word) for word in command], "run_dir": run_dir and shown(run_dir)}
-        print(json.dumps({"job": name, **said}))
+        answer(json.dumps({"job": name, **said}))
     return 0
 
 
@@ -156,12 +157,12 @@ def _shutdown(console: Console) -> int:
 def _logs(client: Any, name: str, follow: bool) -> int:
     async def tail() -> None:
         async for text in jobs.follow(client, name):
-            print(text, end="", flush=True)
+            answer(text, end="")
 
     if follow:
         asyncio.run(tail())
     else:
-        print(client.get_job_logs(name), end="")
+        answer(client.get_job_logs(name), end="")
     return 0
 
 
@@ -185,7 +186,7 @@ def _time(milliseconds: int | None) -> str | None:
 
 def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
     if as_json:
-        print(json.dumps(views))
+        answer(json.dumps(views))
         return 0
     table = Table()
     for heading in ("job", "status", "started", "command"):
@@ -223,7 +224,7 @@ def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
     state, events, metrics = _progress(view["run_dir"]) if view["run_dir"] else (None, [], None)
     if as_json:
         place = view["run_dir"] and shown(view["run_dir"])
-        print(json.dumps({**view, "run_dir": place, "state": state, "metrics": metrics}))
+        answer(json.dumps({**view, "run_dir": place, "state": state, "metrics": metrics}))
         return 0
     for key, value in view.items():
         if value and (key != "message" or view["status"] == "FAILED"):

@@ -9,37 +9,40 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ssm_metarl.cli.adapt import run_adapt
-from ssm_metarl.cli.console import RUNS, console, say
+from ssm_metarl.cli.console import RUNS, console, log_said, own_stdout, say
 from ssm_metarl.cli.evaluate import run_evaluate
 from ssm_metarl.cli.evolve import run_evolve, run_rollback
 from ssm_metarl.cli.job import run_job
 from ssm_metarl.cli.options import COMMANDS, Adapt, App, Evaluate, Evolve, JobCommand, Plot, Rollback, Run, Train
-from ssm_metarl.cli.parsing import parse
+from ssm_metarl.cli.parsing import Line, parse
 from ssm_metarl.cli.plot import run_plot
 from ssm_metarl.cli.train import run_train
-from ssm_metarl.distributed.collection import EnvironmentFailure
 from ssm_metarl.distributed.jobs import JobError
+from ssm_metarl.distributed.pool import EnvironmentFailure
 from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.tuning.evolve import EvolutionFailure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; exit code 0, 1 after a failure, 2 for bad input, 130 or 143 when interrupted."""
+    """Run one command; exit code 0, 1 after a failure, 2 for bad input, 128 and its number after a signal."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "train")
     if " ".join(given[:2]) in COMMANDS:
         given[:2] = [" ".join(given[:2])]
+    _keep_to_ourselves()
     command: list[str] = []
     if given[0] == "job start" and "--" in given:
         given, command = given[: given.index("--")], given[given.index("--") + 1 :]
     try:
-        options = parse(given).options()
-        if isinstance(options, JobCommand):
-            return run_job(options, command, console)
-        if isinstance(options, Run | Evaluate | Adapt) and options.address:
-            os.environ["RAY_ADDRESS"] = options.address
-        return RUN[type(options)](options)
+        line = _parsed(given)
+        with own_stdout(), log_said():
+            options = line.options()
+            if isinstance(options, JobCommand):
+                return run_job(options, command, console)
+            if isinstance(options, Run | Evaluate | Adapt) and options.address:
+                os.environ["RAY_ADDRESS"] = options.address
+            return RUN[type(options)](options)
     except (ValueError, CheckpointError) as error:
         _complain(error)
         return 2
@@ -54,6 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
+def _keep_to_ourselves() -> None:
+    """Requests to this machine go to no proxy, and pictures to no notebook, whatever the environment says."""
+    for name in ("no_proxy", "NO_PROXY"):
+        others = [host for host in os.environ.get(name, "").split(",") if host]
+        os.environ[name] = ",".join([*others, *(host for host in LOOPBACK if host not in others)])
+
+
+def _parsed(given: Sequence[str]) -> Line:
+    try:
+        return parse(given)
+    except BrokenPipeError:  # nobody reads the help
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
 def _app(options: App) -> int:
     try:
         import gradio  # noqa: F401
@@ -64,6 +81,8 @@ def _app(options: App) -> int:
     serve(options.host, options.port, options.storage, options.address, say, options.names)
     return 0
 
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 RUN: Mapping[type, Callable[[Any], int]] = {
     Train: run_train,
@@ -78,4 +97,9 @@ RUN: Mapping[type, Callable[[Any], int]] = {
 
 
 def _complain(error: Exception) -> None:
-    console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}."
+    else:
+        text = str(error)
+    text = " ".join([text, *getattr(error, "__notes__", ())])
+    console.print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)

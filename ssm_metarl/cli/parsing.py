@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ssm_metarl.algorithms.registry import MetaConfig
-from ssm_metarl.cli.console import RUNS, say
+from ssm_metarl.cli.console import RUNS, own_stdout, say
 from ssm_metarl.cli.options import COMMANDS, Command, Train
 from ssm_metarl.config import OPTIONS, TrainConfig, available_cores
 from ssm_metarl.distributed.schedule import Schedule
@@ -181,7 +181,9 @@ def parse(arguments: Sequence[str]) -> Line:
     """
     command, default = arguments[0], dict[str, Any]()
     if command in COMMANDS and {"-h", "--help"}.intersection(arguments):
-        default = {"default": _nested(COMMANDS[command], _defaults_for_help(arguments), make=False)}
+        with own_stdout():  # environments print
+            found = _defaults_for_help(arguments)
+        default = {"default": _nested(COMMANDS[command], found, make=False)}
     commands = [
         Annotated[_asked(kind), tyro.conf.subcommand(name, **(default if name == command else {}))]
         for name, kind in COMMANDS.items()

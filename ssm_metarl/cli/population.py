@@ -51,7 +51,7 @@ class PopulationView:
 
     def __init__(self, run: Path, console: Console) -> None:
         self._run, self._console = run, console
-        self._live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
+        self._live = Live(console=console, refresh_per_second=2, redirect_stdout=False) if console.is_terminal else None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._shown = len(RunStore(run).events())  # of a run that is resumed

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ssm_metarl.cli.console import RUNS, console, say
+from ssm_metarl.cli.console import RUNS, answer, console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
 from ssm_metarl.cli.parsing import copy_of
@@ -97,6 +97,8 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
             rate = steps / metrics["seconds"]["total"] / 1000
             speed = f"{rate:.{0 if rate > 10 else 1}f}k steps/s" if steps else ""
             returns = f"return {before:.1f} → {after:.1f}" if config.meta.inner_steps else f"return {after:.1f}"
+            if restarts := metrics.get("restarts"):
+                speed += f" · {restarts} worker{'s' * (restarts > 1)} restarted"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
             if not console.is_terminal:
                 console.print(f"iteration {metrics['iteration']}/{config.experience.iterations}: {returns} {speed}")
@@ -142,7 +144,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
     for path in summary.get("pictures", []):
         say(f"Picture: {path}")
     if options.json:
-        print(json.dumps(summary))
+        answer(json.dumps(summary))
     if result.signal is not None:
         say(f"Interrupted; resume with: {resume_words('train', run_dir, copy, options.storage)}")
         return 128 + result.signal
@@ -161,4 +163,5 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
+        redirect_stdout=False,  # it goes to stderr
     )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ssm_metarl.checks import check_count
 from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
-from ssm_metarl.tasks.external.lending import LentVectorEnv, PolicyEnv, close_all, own_horizon
+from ssm_metarl.tasks.external.lending import Kept, LentVectorEnv, PolicyEnv, close_all, own_horizon
 from ssm_metarl.tasks.external.spaces import action_space, vector_space
 from ssm_metarl.tasks.parameters import stack_parameters
 
@@ -42,7 +42,7 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self._directory = os.getcwd()  # may hold modules that Python does not find, and workers start elsewhere
-        self._idle: dict[Any, list[PolicyEnv]] = {}
+        self._kept = Kept()
         self._keeps: bool | None = None
 
     def _adopt(self, env: gymnasium.Env[Any, Any], horizon: int | None) -> None:
@@ -70,14 +70,14 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
         if self._keeps is None:
             self._keeps = self._used_plays_as_new()
         keys = [self._key(task) for task in tasks]
-        for unwanted in self._idle.keys() - set(keys):
-            close_all(self._idle.pop(unwanted))
+        for unwanted in self._kept.idle.keys() - set(keys):
+            close_all(self._kept.idle.pop(unwanted))
         return LentVectorEnv(
             [self._lend(*row) for row in zip(keys, tasks) for _ in range(num_episodes)], self._give_back
         )
 
     def _lend(self, key: Any, task: Task) -> PolicyEnv:
-        idle = self._idle.get(key)
+        idle = self._kept.idle.get(key)
         env = idle.pop() if idle else self._policy_env(task)
         env.task = task
         return env
@@ -87,7 +87,7 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
             close_all(envs)
             return
         for env in envs:
-            self._idle.setdefault(self._key(env.task), []).append(env)
+            self._kept.idle.setdefault(self._key(env.task), []).append(env)
 
     def _used_plays_as_new(self) -> bool:
         """Try whether an episode depends on its task and seed alone, and not on those that were played before."""
@@ -134,8 +134,9 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
             envs.close()
         return ReferenceReturns(float(returns.mean()), float(returns.std()), None)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_idle": {}}
+    def close(self) -> None:
+        """Close the environments that are kept."""
+        self._kept.close()
 
 
 def _played(env: PolicyEnv, task: Task, seed: int) -> NDArray[Any]:

@@ -24,7 +24,7 @@ from ssm_metarl.tasks.external.attributes import (
 )
 from ssm_metarl.tasks.external.family import AdaptedFamily
 from ssm_metarl.tasks.external.importing import import_module, one_line
-from ssm_metarl.tasks.external.lending import PolicyEnv
+from ssm_metarl.tasks.external.lending import PolicyEnv, close_all
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 
 GYM = "gym:"
@@ -67,17 +67,27 @@ class GymFamily(AdaptedFamily):
         self._module, _, self._env_id = env_id.rpartition(":")
         self._limit = None if horizon is None else check_count(f"{self.name}: the horizon", horizon, 1)
         env = self._attempt("", lambda: self._make({}, {}))
-        self._adopt(env, horizon)
-        self._limit = self.horizon
-        self._sort_names(env.unwrapped)
+        try:
+            self._adopt(env, horizon)
+            self._limit = self.horizon
+            self._sort_names(env.unwrapped)
+        finally:
+            close_all([env])
         lowest = {key: low for key, (low, _) in self._ranges.items()}
-        self._attempt(f" with {lowest}", lambda: self._assign(self._policy_env(lowest), lowest))
+        self._attempt(f" with {lowest}", lambda: self._try(lowest))
 
     def _attempt(self, what: str, make: Callable[[], Any]) -> Any:
         try:
             return make()
         except Exception as error:
             raise ValueError(f"{self.name} cannot be made{what}: {one_line(error)}") from error
+
+    def _try(self, task: Task) -> None:
+        env = self._policy_env(task)
+        try:
+            self._assign(env, task)
+        finally:
+            close_all([env])
 
     def _sort_names(self, env: Any) -> None:
         """Tell arguments, attributes and paths apart; raise ValueError for a name that is none of these."""
@@ -130,6 +140,6 @@ class GymFamily(AdaptedFamily):
         return [{key: values[key][row] for key in values} for row in range(n)]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
+        state = dict(self.__dict__)
         state.pop("_entry", None)  # a function that made the environment need not be picklable
         return state

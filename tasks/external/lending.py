@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 from ssm_metarl.checks import check_count
 from ssm_metarl.core import Task
 from ssm_metarl.tasks.external.spaces import action_of, action_space, vector_of, vector_space
+
+_log = logging.getLogger(__name__)
 
 
 class LentVectorEnv(SyncVectorEnv):
@@ -124,10 +128,42 @@ def _itself(env: PolicyEnv) -> PolicyEnv:
     return env
 
 
-def close_all(envs: Sequence[PolicyEnv]) -> None:
-    """Close the environments."""
+class Kept:
+    """Environments that a family keeps for later; they are closed with it, or at the end of the process.
+
+    Attributes:
+        idle: by what is built into them.
+        sampler: the one that draws tasks, where there is one.
+    """
+
+    def __init__(self) -> None:
+        self.idle: dict[Any, list[PolicyEnv]] = {}
+        self.sampler: gymnasium.Env[Any, Any] | None = None
+        held = vars(self)  # without a reference to this object, which would keep it
+        weakref.finalize(self, lambda: _close_held(held))
+
+    def close(self) -> None:
+        """Close all of them."""
+        _close_held(vars(self))
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()  # a copy of the family has none
+
+
+def _close_held(held: dict[str, Any]) -> None:
+    sampler, held["sampler"] = held["sampler"], None
+    envs = [env for kept in held["idle"].values() for env in kept]
+    held["idle"].clear()
+    close_all([*envs, *([] if sampler is None else [sampler])])
+
+
+def close_all(envs: Sequence[gymnasium.Env[Any, Any]]) -> None:
+    """Close environments; one that cannot be closed is no reason to stop."""
     for env in envs:
-        env.close()
+        try:
+            env.close()
+        except Exception as error:
+            _log.warning("%s could not be closed: %s: %s", env, type(error).__name__, error)
 
 
 def own_horizon(name: str, env: gymnasium.Env[Any, Any]) -> Any:

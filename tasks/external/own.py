@@ -47,11 +47,11 @@ class TaskFamily(AdaptedFamily):
         if not isinstance(made, gymnasium.Env):
             raise ValueError(f"{name} must make a gymnasium.Env, not {type(made).__name__}.")
         env: gymnasium.Env[Any, Any] = made
+        self._kept.sampler = env
         missing = [method for method in ("sample_tasks", "set_task") if not env.has_wrapper_attr(method)]
         if missing:
             raise ValueError(f"The environment of {name} has no {' and no '.join(missing)}, which tasks need.")
         self._adopt(env, horizon)
-        self._sampler: Any = env
         try:
             first, second = (self.sample(3, np.random.default_rng(0)) for _ in range(2))
         except Exception as error:
@@ -76,9 +76,9 @@ class TaskFamily(AdaptedFamily):
         lookup(dict.fromkeys(self.splits), split, "split")
         if not n:
             return []
-        if self._sampler is None:
-            self._sampler = load_entry(self.name, self._directory)()
-        sample_tasks = self._sampler.get_wrapper_attr("sample_tasks")
+        if self._kept.sampler is None:
+            self._kept.sampler = load_entry(self.name, self._directory)()
+        sample_tasks = self._kept.sampler.get_wrapper_attr("sample_tasks")
         named = argument_names(sample_tasks)
         if "rng" in named:
             tasks = sample_tasks(n, rng=rng)
@@ -87,15 +87,12 @@ class TaskFamily(AdaptedFamily):
             if "seed" in named:
                 tasks = sample_tasks(n, seed=seed)
             else:
-                self._sampler.reset(seed=seed)
+                self._kept.sampler.reset(seed=seed)
                 tasks = sample_tasks(n)
         tasks = [_json_value(task) for task in tasks]
         if len(tasks) != n:
             raise ValueError(f"sample_tasks returned {len(tasks)} tasks, not {n}.")
         return tasks
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_sampler": None}
 
 
 def _set_task(env: gymnasium.Env[Any, Any], task: Task) -> None:

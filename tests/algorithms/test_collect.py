@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -27,7 +26,7 @@ from builders import (
     toy_rollouts,
     uneven,
 )
-from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.collect import collect_tasks, played
 from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.seeds import seed_for
@@ -63,7 +62,7 @@ def toys(
     spec = spec or make_spec()
     weights = weights or make_policy(spec).numpy_weights()
     nodes = [seed_for(seed, task) for task in range(len(tasks))]
-    return collect_tasks(ToyEnv, spec, weights, nodes, tasks, num_episodes, horizon, **options)
+    return played(collect_tasks(ToyEnv, spec, weights, nodes, tasks, num_episodes, horizon, **options))
 
 
 # --- What is recorded -----------------------------------------------------------------------------------------
@@ -132,8 +131,10 @@ def test_native_families_are_cut_at_their_horizon_without_an_end() -> None:
     distribution, spec, tasks = family("navigation-2d", 2)
     nodes = [seed_for(0, 0), seed_for(0, 1)]
     weights = {name: value * 0 for name, value in make_policy(spec).numpy_weights().items()}
-    record = collect_tasks(
-        distribution.make_vector_env, spec, weights, nodes, tasks, 2, distribution.horizon, deterministic=True
+    record = played(
+        collect_tasks(
+            distribution.make_vector_env, spec, weights, nodes, tasks, 2, distribution.horizon, deterministic=True
+        )
     )
     assert record.lengths().tolist() == [[100, 100], [100, 100]]
     assert not record.terminated.any()
@@ -162,7 +163,9 @@ def test_a_tasks_experience_is_the_same_in_any_grouping(
 
     def run(part: slice) -> Rollouts:
         own = {name: value[part] for name, value in weights.items()} if per_task else weights
-        return collect_tasks(distribution.make_vector_env, spec, own, nodes[part], tasks[part], num_episodes, 40)
+        return played(
+            collect_tasks(distribution.make_vector_env, spec, own, nodes[part], tasks[part], num_episodes, 40)
+        )
 
     whole = run(slice(0, 5))
     borders = [0, *sorted(cuts), 5]
@@ -177,7 +180,10 @@ def test_a_tasks_experience_is_the_same_in_any_grouping(
 def test_any_policy_is_the_same_in_any_grouping(spec: Any, seed: int) -> None:
     weights, tasks = make_policy(spec, seed).numpy_weights(), uneven(3, 2, 7, seed)
     nodes = [seed_for(seed, task) for task in range(3)]
-    run = functools.partial(collect_tasks, ToyEnv, spec, weights, num_episodes=2, horizon=7)
+
+    def run(**part: Any) -> Rollouts:
+        return played(collect_tasks(ToyEnv, spec, weights, num_episodes=2, horizon=7, **part))
+
     single = [run(seeds=[node], tasks=[task]) for node, task in zip(nodes, tasks, strict=True)]
     assert_same(Rollouts.concatenate(single), run(seeds=nodes, tasks=tasks))
 
@@ -189,7 +195,7 @@ def test_seeds_decide_everything(name: str) -> None:
 
     def run(*path: int) -> Rollouts:
         nodes = [seed_for(*path, task) for task in range(2)]
-        return collect_tasks(distribution.make_vector_env, spec, weights, nodes, tasks, 3, 20)
+        return played(collect_tasks(distribution.make_vector_env, spec, weights, nodes, tasks, 3, 20))
 
     one, again = run(7, 1), run(7, 1)
     assert_same(one, again)
@@ -287,7 +293,7 @@ def test_a_policy_that_diverged_is_not_taken_for_a_faulty_environment(family: An
     weights["policy.bias"][1] = number
     tasks = family.sample(2, np.random.default_rng(0))
     nodes = [seed_for(0, task) for task in range(2)]
-    record = collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes=1, horizon=5)
+    record = played(collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes=1, horizon=5))
     assert record.kept().tolist() == [[True], [False]]
     (error,) = record.errors
     assert "the policy's action not finite at step 0." in error
@@ -304,7 +310,11 @@ def test_what_is_said_of_lost_episodes_does_not_depend_on_the_grouping() -> None
     """Errors come task by task, whatever the order in which they happened."""
     tasks = [{"nan": (1, 5, "reward")}, {}, {"nan": (0, 2, "observation")}]
     nodes, spec = [seed_for(0, task) for task in range(3)], make_spec()
-    run = functools.partial(collect_tasks, ToyEnv, spec, make_policy(spec).numpy_weights(), num_episodes=2, horizon=8)
+    weights = make_policy(spec).numpy_weights()
+
+    def run(**part: Any) -> Rollouts:
+        return played(collect_tasks(ToyEnv, spec, weights, num_episodes=2, horizon=8, **part))
+
     single = [run(seeds=[node], tasks=[task]) for node, task in zip(nodes, tasks, strict=True)]
     assert Rollouts.concatenate(single).errors == run(seeds=nodes, tasks=tasks).errors
 
@@ -323,9 +333,9 @@ def test_a_task_whose_environment_raises_is_dropped_alone(fault: Any, per_task: 
     tasks, spec = uneven(3, 2, 8), make_spec(discrete=discrete)
     weights = task_weights(spec, 3) if per_task else make_policy(spec).numpy_weights()
     nodes = [seed_for(0, task) for task in range(3)]
-    healthy = collect_tasks(Unmakeable, spec, weights, nodes, tasks, 2, 8)
+    healthy = played(collect_tasks(Unmakeable, spec, weights, nodes, tasks, 2, 8))
     tasks[1] = tasks[1] | fault
-    record = collect_tasks(Unmakeable, spec, weights, nodes, tasks, 2, 8)
+    record = played(collect_tasks(Unmakeable, spec, weights, nodes, tasks, 2, 8))
     assert record.kept().tolist() == [[True, True], [False, False], [True, True]]
     for task in (0, 2):
         one, other = record.select(slice(task, task + 1)), healthy.select(slice(task, task + 1))
@@ -355,5 +365,5 @@ def test_environments_are_closed_also_when_they_raise() -> None:
 
     spec = make_spec()
     nodes = [seed_for(0, 0), seed_for(0, 1)]
-    collect_tasks(Closing, spec, make_policy(spec).numpy_weights(), nodes, [{"raises": 1}, {}], 2, 4)
+    played(collect_tasks(Closing, spec, make_policy(spec).numpy_weights(), nodes, [{"raises": 1}, {}], 2, 4))
     assert closed == [4, 2, 2]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from builders import drop, make_policy, make_spec, toy_rollouts
-from ssm_metarl.algorithms.collect import collect
+from ssm_metarl.algorithms.collect import collect, played
 from ssm_metarl.algorithms.propensity import TaskModel, effective_sample_size
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.seeds import seed_for
@@ -27,7 +27,7 @@ def plays(name: str, tasks: list[Any], num_episodes: int = 1, seed: int = 0) -> 
     policy = make_policy(spec, noise=0.0)
     nodes = [seed_for(seed, task) for task in range(len(tasks))]
     env = family.make_vector_env(tasks, num_episodes)
-    return spec, collect(env, spec, policy.numpy_weights(), nodes, tasks, 60)
+    return spec, played(collect(env, spec, policy.numpy_weights(), nodes, tasks, 60))
 
 
 def model_for(spec: Any, stored: Rollouts, current: Rollouts, **options: Any) -> TaskModel:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from builders import ToyEnv, make_policy, make_spec
-from ssm_metarl.algorithms.collect import collect
+from ssm_metarl.algorithms.collect import collect, played
 from ssm_metarl.algorithms.inputs import policy_inputs
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.seeds import seed_for
@@ -29,7 +29,7 @@ def trials(name: str, seed: int = 0, **options: Any) -> tuple[Any, Any, Rollouts
     env = family.make_vector_env(tasks, NUM_EPISODES)
     nodes = [seed_for(seed, task) for task in range(2)]
     weights = policy.numpy_weights()
-    return policy, family, collect(env, spec, weights, nodes, tasks, family.horizon, trial_episodes=EPISODES)
+    return policy, family, played(collect(env, spec, weights, nodes, tasks, family.horizon, trial_episodes=EPISODES))
 
 
 @pytest.mark.parametrize("name", ["cartpole", "navigation-2d"])
@@ -77,7 +77,9 @@ def test_a_trial_of_one_episode_is_an_episode() -> None:
     spec = make_spec(observation_size=4, action_size=2, discrete=True)
     weights, tasks = make_policy(spec).numpy_weights(), family.sample(2, np.random.default_rng(0))
     nodes = [seed_for(0, task) for task in range(2)]
-    whole = collect(family.make_vector_env(tasks, 3), spec, weights, nodes, tasks, family.horizon, trial_episodes=1)
+    whole = played(
+        collect(family.make_vector_env(tasks, 3), spec, weights, nodes, tasks, family.horizon, trial_episodes=1)
+    )
     np.testing.assert_array_equal(whole.starts, whole.resets)
     assert whole.terminated.any()
 
@@ -95,6 +97,6 @@ def test_an_episode_that_begins_with_nan_spoils_its_trial() -> None:
     tasks = [{"ends": [4, 4]}]
     env = Spoiled(tasks, 2)
     weights = make_policy(spec).numpy_weights()
-    record = collect(env, spec, weights, [seed_for(0)], tasks, 8, trial_episodes=2)
+    record = played(collect(env, spec, weights, [seed_for(0)], tasks, 8, trial_episodes=2))
     assert record.kept().tolist() == [[False, True]]
     assert len(record.errors) == 1

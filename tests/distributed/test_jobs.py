@@ -99,6 +99,7 @@ def test_light_requirements_that_a_cluster_lacks_are_installed_heavy_ones_never(
 
 def test_a_cluster_of_another_ray_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda address: FakeClient(version="2.41.0"))
+    monkeypatch.setattr("requests.head", lambda address, timeout: None)
     with pytest.raises(jobs.JobError, match=r"^The cluster at http://head:8265 runs Ray 2\.41\.0, but this"):
         jobs.connect("http://head:8265")
 

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from builders import make_policy, make_spec
 from ssm_metarl import Player, TrainConfig, load_player, load_policy
-from ssm_metarl.algorithms.collect import collect
+from ssm_metarl.algorithms.collect import collect, played
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import child, seed_for
 from ssm_metarl.tasks import make
@@ -68,8 +68,10 @@ def test_a_player_takes_the_rollout_loops_actions_bit_by_bit(
     (task,) = family.sample(1, np.random.default_rng(0))
     weights = make_policy(spec).numpy_weights()
     env = family.make_vector_env([task], num_episodes)
-    record = collect(
-        env, spec, weights, [NODE], [task], family.horizon, trial_episodes=episodes, deterministic=deterministic
+    record = played(
+        collect(
+            env, spec, weights, [NODE], [task], family.horizon, trial_episodes=episodes, deterministic=deterministic
+        )
     )
     player = player_for(spec, trial_episodes=episodes, deterministic=deterministic)
     again = family.make_vector_env([task], num_episodes)

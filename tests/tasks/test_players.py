@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from builders import make_policy, make_spec
-from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.collect import collect_tasks, played
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import TaskDistribution, make
 from ssm_metarl.tasks.bandit import Bandit
@@ -71,7 +71,7 @@ def test_the_trials_are_those_of_a_policy(name: str) -> None:
     tasks = distribution.sample(3, np.random.default_rng(0))
     seeds = [seed_for(7, 1, m) for m in range(3)]
     weights = make_policy(spec).numpy_weights()
-    record = collect_tasks(distribution.make_vector_env, spec, weights, seeds, tasks, 4, distribution.horizon)
+    record = played(collect_tasks(distribution.make_vector_env, spec, weights, seeds, tasks, 4, distribution.horizon))
     returns = play_baseline(functools.partial(Replay, actions=record.actions), distribution, tasks, seeds, 4)
     np.testing.assert_array_equal(returns, record.rewards.sum(axis=1, dtype=np.float64))
 

@@ -68,7 +68,7 @@ class Members:
         self.numbers = 0
 
     def member(self, **more: Any) -> MemberTrainer:
-        machine = {"num_workers": 0, "learner_threads": 1, "device": "cpu", "sample_timeout_s": None}
+        machine = {"num_workers": 0, "learner_threads": 1, "device": "cpu", "sample_timeout_s": "auto"}
         config = {"member": len(self.trainers), "exchange": self.exchange, "archive": str(self.archive)}
         self.trainers.append(MemberTrainer({**config, "mean_iterations": 4, "machine": machine, **more}))
         return self.trainers[-1]

@@ -21,8 +21,8 @@ from builders import (
 from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.config import TrainConfig
-from ssm_metarl.distributed.collection import EnvironmentFailure
 from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.pool import EnvironmentFailure
 from ssm_metarl.distributed.rllib.module import SSMModule, state_name
 from ssm_metarl.distributed.rllib.ppo import ppo_config
 from ssm_metarl.distributed.rllib.trainer import PolicyGradientTrainer
@@ -221,7 +221,7 @@ def test_a_family_that_spoils_its_episodes_stops_the_run() -> None:
         ({"learned_step_sizes": True}, "learned_step_sizes must be False for policy-gradient"),
         ({"replay_episodes": 3}, "replay_episodes must be 0"),
         ({"kl_penalty": 0.1}, "kl_penalty must be 0.0"),
-        ({"sample_timeout_s": 3.0}, "sample_timeout_s must be None"),
+        ({"sample_timeout_s": 3.0}, "sample_timeout_s must be 'auto'"),
     ],
 )
 def test_what_rllib_does_not_follow_is_refused(changes: dict[str, Any], sentence: str) -> None:

@@ -44,14 +44,14 @@ class TestReuse:
         family = from_name("gym:Pendulum-v1", {"g": [8, 12]})
         for seed in range(3):
             family.make_vector_env(draw(family, 5, seed), 2).close()
-        assert sum(map(len, family._idle.values())) == 10  # type: ignore[attr-defined]
+        assert sum(map(len, family._kept.idle.values())) == 10  # type: ignore[attr-defined]
 
     def test_a_pickle_holds_no_environment(self, family: Any) -> None:
         before = len(cloudpickle.dumps(family))
         family.make_vector_env(draw(family, 3), 2).close()
-        assert family._idle
+        assert family._kept.idle
         assert len(cloudpickle.dumps(family)) < before + 1000  # generators of the spaces, which batching makes
-        assert not cloudpickle.loads(cloudpickle.dumps(family))._idle
+        assert not cloudpickle.loads(cloudpickle.dumps(family))._kept.idle
 
     def test_an_environment_that_raised_is_not_used_again(self, module: Callable[[str], str]) -> None:
         source = LINE.replace(
@@ -65,7 +65,7 @@ class TestReuse:
         assert len(record.errors) == 2
         assert "fell over" in record.errors[0]
         assert record.valid.any((1, 2)).tolist() == [False, True]
-        assert sum(map(len, family._idle.values())) == 2
+        assert sum(map(len, family._kept.idle.values())) == 2
         assert_same(rollouts(family, [healthy]), rollouts(from_name(family.name), [healthy]))
 
     def test_an_environment_that_remembers_is_made_anew(self, module: Callable[[str], str]) -> None:
@@ -76,7 +76,7 @@ class TestReuse:
         family: Any = from_name(f"{module(source)}:Line")
         tasks = draw(family, 2)
         np.testing.assert_array_equal(play(family, tasks), play(family, tasks))
-        assert not family._idle
+        assert not family._kept.idle
 
     def test_an_environment_that_cannot_be_repeated_is_named(self, module: Callable[[str], str]) -> None:
         source = LINE.replace("self.position = self.np_random", "self.position = np.random.default_rng()")
