@@ -15,6 +15,7 @@ from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.parameters import of_tasks
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.core import TaskDistribution
 from ssm_metarl.seeds import child
 
 MakeEnv = Callable[[Sequence[Any], int], gymnasium.vector.VectorEnv]
@@ -50,12 +51,10 @@ def collect(
             previous reward carried over (Duan et al. 2016, arXiv 1611.02779); `env` must end them itself.
         deterministic: take the most likely action instead of sampling.
 
-    Yields:
-        After every step of all slots.
-
     Returns:
-        One record of the M tasks. An episode in which an observation, a reward, an action or its log-probability was
-        not finite is dropped: its slot has no valid step, and `errors` says where it happened.
+        One record of the M tasks, after a pause (yield) at every step. An episode in which an observation, a reward, an
+        action or its log-probability was not finite is dropped: its slot has no valid step, and `errors` says where it
+        happened.
     """
     shape = (len(seeds), env.num_envs // len(seeds))
     horizon *= trial_episodes
@@ -147,6 +146,23 @@ def collect_tasks(
             _unless_signalled(error)
             parts.append(_blank(spec, tasks[i], num_episodes, traceback.format_exc()))
     return Rollouts.concatenate(parts)
+
+
+def collect_family(
+    family: TaskDistribution,
+    spec: PolicySpec,
+    weights: Mapping[str, Array],
+    seeds: Sequence[np.random.SeedSequence],
+    tasks: Sequence[Any],
+    num_episodes: int,
+    trial_episodes: int,
+    deterministic: bool,
+) -> Steps:
+    """`collect_tasks` with a family's environments and horizon."""
+    return collect_tasks(
+        family.make_vector_env, spec, weights, seeds, tasks, num_episodes, family.horizon,
+        trial_episodes=trial_episodes, deterministic=deterministic,
+    )  # fmt: skip
 
 
 def played(steps: Steps) -> Rollouts:

@@ -5,35 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ssm_metarl.algorithms.collect import collect_tasks, played
+from ssm_metarl.algorithms.collect import collect_family, played
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
 from ssm_metarl.distributed.suspicion import Suspicion
+from ssm_metarl.distributed.watch import Part, SampleTimeout, Watch
 
 if TYPE_CHECKING:
     from ssm_metarl.distributed.worker import WorkerHandle
-
-FIRST_SILENCE, LEAST_SILENCE = 300.0, 60.0
-"""Seconds without a sign of life after which a worker is replaced: before any worker has played, and at least later."""
-
-SILENCES = 10.0
-"""The same, in the longest silence of a worker that went on."""
-
-WARNING = 0.25
-"""The share of it after which a silence is told."""
-
-SampleTimeout = float | Literal["auto"] | None
-"""See `MachineConfig.sample_timeout_s`."""
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +90,7 @@ class Pool:
         self._distribution = distribution
         self._spec = spec
         self._trial_episodes = trial_episodes
-        self._watch = _Watch(sample_timeout_s)
+        self._watch = Watch(sample_timeout_s)
         self._suspicion = Suspicion()
         self._calls = 0
         self._put: tuple[Mapping[str, Array], Any] | None = None  # the last shared weights, their reference
@@ -193,21 +182,11 @@ class Pool:
         num_episodes: int,
         deterministic: bool,
     ) -> Rollouts:
-        family = self._distribution
         with self._threads.limit(limits=1, user_api="blas"):
-            rollouts = played(
-                collect_tasks(
-                    family.make_vector_env,
-                    self._spec,
-                    weights,
-                    seeds,
-                    tasks,
-                    num_episodes,
-                    family.horizon,
-                    trial_episodes=self._trial_episodes,
-                    deterministic=deterministic,
-                )
+            steps = collect_family(
+                self._distribution, self._spec, weights, seeds, tasks, num_episodes, self._trial_episodes, deterministic
             )
+            rollouts = played(steps)
         return _owned(rollouts)
 
     def _sent_once(self, weights: Mapping[str, Array]) -> Any:
@@ -224,7 +203,7 @@ class Pool:
         """Hand the batch's parts to free workers until none is left."""
         from ssm_metarl.distributed.worker import ready_workers
 
-        held: dict[WorkerHandle, _Part] = {}
+        held: dict[WorkerHandle, Part] = {}
         try:
             while batch.waiting or held:
                 for worker in self._workers:
@@ -232,10 +211,9 @@ class Pool:
                         held[worker] = part
                         batch.submit(worker, part)
                 # A worker that is starting or restarting matters only while something waits for it.
-                awaited = [worker for worker in self._workers if worker.call is not None]
-                for worker in ready_workers(
-                    awaited if batch.waiting else list(held), self._watch.seconds(held.values())
-                ):
+                called = [worker for worker in self._workers if worker.call is not None]
+                awaited = called if batch.waiting else list(held)
+                for worker in ready_workers(awaited, self._watch.seconds(held.values())):
                     self._receive(batch, worker, held)
                 for worker, part in list(held.items()):
                     self._look_after(batch, worker, part, held)
@@ -243,7 +221,7 @@ class Pool:
             for worker in held:  # after an exception: what they still answer belongs to no batch
                 worker.await_process()
 
-    def _next(self, batch: _Batch, worker: WorkerHandle) -> _Part | None:
+    def _next(self, batch: _Batch, worker: WorkerHandle) -> Part | None:
         """The first part that waits for a worker on this node: a suspect is rather tried where it has not been."""
         nodes = self._running_nodes()
         for part in batch.waiting:
@@ -256,7 +234,7 @@ class Pool:
         """Nodes with a worker that is not starting or restarting."""
         return {worker.node for worker in self._workers if not worker.starting}
 
-    def _receive(self, batch: _Batch, worker: WorkerHandle, held: dict[WorkerHandle, _Part]) -> None:
+    def _receive(self, batch: _Batch, worker: WorkerHandle, held: dict[WorkerHandle, Part]) -> None:
         """Take an answer of a worker: a sign of life, what it played, or that it has started."""
         from ssm_metarl.distributed.worker import WorkerDied
 
@@ -277,7 +255,7 @@ class Pool:
             if len(part.tasks) == 1:
                 self._suspicion.played(batch.key(part))
 
-    def _take_back(self, batch: _Batch, part: _Part, node: str) -> None:
+    def _take_back(self, batch: _Batch, part: Part, node: str) -> None:
         """Have the tasks of a worker that ended wait, one by one; drop one that keeps ending those that play it."""
         from ssm_metarl.distributed.worker import nodes_alive
 
@@ -290,14 +268,14 @@ class Pool:
                 self.dropped.append(batch.tasks[part.tasks.start])
                 batch.lose(part.tasks.start, "was dropped: every worker that played it alone ended")
                 return
-        batch.waiting.extend(_Part(range(i, i + 1)) for i in part.tasks)
+        batch.waiting.extend(Part(range(i, i + 1)) for i in part.tasks)
 
-    def _look_after(self, batch: _Batch, worker: WorkerHandle, part: _Part, held: dict[WorkerHandle, _Part]) -> None:
+    def _look_after(self, batch: _Batch, worker: WorkerHandle, part: Part, held: dict[WorkerHandle, Part]) -> None:
         """Tell of a worker that is silent, and replace one that is so for too long."""
         self._watch.tell(part, worker)
         if not self._watch.is_late(part):
             return
-        _log.warning("%s is replaced: its %d tasks are played again.", worker.name, len(part.tasks))
+        _log.warning("%s is replaced.", worker.name)
         del held[worker]
         worker.restart()
         if not self._watch.bounds_calls or len(part.tasks) > 1:
@@ -306,79 +284,6 @@ class Pool:
         self.restarts += 1
         self.timed_out += 1
         batch.lose(part.tasks.start, f"took longer than sample_timeout_s = {self._watch.timeout:g}")
-
-
-@dataclass
-class _Part:
-    """Consecutive tasks of a batch, that a worker plays in one call.
-
-    Attributes:
-        since: when the call began.
-        alive: when the worker gave the last sign of life.
-        told: whether its silence since then was told.
-    """
-
-    tasks: range
-    since: float = 0.0
-    alive: float = 0.0
-    told: bool = False
-
-
-class _Watch:
-    """How long a worker may be silent, from how long others were.
-
-    Args:
-        timeout: `MachineConfig.sample_timeout_s`.
-
-    Attributes:
-        bounds_calls: whether `timeout` is one of whole calls.
-    """
-
-    def __init__(self, timeout: SampleTimeout) -> None:
-        self.timeout: Any = timeout
-        self.bounds_calls = isinstance(timeout, int | float)
-        self._longest: float | None = None
-
-    def _silence(self) -> float:
-        """Seconds without a sign of life that are too many."""
-        return FIRST_SILENCE if self._longest is None else max(LEAST_SILENCE, SILENCES * self._longest)
-
-    def lives(self, part: _Part, worker: WorkerHandle) -> None:
-        """The worker gave a sign of life."""
-        now = time.perf_counter()
-        if part.told:
-            _log.warning("%s plays again, after %.0f s.", worker.name, now - part.alive)
-        self._longest = max(self._longest or 0.0, now - part.alive)
-        part.alive, part.told = now, False
-
-    def is_late(self, part: _Part) -> bool:
-        """Whether the worker is to be replaced."""
-        now = time.perf_counter()
-        if self.bounds_calls:
-            return bool(now - part.since >= self.timeout)
-        return self.timeout is not None and now - part.alive >= self._silence()
-
-    def tell(self, part: _Part, worker: WorkerHandle) -> None:
-        """Warn of a silence, once."""
-        now, silence = time.perf_counter(), self._silence()
-        if part.told or now - part.alive < WARNING * silence:
-            return
-        part.told = True
-        clock = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - part.alive)))
-        if self.bounds_calls:
-            end = f"; it is replaced when its call takes {self.timeout:g} s"
-        else:
-            end = "" if self.timeout is None else f"; it is replaced after {silence:.0f} s"
-        _log.warning("%s (process %d) has given no sign of life since %s%s.", worker.name, worker.pid, clock, end)
-
-    def seconds(self, parts: Collection[_Part]) -> float | None:
-        """Seconds until one of these parts wants to be looked after."""
-        moments = [part.alive + WARNING * self._silence() for part in parts if not part.told]
-        if self.bounds_calls:
-            moments += [part.since + self.timeout for part in parts]
-        elif self.timeout is not None:
-            moments += [part.alive + self._silence() for part in parts]
-        return max(0.0, min(moments) - time.perf_counter()) if moments else None
 
 
 @dataclass
@@ -393,12 +298,12 @@ class _Batch:
     num_episodes: int
     label: str
     deterministic: bool
-    waiting: deque[_Part] = field(default_factory=deque)
+    waiting: deque[Part] = field(default_factory=deque)
     played: dict[int, Rollouts] = field(default_factory=dict)  # by the number of the part's first task
     lost: dict[int, str] = field(default_factory=dict)  # by the number of the task
     seconds: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))  # own sampling, by worker
 
-    def key(self, part: _Part) -> tuple[int, int]:
+    def key(self, part: Part) -> tuple[int, int]:
         """The name of a part's first task, also beside those of other calls."""
         return self.number, part.tasks.start
 
@@ -406,9 +311,9 @@ class _Batch:
         """Let parts of equal size (to one task) wait, at most one a worker."""
         count = min(workers, len(self.tasks))
         borders = [len(self.tasks) * i // count for i in range(count + 1)]
-        self.waiting.extend(_Part(range(*pair)) for pair in pairwise(borders))
+        self.waiting.extend(Part(range(*pair)) for pair in pairwise(borders))
 
-    def submit(self, worker: WorkerHandle, part: _Part) -> None:
+    def submit(self, worker: WorkerHandle, part: Part) -> None:
         """Call the worker with this part's share of the arguments."""
         own = slice(part.tasks.start, part.tasks.stop)
         weights = self.weights
@@ -418,7 +323,7 @@ class _Batch:
         part.since = part.alive = time.perf_counter()
         worker.submit(title, weights, self.tasks[own], self.seeds[own], self.num_episodes, self.deterministic)
 
-    def finish(self, part: _Part, worker: WorkerHandle, rollouts: Rollouts, seconds: float) -> None:
+    def finish(self, part: Part, worker: WorkerHandle, rollouts: Rollouts, seconds: float) -> None:
         """Keep what a worker returned."""
         self.played[part.tasks.start] = rollouts
         self.seconds[worker] += seconds

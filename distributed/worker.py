@@ -15,7 +15,7 @@ import ray
 from ray import exceptions
 from threadpoolctl import threadpool_limits
 
-from ssm_metarl.algorithms.collect import collect_tasks
+from ssm_metarl.algorithms.collect import collect_family
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
@@ -37,7 +37,7 @@ CLOSING_SECONDS = 3.0
 
 
 class RolloutWorker:
-    """A thin shell around `collect_tasks`, stateless between calls: any worker gives the same answer.
+    """A thin shell around `collect_family`, stateless between calls: any worker gives the same answer.
 
     `WorkerHandle` makes it an actor:
 
@@ -73,24 +73,15 @@ class RolloutWorker:
         num_episodes: int,
         deterministic: bool,
     ) -> Iterator[tuple[Rollouts, float] | None]:
-        """Play `num_episodes` episodes of each task; see `collect_tasks`.
+        """Play `num_episodes` episodes of each task; see `collect_family`.
 
         Yields:
             None every `BEAT_SECONDS` in which there was a step; at last the record, and the seconds that sampling took
             in this process.
         """
         start = beat = time.perf_counter()
-        family = self._distribution
-        steps = collect_tasks(
-            family.make_vector_env,
-            self._spec,
-            weights,
-            seeds,
-            tasks,
-            num_episodes,
-            family.horizon,
-            trial_episodes=self._trial_episodes,
-            deterministic=deterministic,
+        steps = collect_family(
+            self._distribution, self._spec, weights, seeds, tasks, num_episodes, self._trial_episodes, deterministic
         )
         while True:
             try:

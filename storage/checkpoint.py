@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ssm_metarl import pretrained
-from ssm_metarl.storage.atomic import sync_folder, temporary_beside, write_new
+from ssm_metarl.storage.atomic import naming, sync_folder, temporary_beside, write_new
 from ssm_metarl.storage.contents import (
     MANIFEST,
     Checkpoint,
@@ -63,7 +63,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     try:
         temporary.mkdir()
         for name, content in (*contents.items(), (MANIFEST, manifest)):
-            write_new(temporary / name, content)
+            with naming(directory / name):
+                write_new(temporary / name, content)
         sync_folder(temporary)
         _move_into_place(temporary, directory)
     except BaseException:

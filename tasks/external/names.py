@@ -19,6 +19,7 @@ import gymnasium
 from ssm_metarl.core import TaskDistribution
 from ssm_metarl.tasks.external.gym import GYM, GymFamily
 from ssm_metarl.tasks.external.importing import call, load_entry
+from ssm_metarl.tasks.external.lending import close_all
 from ssm_metarl.tasks.external.own import TaskFamily
 from ssm_metarl.tasks.registry import is_registered
 
@@ -51,7 +52,7 @@ def from_name(name: str, ranges: Mapping[str, Sequence[float]] = {}, horizon: in
     made = entry if isinstance(entry, TaskDistribution) else call(name, entry)
     if not isinstance(made, TaskDistribution):
         if isinstance(made, gymnasium.Env):
-            made.close()
+            close_all([made])
         return TaskFamily(name, horizon)
     if horizon is not None:
         raise ValueError(f"{name} has a horizon of its own, {made.horizon} steps: another cannot be given.")

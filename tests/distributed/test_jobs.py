@@ -12,10 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from ray._private.runtime_env.packaging import create_package
 
-from builders import package_files
+from builders import package_files, wait_until
 from ssm_metarl.distributed import jobs
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
@@ -102,6 +103,17 @@ def test_a_cluster_of_another_ray_is_one_sentence(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("requests.head", lambda address, timeout: None)
     with pytest.raises(jobs.JobError, match=r"^The cluster at http://head:8265 runs Ray 2\.41\.0, but this"):
         jobs.connect("http://head:8265")
+
+
+def test_a_process_that_has_ended_is_not_waited_for_though_its_parent_never_looks() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    process = psutil.Process(child.pid)
+    wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
+    assert jobs._left([process], timeout_s=0.0) == []
+    alive = psutil.Process()
+    assert jobs._left([process, alive], timeout_s=0.0) == [alive]
+    child.wait()
+    assert jobs._left([process], timeout_s=0.0) == []
 
 
 @pytest.fixture

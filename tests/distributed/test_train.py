@@ -7,7 +7,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +161,24 @@ def test_a_finished_run_is_not_changed_by_resuming_it_and_can_be_made_longer(tmp
     assert steady(run) == steady(longer)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """The signals have their default actions, also in tests that a shell starts in the background or under nohup."""
+    before = [signal.signal(number, signal.SIG_DFL) for number in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
-    tmp_path: Path, without_ray: None, number: signal.Signals
+    tmp_path: Path, without_ray: None, heard: None, number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(each) for each in SIGNALS]
 
     def interrupt(metrics: Metrics) -> None:
         if metrics["iteration"] == 3:
@@ -176,21 +188,35 @@ def test_a_signal_ends_the_run_after_the_iteration_with_a_checkpoint(
     assert result.signal == number
     assert result.checkpoint == run / "checkpoint_000003"
     assert len(logged(run)) == 3
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    again = "Ctrl-C" if number == signal.SIGINT else number.name
+    assert caplog.messages == [f"The iteration is being finished; another {again} ends it at once."]
     train(small_config(iterations=5, checkpoint_every=2), run, resume=True)
     assert steady(run) == steady(train(small_config(iterations=5), tmp_path / "undisturbed").run_dir)
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path: Path, without_ray: None) -> None:
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_second_signal_ends_the_run_at_once(
+    tmp_path: Path, without_ray: None, heard: None, number: signal.Signals
+) -> None:
     def interrupt(metrics: Metrics) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)  # a shell that starts the tests in the background has it ignored
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ended:
         train(small_config(iterations=5), tmp_path / "run", on_iteration=interrupt)
+    if number != signal.SIGINT:
+        assert ended.value.code == 128 + number
     assert names(tmp_path / "run") == {"checkpoint_000000"}
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path, without_ray: None, heard: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    result = train(
+        small_config(iterations=2), tmp_path / "run", on_iteration=lambda _: os.kill(os.getpid(), signal.SIGHUP)
+    )
+    assert (result.signal, result.metrics["iteration"]) == (None, 2)
 
 
 def test_a_run_in_another_thread_works(tmp_path: Path, without_ray: None) -> None:
