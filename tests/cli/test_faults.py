@@ -132,6 +132,7 @@ def test_a_cluster_that_does_not_answer_is_one_sentence(
 ) -> None:
     monkeypatch.setattr("ssm_metarl.distributed.cluster.ANSWER_SECONDS", 1.0)
     monkeypatch.setattr("ssm_metarl.distributed.jobs.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by a test before
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         if listens:
