@@ -53,6 +53,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "inner_steps": (0,),
             "baseline": ("critic",),
             "kl_penalty": (0.0,),
+            "max_kl": (0.5, 0.0),
             "trial_episodes": (1,),
             "learned_step_sizes": (False,),
             "replay_episodes": (0,),
@@ -99,6 +100,8 @@ class MetaConfig:
         value_weight: weight of the critic's squared error.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
+        max_kl: divergence of the adapted policies from those that acted at which an Adam step is shortened, in nats; 0:
+            no bound. An update that is far below it is not touched.
         entropy_bonus: weight of the policy's entropy after adaptation at first; it falls with the learning rate.
         max_grad_norm: the meta-gradient is scaled down to this norm.
         discount: of rewards, a step.
@@ -117,6 +120,7 @@ class MetaConfig:
     value_weight: float = 0.5
     clip: float = 0.3
     kl_penalty: float = 0.01
+    max_kl: float = 0.5
     entropy_bonus: float = 0.0
     max_grad_norm: float = 1.0
     discount: float = 0.99
@@ -130,7 +134,7 @@ class MetaConfig:
         _one_of("baseline", self.baseline, BASELINES)
         for name in ("inner_lr", "outer_lr", "clip", "max_grad_norm"):
             check_number(name, getattr(self, name), above=0.0)
-        for name in ("kl_penalty", "entropy_bonus", "value_weight"):
+        for name in ("kl_penalty", "max_kl", "entropy_bonus", "value_weight"):
             check_number(name, getattr(self, name), low=0.0)
         for name in ("discount", "gae_lambda"):
             check_number(name, getattr(self, name), low=0.0, high=1.0)

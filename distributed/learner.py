@@ -101,7 +101,8 @@ class Learner:
         Returns:
             `loss` (last epoch), `entropy` of the adapted policies and `kl` of the policy before adaptation
             from the one that acted (last epoch), `grad_norm` before clipping (mean), `ratio_error`: largest
-            |log ratio| on the first epoch, 0 but for rounding; and `learning_rate`.
+            |log ratio| on the first epoch, 0 but for rounding; `learning_rate`; and `shortened_steps`, how often a
+            step was cut down that took the policies farther than `max_kl`.
 
         Raises:
             FloatingPointError: the meta-gradient is not finite; parameters are as before that step.
@@ -112,29 +113,26 @@ class Learner:
         objective = replace(config, entropy_bonus=config.entropy_bonus * factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        parameters = list(self.policy.parameters())
         # A task that lost all its episodes at some stage has no meta-gradient.
         whole = torch.stack([stage.share.sum((1, 2)) > 0 for stage in stages]).all(0).float()
         assert seed is not None or config.minibatches == 1, "several minibatches need a seed"
         rng = None if config.minibatches == 1 else np.random.default_rng(seed)
         norms, ratio_error = [], 0.0
         references: list[Distribution | None] = []
+        step = _Step(self.optimizer)
         for epoch in range(config.passes):
             losses, order = list[MetaLoss](), list[Tensor]()
             for part, complete in self._minibatches(stages, whole, rng):
                 results = self._differentiate(objective, part, complete, references)
-                for index, parameter in enumerate(parameters):
-                    shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
-                    # Without a critic the value head has no part in a policy gradient.
-                    parameter.grad = torch.stack(shares).sum(0) if shares else None
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
-                if not np.isfinite(norm):
+                while self._too_far(results, complete) and step.shorten():
+                    results = self._differentiate(objective, part, complete, references)
+                norms.append(self._set_gradients(results))
+                if not np.isfinite(norms[-1]):
                     raise FloatingPointError(
                         f"The meta-gradient is not finite in epoch {epoch + 1}; lower inner_lr ({config.inner_lr:g}) "
                         f"or outer_lr ({config.outer_lr:g})."
                     )
-                norms.append(norm)
-                self.optimizer.step()
+                step.take()
                 losses += [loss for _, loss in results]
                 order.append(complete)
                 if len(norms) == 1:
@@ -150,7 +148,22 @@ class Learner:
             "grad_norm": float(np.mean(norms)),
             "ratio_error": ratio_error,
             "learning_rate": learning_rate,
+            "shortened_steps": float(step.shortened),
         }
+
+    def _too_far(self, results: Sequence[tuple[object, MetaLoss]], complete: Tensor) -> bool:
+        """Whether the adapted policies of the tasks that count are farther from those that acted than they may be."""
+        moved = torch.cat([loss.moved for _, loss in results])[complete > 0]
+        return bool(self.config.max_kl and len(moved) and not float(moved.mean()) <= self.config.max_kl)
+
+    def _set_gradients(self, results: Sequence[tuple[tuple[Tensor | None, ...], MetaLoss]]) -> float:
+        """Add the shards' gradients up for the optimiser; returns their norm, to which at most they are then scaled."""
+        parameters = list(self.policy.parameters())
+        for index, parameter in enumerate(parameters):
+            shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
+            # Without a critic the value head has no part in a policy gradient.
+            parameter.grad = torch.stack(shares).sum(0) if shares else None
+        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
     def _minibatches(
         self, stages: Sequence[Batch], whole: Tensor, rng: np.random.Generator | None
@@ -231,6 +244,42 @@ class Learner:
                 f"The learner has outer_lr {outer} and inner_lr {self.config.inner_lr} "
                 f"instead of {outer_lr} and {inner_lr}."
             )
+
+
+class _Step:
+    """An update's Adam steps, of which the last one can be taken back in part.
+
+    Adam's first steps are as long as its learning rate for every parameter, whatever the gradient: a policy that is
+    sure of itself, and starts with a new optimiser, can be ruined by one.
+    """
+
+    shorter = 0.25
+    most = 12
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._before: list[Tensor] = []
+        self.shortened = 0
+
+    def take(self) -> None:
+        """A step along the gradients that are set."""
+        self._before = [parameter.detach().clone() for parameter in self._parameters()]
+        self._optimizer.step()
+
+    def shorten(self) -> bool:
+        """Go back three quarters of the last step, and make the next ones as short; False where it makes no sense."""
+        if not self._before or self.shortened >= self.most:
+            return False
+        self.shortened += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] *= self.shorter
+        with torch.no_grad():
+            for parameter, before in zip(self._parameters(), self._before, strict=True):
+                parameter.copy_(before + self.shorter * (parameter - before))
+        return True
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
 
 def keep_freed_memory() -> None:

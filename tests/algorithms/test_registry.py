@@ -35,7 +35,7 @@ BAD = {
     "algorithm": not_a_name,
     "lr_schedule": not_a_name,
     **dict.fromkeys(("inner_lr", "outer_lr", "clip", "max_grad_norm"), not_positive),
-    **dict.fromkeys(("kl_penalty", "entropy_bonus"), negative),
+    **dict.fromkeys(("kl_penalty", "max_kl", "entropy_bonus"), negative),
     **dict.fromkeys(("discount", "gae_lambda"), no_fraction),
     **dict.fromkeys(("inner_steps", "epochs"), not_a_count),
     "step_weights": st.one_of(

@@ -15,6 +15,7 @@ import torch
 from builders import assert_equal_arrays, drop, make_spec, toy_rollouts, uneven
 from ssm_metarl.algorithms import inner_loop
 from ssm_metarl.algorithms.batch import Batch
+from ssm_metarl.algorithms.inner_loop import policy_outputs
 from ssm_metarl.algorithms.registry import ALGORITHMS
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.config import TrainConfig
@@ -162,6 +163,40 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, expected: float) 
     # Adam's first step is as long as the learning rate, where the gradient is not tiny.
     moved = max(np.abs(value - before[name]).max() for name, value in learner.weights().items())
     assert moved == pytest.approx(0.004 * expected, rel=1e-2)
+
+
+def moved(learner: Learner, stages: list[Batch]) -> float:
+    """½ (log ratio)² of the policy from the one that acted, mean over the valid steps."""
+    output = policy_outputs(learner.policy, dict(learner.policy.named_parameters()), stages[-1])
+    change = stages[-1].log_ratio(output.actions.log_prob(stages[-1].actions)).detach().numpy()
+    return float(0.5 * np.square(change)[stages[-1].share.numpy() > 0].mean())
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_an_update_keeps_the_policy_near_the_one_that_acted(discrete: bool) -> None:
+    """A new optimiser's steps are as long as its rate: too long for a policy that is sure of itself."""
+    ends = {}
+    for limit in (0.0, 0.5):
+        learner = make_learner(discrete=discrete, algorithm="rl2", inner_steps=0, outer_lr=1.0, epochs=6, max_kl=limit)
+        stages = experience(learner)
+        statistics = learner.update(stages)
+        ends[limit] = moved(learner, stages)
+        assert (statistics["shortened_steps"] > 0) == (limit > 0)
+        assert statistics["learning_rate"] == 1.0
+        assert learner.update(experience(learner))["learning_rate"] == 1.0
+    assert ends[0.0] > 5
+    assert ends[0.5] < 1  # the last step of an update is not measured, but as short as those before
+
+
+@pytest.mark.parametrize("algorithm", OURS)
+def test_steps_that_are_short_are_not_touched(algorithm: str) -> None:
+    results = []
+    for limit in (0.0, 0.5):
+        learner = make_learner(algorithm=algorithm, max_kl=limit)
+        statistics = learner.update(experience(learner))
+        assert statistics["shortened_steps"] == 0
+        results.append(snapshot(learner))
+    assert_equal_arrays(results[0], results[1])
 
 
 def test_plain_policy_gradients_take_one_pass() -> None:

@@ -221,6 +221,7 @@ def test_a_family_that_spoils_its_episodes_stops_the_run() -> None:
         ({"learned_step_sizes": True}, "learned_step_sizes must be False for policy-gradient"),
         ({"replay_episodes": 3}, "replay_episodes must be 0"),
         ({"kl_penalty": 0.1}, "kl_penalty must be 0.0"),
+        ({"max_kl": 1.0}, "max_kl must be 0.5"),
         ({"sample_timeout_s": 3.0}, "sample_timeout_s must be 'auto'"),
     ],
 )
