@@ -51,6 +51,7 @@ class Assessing(Rules):
         record.level = record.metrics["average_return"]
         record.handed_over = known.handed_over if known else "last"
         self._choose(record, plays)
+        worse = known is not None and significantly_below(record, known)
         halves = np.array_split(curve, 2)
         better = len(curve) < 2 or z_score([halves[1].ravel()], [halves[0].ravel()], paired=False) >= 1.0
         progress.flat = 0 if better else progress.flat + 1
@@ -58,7 +59,8 @@ class Assessing(Rules):
             return
         self.progress.collapses = 0
         self.level.update(record.level, record.name)
-        progress.best = record.name
+        if not worse:  # what is worse trains on, and is not handed over
+            progress.best = record.name
         self._log(Phase.STRETCH, Decision.CONTINUED, record=record, level=record.level, curve=_means(curve))
 
     def _confirmed(self, record: Record) -> Course:
@@ -66,7 +68,8 @@ class Assessing(Rules):
         peak = self.archive.get(self.level.peak_name or "")
         if peak is None or peak.name == record.name:
             return False
-        tasks = self.config.assess_tasks
+        # A suspicion is followed up also where earlier assessments have taken their share of the steps.
+        tasks = max(min(self._affordable_tasks(2, 1.0), self.config.assess_tasks), LEAST_TASKS)
         now = (yield from self._play(["last validation"], tasks)).get("last validation")
         before = (yield from self._play(["last validation"], tasks, peak)).get("last validation")
         if now is None or before is None or not fallen(self._normal(now)[-1], self._normal(before)[-1]):
@@ -80,17 +83,28 @@ class Assessing(Rules):
         return True
 
     def _hand_over(self) -> Course:
-        """The end: the better of the incumbent's weights and their running mean."""
+        """The end: the best of the incumbent's weights, their running mean, and the best kept before."""
         if (record := self.archive.get(self.incumbent.checkpoint or "")) is not None:
-            if self.progress.best != record.name:
-                known = self.archive.get(self.progress.best or "")
+            known = self.archive.get(self.progress.best or "")
+            rival = None if known is record else known
+            if record.level is None:
                 record.metrics, record.intervals = (known.metrics, known.intervals) if known else ({}, {})
                 record.level, record.handed_over = self.level.mean, known.handed_over if known else "last"
-            tasks = min(self._affordable_tasks(2, 1.0), MEAN_TASKS)
+                self.progress.best = record.name
+            policies = 3 if rival and self._affordable_tasks(3, 1.0) >= LEAST_TASKS else 2
+            tasks = min(self._affordable_tasks(policies, 1.0), MEAN_TASKS)
             if tasks >= LEAST_TASKS:
-                self._choose(record, (yield from self._play(["last validation", "mean validation"], tasks)))
-            self.progress.best = record.name
-            self._log(Phase.HAND_OVER, Decision.HANDED_OVER, record=record, weights=record.handed_over)
+                plays = yield from self._play(["last validation", "mean validation"], tasks)
+                self._choose(record, plays)
+                if rival and plays and policies == 3:
+                    own = plays[f"{record.handed_over} validation"]
+                    kind = f"{rival.handed_over} validation"
+                    others = (yield from self._play([kind], tasks, rival)).get(kind)
+                    if others is not None:
+                        ahead = np.nanmean(self._normal(others)[-1] - self._normal(own)[-1]) > 0
+                        self.progress.best = rival.name if ahead else record.name
+            best = self.archive[self.progress.best or record.name]
+            self._log(Phase.HAND_OVER, Decision.HANDED_OVER, record=best, weights=best.handed_over)
         self._end("the budget is spent" if not self._affordable() else cycles_words(self.config.cycles))
 
     def _assignment(self, config: Mapping[str, Any], start: str | None, iterations: int, **more: Any) -> Assignment:
@@ -115,6 +129,12 @@ class Assessing(Rules):
         if {"last validation", "mean validation"} <= set(plays):
             last, mean = (self._normal(plays[f"{kind} validation"])[-1] for kind in ("last", "mean"))
             record.handed_over = "mean" if np.nanmean(mean - last) >= 0 else "last"
+
+
+def significantly_below(record: Record, other: Record) -> bool:
+    """Whether the level of a record is below that of another by more than its interval."""
+    interval = record.intervals.get("average_return")
+    return interval is not None and other.level is not None and bool(interval[1] < other.level)
 
 
 def cycles_words(count: int) -> str:

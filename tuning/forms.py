@@ -103,6 +103,7 @@ _INCUMBENT = record(
         "checkpoint": maybe(text),
         "iteration": whole(),
         "env_steps": whole(),
+        "iteration_steps": number(low=0.0),
         "path": _path,
         "latest": list_of(list_of(_ROW, 1)),
         "curve": list_of(_ROW),
@@ -172,6 +173,7 @@ _OF_DECISION: Mapping[str, Form] = {
         {"metrics": _ALL_METRICS, "intervals": _INTERVALS, "curve": list_of(number())}, others=True
     ),
     Decision.ROLLED_BACK: record({"checkpoint": text, "reason": text}, others=True),
+    Decision.REFUSED: record({"reason": text}, others=True),
     Decision.FAILED: record({"member": whole(), "reason": text}, others=True),
     Decision.HANDED_OVER: record({"weights": one_of(("last", "mean")), "metrics": _METRICS}, others=True),
 }

@@ -28,6 +28,7 @@ class Incumbent:
         config: what it trains with.
         checkpoint: its last one in the archive; None before the first.
         iteration, env_steps: meta-iterations and environment steps of training on the path to it.
+        iteration_steps: environment steps of a meta-iteration, as they were lately; 0: not known.
         path: the options that changed on that path, and the initial ones: [meta-iteration, {name: value}].
         latest: [S+1, M] returns of its last meta-iterations.
         curve: [M] normalised returns after adaptation of every meta-iteration of this stretch.
@@ -38,6 +39,7 @@ class Incumbent:
     checkpoint: str | None = None
     iteration: int = 0
     env_steps: int = 0
+    iteration_steps: float = 0.0
     path: list[list[Any]] = field(default_factory=list)
     latest: list[Array] = field(default_factory=list)
     curve: list[Array] = field(default_factory=list)

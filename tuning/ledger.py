@@ -126,7 +126,8 @@ class Ledger:
         if self._requests:
             self.store.push()
         self._requests = []
-        self.store.prune([folder for record in self.archive.values() for folder in (record.name, record.mean)])
+        kept = [folder for record in self.archive.values() for folder in (record.name, record.mean)]
+        self.store.prune([*kept, self.incumbent.checkpoint or ""])
 
     def _keep_archive(self) -> None:
         """Forget the records that nothing needs: the incumbent's, best, peak, last ones and those asked for stay."""

@@ -43,6 +43,7 @@ class Decision(StrEnum):
     REJECTED = "rejected"
     CONTINUED = "continued"
     ROLLED_BACK = "rolled back"
+    REFUSED = "refused"
     FAILED = "failed"
     HANDED_OVER = "handed over"
 

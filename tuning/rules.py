@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tuning.incumbent import LATEST
 from ssm_metarl.tuning.ledger import Ledger
+from ssm_metarl.tuning.metrics import metric_intervals, metrics
 from ssm_metarl.tuning.options import OPTIONS
-from ssm_metarl.tuning.records import Decision, Phase, Record, Report, Status
+from ssm_metarl.tuning.records import START, Decision, Phase, Record, Report, Status
 
 ENDLESS = 60
 """Without a budget, what losers may cost is a share of the steps so far, or of as many meta-iterations at first."""
@@ -27,11 +31,15 @@ class Rules(Ledger):
     def _advance(self, reports: list[Report], name: str) -> None:
         """The incumbent is where its member's reports say, with a checkpoint."""
         incumbent = self.incumbent
+        if incumbent.checkpoint == START and START not in self.archive and reports[0].returns is not None:
+            self._judge_start(reports[0].returns)
         self._account(incumbent=sum(report.spent + report.assessed for report in reports))
         for report in reports:
             if report.returns is not None:
                 incumbent.latest = [*incumbent.latest[1 - LATEST :], report.returns]
                 incumbent.curve.append(self._normal(report.returns)[-1])
+        if done := reports[-1].iteration - incumbent.iteration:
+            incumbent.iteration_steps = (reports[-1].env_steps - incumbent.env_steps) / done
         incumbent.iteration, incumbent.env_steps = reports[-1].iteration, reports[-1].env_steps
         incumbent.checkpoint = name
         known = self.archive.get(self.progress.best or "")
@@ -45,6 +53,29 @@ class Rules(Ledger):
             handed_over=known.handed_over if known else "last",
         )
         self.progress.best = self.progress.best or name
+
+    def _judge_start(self, returns: Array) -> None:
+        """The checkpoint that the run started from is the first record: the first iteration was played with it.
+
+        Args:
+            returns: [S+1, M] of that iteration.
+        """
+        incumbent, values = self.incumbent, self._normal(returns)
+        rng = np.random.default_rng(seed_for(self.seed, Branch.COMPARISON, 0))
+        found, curve = metrics(values, values[-1:]), values[-1:]
+        self.archive[START] = Record(
+            name=START,
+            iteration=incumbent.iteration,
+            env_steps=incumbent.env_steps,
+            cycle=0,
+            config=incumbent.config,
+            path=[list(change) for change in incumbent.path],
+            level=found["average_return"],
+            metrics=found,
+            intervals=metric_intervals(values, curve, None, rng),
+        )
+        self.level.update(found["average_return"], START)
+        self.progress.best = START
 
     def _retreat(self, member: int, reason: str) -> None:
         """The incumbent cannot go on: again from its checkpoint, with other random numbers and half the rate."""
@@ -77,7 +108,11 @@ class Rules(Ledger):
             if path.name in self._requests:
                 continue
             self._requests.append(path.name)
-            if (record := self.archive.get(name)) is not None:
+            if (record := self.archive.get(name)) is None:
+                reason = f"the run keeps no checkpoint {name!r} any more"
+                self._log(self.progress.phase, Decision.REFUSED, reason=reason)
+                self._boundary()
+            else:
                 self._return_to(record, "asked for")
                 self.progress.left = self.progress.left or self.progress.length
                 self.progress.phase, self.incumbent.curve = Phase.STRETCH, []
@@ -110,8 +145,8 @@ class Rules(Ledger):
     # --- Environment steps ---
 
     def _iteration_steps(self) -> float:
-        """Environment steps of a meta-iteration of the incumbent, as they were on average lately; 0: not known."""
-        return self.incumbent.env_steps / self.incumbent.iteration if self.incumbent.iteration else 0.0
+        """Environment steps of a meta-iteration of the incumbent, as they were lately; 0: not known."""
+        return self.incumbent.iteration_steps
 
     def _affordable(self) -> int:
         """Meta-iterations that the budget still has room for, what assessments may take set aside."""
@@ -143,7 +178,8 @@ class Rules(Ledger):
             return False
         iterations = config.race.rounds + 1 + config.proposals + config.stretch
         whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
-        purse = config.losers_share * whole - spent["rejected"]
+        # A race that was won has brought something for its losers.
+        purse = config.losers_share * whole - 0.5 * (spent["rejected"] + spent["losers"])
         return self._affordable() > iterations and purse > config.proposals * self._iteration_steps()
 
     def _sizes(self) -> bool:

@@ -239,6 +239,8 @@ def _what(event: Values) -> str:
             return f"level {event['metrics']['average_return']:.3f} after a stretch{_composite_words(event)}"
         case Decision.ROLLED_BACK:
             return f"rolled back to {event['checkpoint']}: {event['reason']}"
+        case Decision.REFUSED:
+            return f"not rolled back: {event['reason']}"
         case Decision.FAILED:
             return f"failure of member {event['member']} in the {event['phase']}: {event['reason']}"
         case Decision.HANDED_OVER:

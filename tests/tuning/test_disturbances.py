@@ -370,13 +370,19 @@ def test_the_last_of_several_requests_counts(tmp_path: Path) -> None:
     assert again.store.requests() == []
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"checkpoint": "iteration_000009_000000"}'])
-def test_a_request_that_makes_no_sense_is_dropped(folders: Iterator[Path], content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [("{", "?"), ("[]", "?"), ("{}", "?"), ('{"checkpoint": "iteration_9", "time": 1.0}', "iteration_9")],
+)
+def test_a_request_that_makes_no_sense_is_refused(folders: Iterator[Path], content: str, name: str) -> None:
+    """With a line in the log; nothing else changes."""
     quiet = drive(new_population(next(folders), **SHORT), World())
     population = new_population(next(folders), **SHORT)
     (population.store.folder / "requests" / "1.json").write_text(content)
     drive(population, World())
-    assert events(population) == events(quiet)
+    (refused,) = events(population, decision=Decision.REFUSED)
+    assert refused["reason"] == f"the run keeps no checkpoint {name!r} any more"
+    assert [event for event in events(population) if event != refused] == events(quiet)
     assert population.store.requests() == []
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulated import World, drive, events, new_population, skill_of
-from ssm_metarl.tuning.records import Decision
+from simulated import Member, Policy, World, drive, events, new_population, skill_of
+from ssm_metarl.tuning.population import Population
+from ssm_metarl.tuning.records import START, Decision
 from ssm_metarl.tuning.safety import GREATEST_FALL, LEAST_FALL, Level, fallen
 
 NOISES = pytest.mark.parametrize("noise", [0.02, 0.04, 0.06])
@@ -206,3 +207,57 @@ def test_what_collapses_again_and_again_stops_the_run_and_keeps_the_best(tmp_pat
     assert population.finished == "3 failures in a row"
     assert skill_of(population) > 0.55
     assert population.archive[population.progress.best or ""].iteration <= 20
+
+
+# --- From a policy that is good already -----------------------------------------------------------------------------
+
+
+def from_start(folder: Path, world: World, skill: float = 0.6, **rules: object) -> Population:
+    """A run that starts from a checkpoint with a skill."""
+    population = new_population(folder, start=START, **rules)  # type: ignore[arg-type]
+    member = Member(world, population.store.checkpoints)
+    member.policy = Policy(skill)
+    member.write(START, skill)
+    return population
+
+
+def shown(population: Population) -> list[str]:
+    """What would have been handed over after every stretch, and what was in the end."""
+    found = list[str]()
+    while_running = population._boundary
+
+    def look() -> None:
+        while_running()
+        found.append(population.progress.best or "")
+
+    population._boundary = look  # type: ignore[method-assign]
+    return found
+
+
+@pytest.mark.parametrize("rules", [PLAIN, {"stretch": 3, "proposals": 1}], ids=["plain", "races"])
+@pytest.mark.parametrize("loss", [0.3, 0.1, 0.05])
+def test_training_that_ruins_a_policy_does_not_hand_it_over(
+    tmp_path: Path, rules: dict[str, bool | int], loss: float
+) -> None:
+    """Whatever it loses at once, and never makes up for."""
+    world = World(gain=lambda config, iteration: -loss if iteration == 1 else 0.0)
+    population = from_start(tmp_path, world, cycles=6, **rules)
+    seen = shown(population)
+    drive(population, world)
+    assert skill_of(population) > 0.59
+    assert set(seen) == {START}
+
+
+def test_training_that_helps_hands_the_better_policy_over(tmp_path: Path) -> None:
+    world = World(gain=lambda config, iteration: 0.01)
+    population = drive(from_start(tmp_path, world, cycles=6, **PLAIN), world)
+    assert skill_of(population) == pytest.approx(population.incumbent.iteration * 0.01 + 0.6, abs=0.03)
+    assert population.progress.best == population.incumbent.checkpoint
+
+
+def test_a_start_that_cannot_train_is_kept(tmp_path: Path) -> None:
+    """Its first meta-iteration fails, three times."""
+    world = World(failure=lambda config, iteration: "the meta-gradient is not finite")
+    population = drive(from_start(tmp_path, world, **PLAIN), world)
+    assert population.finished == "3 failures in a row"
+    assert (population.store.checkpoints / START).is_dir()
