@@ -32,7 +32,7 @@ def save(population: Population) -> None:
 def event(phase: str, decision: str, iteration: int = 3, **more: Any) -> dict[str, Any]:
     """A decision as `Population` logs it."""
     steps = 10_000 * iteration
-    spent = {"total": 2 * steps, "losers": steps, "rejected": 0, "assessments": 0}
+    spent = {"total": 2 * steps, "losers": steps, "charged": 0, "assessments": 0}
     common = {"time": 0.0, "cycle": 0, "phase": phase, "decision": decision, "iteration": iteration}
     return {**common, "env_steps": steps, "spent": spent, **more}
 

@@ -22,6 +22,10 @@ LONGEST = 16
 """A stretch is at most as many times as long as the first one."""
 
 
+CLEAR = 4.0
+"""z by which a challenger must win for its race to have paid for itself."""
+
+
 class Running(Assessing):
     """The incumbent's races and stretches."""
 
@@ -148,8 +152,8 @@ class Running(Assessing):
         self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead])
         longest = LONGEST * self.config.stretch
         progress.length = self.config.stretch if won else min(int(1.5 * progress.length + 0.5), longest)
-        if won is None:
-            progress.spent["rejected"] += sum(steps) - steps[winner]
+        charge = 1.0 if won is None else 0.5 * (race.z(winner, INCUMBENT) < CLEAR)
+        progress.spent["charged"] += round(charge * (sum(steps) - steps[winner]))
         self._account(losers=sum(steps) - steps[winner])
         if won:
             incumbent.path.append([incumbent.iteration, _difference(incumbent.config, configs[winner])])

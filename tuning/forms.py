@@ -30,7 +30,7 @@ _PHASE, _DECISION, _STATUS = (one_of([str(each) for each in kind]) for kind in (
 _METRICS = record({}, dict.fromkeys(METRICS, number()))
 _ALL_METRICS = record({"average_return": number()}, dict.fromkeys(METRICS, number()))
 _INTERVALS = record({}, dict.fromkeys(METRICS, maybe(list_of(number(), 2, 2))))
-_SPENT = record(dict.fromkeys(("total", "losers", "rejected", "assessments"), whole()))
+_SPENT = record(dict.fromkeys(("total", "losers", "charged", "assessments"), whole()))
 _ROW = list_of(maybe(number()), 1)
 _CHANGE = record({"option": _OPTION, "before": number(), "after": number()}, others=True)
 

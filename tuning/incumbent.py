@@ -70,8 +70,8 @@ class Progress:
         failures: in a row: until something is decided without one.
         collapses: in a row: until a stretch ends without one.
         assignments: made so far.
-        spent: environment steps: "total", "losers", of these "rejected" in races that no challenger won, and
-            "assessments".
+        spent: environment steps: "total", "losers", "assessments", and "charged", what counts against `losers_share`:
+            those of losers where no challenger won, and half of them where one won by little.
         seconds: by what they went into, of all members.
         finished: why the run ended.
     """
@@ -85,6 +85,6 @@ class Progress:
     failures: int = 0
     collapses: int = 0
     assignments: int = 0
-    spent: dict[str, int] = field(default_factory=lambda: {"total": 0, "losers": 0, "rejected": 0, "assessments": 0})
+    spent: dict[str, int] = field(default_factory=lambda: {"total": 0, "losers": 0, "charged": 0, "assessments": 0})
     seconds: dict[str, float] = field(default_factory=dict)
     finished: str | None = None

@@ -178,8 +178,7 @@ class Rules(Ledger):
             return False
         iterations = config.race.rounds + 1 + config.proposals + config.stretch
         whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
-        # A race that was won has brought something for its losers.
-        purse = config.losers_share * whole - 0.5 * (spent["rejected"] + spent["losers"])
+        purse = config.losers_share * whole - spent["charged"]
         return self._affordable() > iterations and purse > config.proposals * self._iteration_steps()
 
     def _sizes(self) -> bool:

@@ -49,7 +49,7 @@ def record_of(name: str) -> dict[str, Any]:
 
 def event_of(number: int) -> dict[str, Any]:
     """A decision with a number, and text that a careless reader takes for several lines."""
-    spent = {"total": 0, "losers": 0, "rejected": 0, "assessments": 0}
+    spent = {"total": 0, "losers": 0, "charged": 0, "assessments": 0}
     place = {"time": 0.0, "cycle": 0, "phase": "stretch", "iteration": 0, "env_steps": 0, "spent": spent}
     return {**place, "decision": "failed", "member": 0, "reason": "a\u2028b\n", "number": number}
 
