@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ssm_metarl.algorithms.adapters import Adaptation, HybridAdapter, StandardAdapter
-from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
 from ssm_metarl.checks import check_count
@@ -16,6 +14,10 @@ from ssm_metarl.evaluation.tasks import EvaluationConfig, Subject, collector, op
 from ssm_metarl.seeds import Branch
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.tasks import Task, TaskDistribution
+
+if TYPE_CHECKING:  # loads torch, which the options of a command can do without
+    from ssm_metarl.algorithms.adapters import Adaptation, StandardAdapter
+    from ssm_metarl.algorithms.policy import SSMPolicy
 
 Mode = Literal["none", "standard", "replay", "hybrid"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -50,6 +52,8 @@ class AdaptOptions:
         Raises:
             ValueError: an unknown mode, an impossible option, or no replay where the mode needs one.
         """
+        from ssm_metarl.algorithms.adapters import HybridAdapter, StandardAdapter  # only here, see above
+
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}.")
         if config.deterministic:

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.checks import check_count, check_flag, check_number
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Collect
@@ -23,6 +22,9 @@ from ssm_metarl.storage.checkpoint import load_policy
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.storage.trust import check_task
 from ssm_metarl.tasks import Task, TaskDistribution, make
+
+if TYPE_CHECKING:
+    from ssm_metarl.algorithms.policy import SSMPolicy  # loads torch, which the options of a command can do without
 
 SPLIT_BRANCHES = {"train": 0, "validation": 1, "test": 2, "shifted": 3, "shifted-test": 4}
 """Branches of the seed tree for the splits' tasks: validation and test never meet the tasks of training."""

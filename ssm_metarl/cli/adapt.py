@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from ssm_metarl.cli.console import answer
+from ssm_metarl.cli.console import RUNS, answer, console
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Adapt
 from ssm_metarl.cli.plots import plot_task
@@ -19,11 +18,8 @@ from ssm_metarl.evaluation.adapt import TaskReport, adapt_checkpoint
 from ssm_metarl.storage.checkpoint import save_checkpoint
 
 
-def run_adapt(options: Adapt, console: Console, runs: str) -> int:
+def run_adapt(options: Adapt) -> int:
     """Adapt, show and write the result; returns the exit code.
-
-    Args:
-        runs: parent of the default folder.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged.
@@ -35,8 +31,8 @@ def run_adapt(options: Adapt, console: Console, runs: str) -> int:
     report = adapt_checkpoint(
         options.checkpoint, options.params, mode=options.mode, options=options.adaptation, config=options.config
     )
-    summary = write_report(report, out or Path(runs) / run_name(report.task, f"adapt-{options.mode}"))
-    _show(summary, console)
+    summary = write_report(report, out or Path(RUNS) / run_name(report.task, f"adapt-{options.mode}"))
+    _show(summary)
     for path in summary["pictures"]:
         console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Adapted policy: {summary['checkpoint']}", markup=False, highlight=False, soft_wrap=True)
@@ -63,7 +59,7 @@ def write_report(report: TaskReport, out: Path) -> dict[str, Any]:
     return summary
 
 
-def _show(summary: Mapping[str, Any], console: Console) -> None:
+def _show(summary: Mapping[str, Any]) -> None:
     replayed = [f"{count:.1f}" for count in summary["effective_replay_episodes"]]
     console.print(f"Task: {parameter_words(summary['parameters'])}", markup=False, highlight=False, soft_wrap=True)
     table = Table(title=f"{summary['task']}: {summary['mode']} adaptation")

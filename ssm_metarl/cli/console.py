@@ -77,6 +77,16 @@ def answer(text: str, end: str = "\n") -> None:
         hang_up()
 
 
+def complain(error: Exception) -> None:
+    """Say what went wrong, in the one sentence of an exception and its notes."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}."
+    else:
+        text = str(error)
+    text = " ".join([text, *getattr(error, "__notes__", ())])
+    console.print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
 class _Notes(io.TextIOBase):
     """What environments and libraries print: to stderr, but for lines of Ray's own."""
 

@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 
-from ssm_metarl.cli.console import answer, console, say
+from ssm_metarl.cli.console import answer, complain, console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Evolve, Rollback
 from ssm_metarl.cli.parsing import copy_of
@@ -15,7 +15,7 @@ from ssm_metarl.cli.population import PopulationView, evolution_summary
 from ssm_metarl.cli.train import checked_config, copy_end, resume_words, run_place
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.storage.run_copy import RunCopy
-from ssm_metarl.tuning.evolve import evolve
+from ssm_metarl.tuning.evolve import EvolutionFailure, evolve
 from ssm_metarl.tuning.records import Decision
 from ssm_metarl.tuning.store import NOT_COPIED, REQUESTS, RunStore, request_rollback
 
@@ -26,9 +26,13 @@ def run_evolve(options: Evolve) -> int:
     config = checked_config(options, trials=rules.members)
     name = run_name(config.task, "evolve")
     run_dir, mirror = run_place(options, name)
-    with ExitStack() as stack:
-        copy = RunCopy(run_dir, mirror, NOT_COPIED, REQUESTS, say) if mirror else None
-        return _run_evolve(options, config, run_dir, stack.enter_context(copy) if copy else None)
+    try:
+        with ExitStack() as stack:
+            copy = RunCopy(run_dir, mirror, NOT_COPIED, REQUESTS, say) if mirror else None
+            return _run_evolve(options, config, run_dir, stack.enter_context(copy) if copy else None)
+    except EvolutionFailure as error:
+        complain(error)
+        return 1
 
 
 def _run_evolve(options: Evolve, config: TrainConfig, run_dir: Path, copy: RunCopy | None) -> int:

@@ -5,22 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 
-from ssm_metarl.cli.adapt import run_adapt
-from ssm_metarl.cli.console import RUNS, console, log_said, own_stdout, say
-from ssm_metarl.cli.evaluate import run_evaluate
-from ssm_metarl.cli.evolve import run_evolve, run_rollback
-from ssm_metarl.cli.job import run_job
+from ssm_metarl.cli.console import complain, console, log_said, own_stdout, say
 from ssm_metarl.cli.options import COMMANDS, Adapt, App, Evaluate, Evolve, JobCommand, Plot, Rollback, Run, Train
 from ssm_metarl.cli.parsing import Line, parse
-from ssm_metarl.cli.plot import run_plot
-from ssm_metarl.cli.train import run_train
 from ssm_metarl.distributed.jobs import JobError
 from ssm_metarl.distributed.pool import EnvironmentFailure
 from ssm_metarl.storage.contents import CheckpointError
-from ssm_metarl.tuning.evolve import EvolutionFailure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,16 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = _parsed(given)
         with own_stdout(), log_said():
             options = line.options()
+            if isinstance(options, App):
+                return _app(options)
             if isinstance(options, JobCommand):
+                from ssm_metarl.cli.job import run_job
+
                 return run_job(options, command, console)
             if isinstance(options, Run | Evaluate | Adapt) and options.address:
                 os.environ["RAY_ADDRESS"] = options.address
-            return RUN[type(options)](options)
+            module, _, function = RUN[type(options)].partition(":")
+            code: int = getattr(import_module(f"ssm_metarl.cli.{module}"), function)(options)
+            return code
     except (ValueError, CheckpointError) as error:
-        _complain(error)
+        complain(error)
         return 2
-    except (EnvironmentFailure, EvolutionFailure, FloatingPointError, JobError, OSError) as error:
-        _complain(error)
+    except (EnvironmentFailure, FloatingPointError, JobError, OSError) as error:
+        complain(error)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -84,22 +83,13 @@ def _app(options: App) -> int:
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-RUN: Mapping[type, Callable[[Any], int]] = {
-    Train: run_train,
-    Evolve: run_evolve,
-    Rollback: run_rollback,
-    Evaluate: run_evaluate,
-    Adapt: lambda options: run_adapt(options, console, RUNS),
-    Plot: run_plot,
-    App: _app,
+RUN: Mapping[type, str] = {
+    Train: "train:run_train",
+    Evolve: "evolve:run_evolve",
+    Rollback: "evolve:run_rollback",
+    Evaluate: "evaluate:run_evaluate",
+    Adapt: "adapt:run_adapt",
+    Plot: "plot:run_plot",
 }
-"""The commands but for those of `job`."""
-
-
-def _complain(error: Exception) -> None:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{error.filename}: {error.strerror}."
-    else:
-        text = str(error)
-    text = " ".join([text, *getattr(error, "__notes__", ())])
-    console.print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+"""Module and function of a command, but for `app` and those of `job`: only what a command needs is loaded, for torch,
+Ray Tune and matplotlib take seconds."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -18,11 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ssm_metarl.distributed.schedule import SCHEDULE
-from ssm_metarl.tuning.evolve import EvolveResult
 from ssm_metarl.tuning.metrics import METRICS, composite
 from ssm_metarl.tuning.options import SIZES
 from ssm_metarl.tuning.records import Decision, Phase
 from ssm_metarl.tuning.store import RunStore, read_state
+
+if TYPE_CHECKING:
+    from ssm_metarl.tuning.evolve import EvolveResult  # loads Ray Tune, which the commands of `job` can do without
 
 HEADINGS = dict(
     zip(METRICS, ("average\nreturn", "adaptation\nspeed", "generali-\nsation", "meta-\nefficiency", "\nstability"))
