@@ -26,8 +26,9 @@ from ssm_metarl.cli.adapt import write_report
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.parsing import json_object
 from ssm_metarl.cli.tables import interval_words, modes_table, parameter_words
-from ssm_metarl.evaluation.adapt import MODES, adapt_checkpoint
+from ssm_metarl.evaluation.adapt import adapt_checkpoint
 from ssm_metarl.evaluation.compare import compare_modes
+from ssm_metarl.evaluation.config import MODES
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.tasks import cartpole, navigation
 

@@ -21,10 +21,9 @@ from _report import log, report
 from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
 from ssm_metarl.config import TrainConfig, available_cores
 from ssm_metarl.distributed.train import train
-from ssm_metarl.evaluation.adapt import MODES
 from ssm_metarl.evaluation.compare import compare_modes
+from ssm_metarl.evaluation.config import MODES, EvaluationConfig
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
-from ssm_metarl.evaluation.tasks import EvaluationConfig
 from ssm_metarl.storage.run_folder import checkpoints
 
 TASKS = 200

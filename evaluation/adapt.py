@@ -5,77 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
-from ssm_metarl.checks import check_count
-from ssm_metarl.evaluation.tasks import EvaluationConfig, Subject, collector, open_subject, sample_tasks
+from ssm_metarl.evaluation.config import AdaptOptions, EvaluationConfig
+from ssm_metarl.evaluation.tasks import collector, open_subject, sample_tasks
 from ssm_metarl.seeds import Branch
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.tasks import Task, TaskDistribution
 
 if TYPE_CHECKING:  # loads torch, which the options of a command can do without
-    from ssm_metarl.algorithms.adapters import Adaptation, StandardAdapter
+    from ssm_metarl.algorithms.adapters import Adaptation
     from ssm_metarl.algorithms.policy import SSMPolicy
-
-Mode = Literal["none", "standard", "replay", "hybrid"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-"""How a policy adapts: not at all; with the task's own episodes; with randomly drawn replay beside them, unweighted;
-with replay weighted by propensity."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptOptions:
-    """What adaptation has beside the steps and episodes of `EvaluationConfig`; see `StandardAdapter`, `HybridAdapter`.
-
-    Attributes:
-        kl_bound: most that a step may move the policy, nats a step; a larger one is halved.
-        optimizer: sgd, the inner step of meta-training, or adam.
-        replay_episodes: most stored episodes a step uses (replay, hybrid).
-        pull: strength of the pull towards the meta-parameters (replay, hybrid).
-        test_episodes: fresh episodes a task that judge the adapted policy, and count as no cost.
-    """
-
-    kl_bound: float = float("inf")
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    replay_episodes: int = 20
-    pull: float = 0.0
-    test_episodes: int = 20
-
-    def __post_init__(self) -> None:
-        check_count("test_episodes", self.test_episodes, 1)
-
-    def adapter(self, mode: str, subject: Subject, config: EvaluationConfig) -> StandardAdapter:
-        """The adapter of a mode.
-
-        Raises:
-            ValueError: an unknown mode, an impossible option, or no replay where the mode needs one.
-        """
-        from ssm_metarl.algorithms.adapters import HybridAdapter, StandardAdapter  # only here, see above
-
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}.")
-        if config.deterministic:
-            raise ValueError("Modes of adaptation are compared with sampled actions; leave deterministic out.")
-        common: dict[str, Any] = {
-            "steps": 0 if mode == "none" else config.extent(subject.trained, 1)[0],
-            "step_size": config.inner_lr,
-            "kl_bound": self.kl_bound,
-            "optimizer": self.optimizer,
-        }
-        if mode in ("none", "standard"):
-            return StandardAdapter(subject.policy, subject.trained.meta, **common)
-        return HybridAdapter(
-            subject.policy,
-            subject.trained.meta,
-            subject.checkpoint.replay,
-            replay_episodes=self.replay_episodes,
-            weighted=mode == "hybrid",
-            pull=self.pull,
-            seed=config.seed,
-            **common,
-        )
 
 
 @dataclass(frozen=True)

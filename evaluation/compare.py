@@ -18,8 +18,8 @@ from ssm_metarl.algorithms.statistics import (
     probability_of_improvement,
     stratified_bootstrap,
 )
-from ssm_metarl.evaluation.adapt import MODES, AdaptOptions
-from ssm_metarl.evaluation.tasks import EvaluationConfig, collector, open_subject, sample_tasks
+from ssm_metarl.evaluation.config import MODES, AdaptOptions, EvaluationConfig
+from ssm_metarl.evaluation.tasks import collector, open_subject, sample_tasks
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tasks import TaskDistribution
 

@@ -16,7 +16,8 @@ from ssm_metarl.algorithms.statistics import confidence_interval, finite
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Collect
 from ssm_metarl.distributed.pool import Pool
-from ssm_metarl.evaluation.tasks import EvaluationConfig, collector, open_subject, sample_tasks
+from ssm_metarl.evaluation.config import EvaluationConfig
+from ssm_metarl.evaluation.tasks import collector, open_subject, sample_tasks
 from ssm_metarl.tasks import TaskDistribution
 
 

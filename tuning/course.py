@@ -149,7 +149,8 @@ class Running(Assessing):
         ahead.sort(key=lambda contender: -race.z(contender, INCUMBENT))
         accepted = [won] if won else []
         accepted += [challenges[i - 1] for i in ahead if won and independent(won, challenges[i - 1])][:1]
-        self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead])
+        standing = {challenge: race.z(i, INCUMBENT) for i, challenge in enumerate(challenges, 1)}
+        self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead], better_ways(standing))
         longest = LONGEST * self.config.stretch
         progress.length = self.config.stretch if won else min(int(1.5 * progress.length + 0.5), longest)
         charge = 1.0 if won is None else 0.5 * (race.z(winner, INCUMBENT) < CLEAR)
@@ -194,9 +195,7 @@ class Running(Assessing):
         clipped = ALGORITHMS[config["algorithm"]].clipped
         rng = np.random.default_rng(seed_for(self.seed, Branch.PROPOSAL, progress.cycle))
         fixed = [name for name in self.config.evolve if not playable(name, config, clipped)]
-        # The first race looks at the most promising options in both directions; later ones at fewer.
-        wanted = self.config.proposals if not progress.cycle else (self.config.proposals + 1) // 2
-        count = min(wanted, len(self._alive()) - 1)
+        count = self._challengers()
         return self.options.challenges(config, count, rng, sizes=self._sizes(), fixed=fixed) if count else []
 
     def _name(self, iteration: int) -> str:
@@ -207,6 +206,12 @@ class Running(Assessing):
         """Returns by task of a round's meta-iterations."""
         returns = [report.returns for report in reports if report.returns is not None]
         return np.concatenate([task_scores(each, config["step_weights"]) for each in returns[-count:]])
+
+
+def better_ways(standing: Mapping[Challenge, float]) -> list[Challenge]:
+    """Of the options that raced both ways, the change that stood better; none where both stood equal."""
+    pairs = [(one, other) for one in standing for other in standing if one.option == other.option]
+    return [one for one, other in pairs if standing[one] > standing[other]]
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,9 @@ _LIVE = record(
     others=True,
 )
 
-_TALLY = record({"factor": number(above=0.0), "direction": whole(-1, 1), "wins": number(), "losses": number()})
+_TALLY = record(
+    {"factor": number(above=0.0), "direction": whole(-1, 1), "lean": whole(-1, 1), "wins": number(), "losses": number()}
+)
 
 _LEVEL = record(
     {

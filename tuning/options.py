@@ -83,10 +83,11 @@ CLIPPED = ("epochs", "clip")
 
 @dataclass
 class Tally:
-    """What is known of an option: how far to go, where it won last time, and how often it won and lost."""
+    """What is known of an option: how far to go, where it won last time or seemed better, how often it won and lost."""
 
     factor: float = FIRST
     direction: int = 0
+    lean: int = 0
     wins: float = 0.0
     losses: float = 0.0
 
@@ -177,7 +178,8 @@ class Options:
         order = sorted(moves, key=lambda name: (not self.tallies[name].direction, -chance[name]))
         found: list[Challenge] = []
         for name in order:
-            both = moves[name] if rng.random() < 0.5 else moves[name][::-1]
+            lean = self.tallies[name].lean or (1 if rng.random() < 0.5 else -1)
+            both = sorted(moves[name], key=lambda challenge: -challenge.direction * lean)
             if not found or _alike(name, found[0].option):
                 found += both[: count - len(found)]
             if len(found) >= count:
@@ -204,7 +206,11 @@ class Options:
         return found
 
     def settle(
-        self, challenges: Sequence[Challenge], winners: Sequence[Challenge], ahead: Collection[Challenge] = ()
+        self,
+        challenges: Sequence[Challenge],
+        winners: Sequence[Challenge],
+        ahead: Collection[Challenge] = (),
+        better: Collection[Challenge] = (),
     ) -> None:
         """Learn from a race: a winner's option goes on the same way and farther, the others' shorter.
 
@@ -212,20 +218,23 @@ class Options:
             challenges: of the race.
             winners: those that the incumbent takes over; empty where none won.
             ahead: others that were as clearly ahead of the incumbent; they are tried again the same way.
+            better: of options that raced both ways, the better one; it is the first to be tried again.
         """
         for tally in self.tallies.values():
             tally.wins, tally.losses = DECAY * tally.wins, DECAY * tally.losses
         won = {challenge.option: challenge.direction for challenge in winners}
-        better = {challenge.option: challenge.direction for challenge in ahead}
+        near = {challenge.option: challenge.direction for challenge in ahead}
         for name in dict.fromkeys(challenge.option for challenge in challenges):
             tally = self.tallies[name]
-            tally.direction = won.get(name, better.get(name, 0))
+            tally.direction = won.get(name, near.get(name, 0))
             if tally.direction:
                 tally.wins += 1.0
                 tally.factor = min(GREATEST, WIN_GROWTH * tally.factor) if name in won else tally.factor
             else:
                 tally.losses += 1.0
                 tally.factor = max(LEAST, tally.factor**LOSS_POWER)
+        for challenge in better:
+            self.tallies[challenge.option].lean = challenge.direction
 
 
 def _alike(one: str, other: str) -> bool:

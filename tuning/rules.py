@@ -176,10 +176,16 @@ class Rules(Ledger):
         config, spent = self.config, self.progress.spent
         if not config.mutate or 0 < config.cycles <= self.progress.cycle or len(self._alive()) < 2:
             return False
-        iterations = config.race.rounds + 1 + config.proposals + config.stretch
+        challengers = self._challengers()
+        iterations = config.race.rounds + 1 + challengers + config.stretch
         whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
         purse = config.losers_share * whole - spent["charged"]
-        return self._affordable() > iterations and purse > config.proposals * self._iteration_steps()
+        return self._affordable() > iterations and purse > challengers * self._iteration_steps()
+
+    def _challengers(self) -> int:
+        """Of the next race: the first one looks at the most promising options in both directions, later ones at fewer."""
+        wanted = self.config.proposals if not self.progress.cycle else (self.config.proposals + 1) // 2
+        return min(wanted, len(self._alive()) - 1)
 
     def _sizes(self) -> bool:
         """Whether the policy's sizes may move: the last stretches were flat, and there are steps for a longer race."""

@@ -12,8 +12,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ssm_metarl.cli.console import RUNS
 from ssm_metarl.config import TrainConfig
-from ssm_metarl.evaluation.adapt import AdaptOptions, Mode
-from ssm_metarl.evaluation.tasks import EvaluationConfig
+from ssm_metarl.evaluation.config import AdaptOptions, EvaluationConfig, Mode
 from ssm_metarl.storage.uri import is_uri
 from ssm_metarl.tuning.config import EvolveConfig
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from builders import seeds
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.course import better_ways
 from ssm_metarl.tuning.options import (
     DECAY,
     FIRST,
@@ -387,3 +388,16 @@ def test_weights_of_adaptation_fit_its_steps(steps: int, weights: Any, expected:
     assert new["step_weights"] == expected
     assert config["inner_steps"] == steps
     TrainConfig.from_dict(new)
+
+
+@pytest.mark.parametrize("lean", [1, -1])
+def test_the_way_that_seemed_better_is_the_first_to_be_tried_again(lean: int) -> None:
+    up, down = Challenge("outer_lr", 0.01, 0.04), Challenge("outer_lr", 0.01, 0.0025)
+    better = better_ways({up: 0.3 * lean, down: -0.2, Challenge("clip", 0.3, 1.0): 2.0})
+    assert better == [up if lean > 0 else down]
+    assert better_ways({up: 0.1, down: 0.1}) == []
+    options = Options(("outer_lr",))
+    options.settle([up, down], [], better=better)
+    for seed in range(20):
+        (first,) = options.challenges(base(), 1, np.random.default_rng(seed), sizes=False)
+        assert first.direction == lean
