@@ -530,7 +530,9 @@ def deaths(options: Options) -> dict[str, Any]:
         "weights_equal": all(
             value.tobytes() == undisturbed.weights[name].tobytes() for name, value in disturbed.weights.items()
         ),
-        "lost_tasks": sum(len(each["dropped_tasks"]) + each["timed_out_tasks"] for each in disturbed.metrics),
+        "lost_tasks": sum(
+            len(each["details"]["dropped_tasks"]) + each["timed_out_tasks"] for each in disturbed.metrics
+        ),
         "steps_per_second": {"disturbed": disturbed.steps_per_second, "undisturbed": undisturbed.steps_per_second},
         "throughput_ratio": undisturbed.seconds / disturbed.seconds,
         "seconds_per_death": (disturbed.seconds - undisturbed.seconds) / max(killer.kills, 1),

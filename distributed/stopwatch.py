@@ -41,9 +41,12 @@ class Stopwatch:
         return {**self._seconds, "sample": sample, "ray": ray, "total": time.perf_counter() - self._begin}
 
     def losses(self) -> dict[str, Any]:
-        """`restarts` of workers so far, and the iteration's `dropped_tasks` and number of `timed_out_tasks`."""
+        """`restarts` of workers so far, and the iteration's number of `timed_out_tasks`."""
         return {
             "restarts": self._pool.restarts,
-            "dropped_tasks": self._pool.dropped[self._dropped :],
             "timed_out_tasks": self._pool.timed_out - self._timed_out,
         }
+
+    def dropped_tasks(self) -> list[dict[str, Any]]:
+        """The parameters of tasks that were given up in the iteration."""
+        return self._pool.dropped[self._dropped :]

@@ -12,6 +12,8 @@ from typing import Any
 import ray
 from ray.util import metrics as ray_metrics
 
+from ssm_metarl.distributed.metrics import DETAILS
+
 COUNTERS = {
     "ssm_metarl_iterations": "meta-iterations",
     "ssm_metarl_env_steps": "environment steps of training",
@@ -73,9 +75,9 @@ class Telemetry:
         self._count("ssm_metarl_env_steps", env_steps)
         self._count("ssm_metarl_worker_restarts", metrics["restarts"] - self._restarts)
         self._restarts = metrics["restarts"]
-        self._count("ssm_metarl_lost_tasks", len(metrics["dropped_tasks"]) + metrics["timed_out_tasks"])
+        self._count("ssm_metarl_lost_tasks", len(metrics[DETAILS]["dropped_tasks"]) + metrics["timed_out_tasks"])
         self._count("ssm_metarl_invalid_episodes", metrics["invalid_episodes"])
-        for step, value in enumerate(metrics["return_by_step"]):
+        for step, value in enumerate(metrics[DETAILS]["return_by_step"]):
             self._show("ssm_metarl_return", value, adaptation_step=str(step))
         for phase, seconds in metrics["seconds"].items():
             self._show("ssm_metarl_phase_seconds", seconds, phase=phase)

@@ -22,6 +22,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Trainer
 from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.metrics import log_line
 from ssm_metarl.distributed.schedule import SCHEDULE, Schedule, schedule_file
 from ssm_metarl.distributed.signals import interrupts
 from ssm_metarl.distributed.trainer import MetaTrainer, check_sizes, with_critic
@@ -208,7 +209,7 @@ def _train(
                 if plan and (changes := plan.changes.get(trainer.meta_iteration)):
                     assert isinstance(trainer, MetaTrainer)
                     trainer.change(changes)
-                metrics = trainer.step()
+                metrics = log_line(trainer.step())
                 log.add(metrics)
                 if on_iteration:
                     on_iteration(metrics)

@@ -25,6 +25,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.metrics import returns_metrics
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.resizing import Resize, resized
 from ssm_metarl.distributed.stopwatch import Stopwatch
@@ -97,9 +98,8 @@ class MetaTrainer(tune.Trainable):
         """One meta-iteration: collect, adapt, collect with the adapted policies, meta-update.
 
         Returns:
-            `iteration`, `env_steps` (all so far), `return_before` and `return_after` adaptation and `return_by_step`
-            (mean undiscounted return after 0..S inner steps), `episode_length_by_step`, `seconds` by phase,
-            `restarts`, `dropped_tasks`, `timed_out_tasks`, `invalid_episodes` and the learner's statistics.
+            `iteration`, `env_steps` (all so far), what `returns_metrics` says of the returns, `seconds` by phase,
+            `restarts`, `timed_out_tasks`, `invalid_episodes` and the learner's statistics.
 
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
@@ -129,15 +129,11 @@ class MetaTrainer(tune.Trainable):
         env_steps = sum(rollouts.num_steps for rollouts in collected)
         self.env_steps += env_steps
         returns = [float(np.nanmean(rollouts.returns())) for rollouts in collected]
+        lengths = [float(rollouts.num_steps / max(rollouts.kept().sum(), 1)) for rollouts in collected]
         metrics = {
             "iteration": self.meta_iteration,
             "env_steps": self.env_steps,
-            "return_before": returns[0],
-            "return_after": returns[-1],
-            "return_by_step": returns,
-            "episode_length_by_step": [
-                float(rollouts.num_steps / max(rollouts.kept().sum(), 1)) for rollouts in collected
-            ],
+            **returns_metrics(returns, lengths, watch.dropped_tasks()),
             "seconds": watch.seconds(),
             **watch.losses(),
             "invalid_episodes": collector.invalid_episodes,

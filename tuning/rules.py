@@ -183,7 +183,7 @@ class Rules(Ledger):
         return self._affordable() > iterations and purse > challengers * self._iteration_steps()
 
     def _challengers(self) -> int:
-        """Of the next race: the first one looks at the most promising options in both directions, later ones at fewer."""
+        """Of the next race: the first looks at the most promising options in both directions, later ones at fewer."""
         wanted = self.config.proposals if not self.progress.cycle else (self.config.proposals + 1) // 2
         return min(wanted, len(self._alive()) - 1)
 

@@ -23,6 +23,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import INVALID_EPISODES_ALLOWED
 from ssm_metarl.distributed.learner import load_state, optimizer_arrays
+from ssm_metarl.distributed.metrics import returns_metrics
 from ssm_metarl.distributed.pool import EnvironmentFailure
 from ssm_metarl.distributed.rllib.module import SSMModule
 from ssm_metarl.distributed.rllib.ppo import EpisodicPPO, build, ppo_config
@@ -31,7 +32,6 @@ from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.tasks import TaskDistribution
-
 
 class PolicyGradientTrainer:
     """Trains a policy with RLlib's PPO; `train` drives it as it drives `MetaTrainer`.
@@ -68,8 +68,8 @@ class PolicyGradientTrainer:
         """One iteration of PPO: about `meta_batch` × `episodes` × horizon steps, in episodes that may be cut.
 
         Returns:
-            As from `MetaTrainer.step`: `return_by_step` and `episode_length_by_step` have one entry, the mean
-            over the episodes that ended in the iteration; of the learner's statistics those that RLlib has.
+            As from `MetaTrainer.step`: returns and lengths are those of no inner step, means over the episodes that
+            ended in the iteration; of the learner's statistics those that RLlib has.
 
         Raises:
             EnvironmentFailure: more than a tenth of the episodes are invalid.
@@ -92,15 +92,14 @@ class PolicyGradientTrainer:
         self.meta_iteration += 1
         self.env_steps += steps
         learned = results[LEARNER_RESULTS][DEFAULT_MODULE_ID]
+        # Where there are more workers than episodes in an iteration, none may have ended yet.
+        played = {of: [float(np.mean([infos[of] for infos in finished] or np.nan))] for of in ("return", "length")}
         return {
             "iteration": self.meta_iteration,
             "env_steps": self.env_steps,
-            # Where there are more workers than episodes in an iteration, none may have ended yet.
-            "return_by_step": [float(np.mean([infos["return"] for infos in finished] or np.nan))],
-            "episode_length_by_step": [float(np.mean([infos["length"] for infos in finished] or np.nan))],
+            **returns_metrics(played["return"], played["length"]),
             "seconds": {**ppo.seconds, "adapt": 0.0, "total": time.perf_counter() - begin},
             "restarts": ppo.env_runner_group.num_remote_worker_restarts(),
-            "dropped_tasks": [],
             "timed_out_tasks": 0,
             "invalid_episodes": len(errors),
             "loss": float(learned["total_loss"]),

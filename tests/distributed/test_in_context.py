@@ -169,7 +169,7 @@ def test_one_policy_before_and_after_adaptation() -> None:
     """In-context learning and gradient steps on top of it, weighed by step_weights."""
     trainer = MetaTrainer(changed(inner_steps=1, step_weights=[1.0, 1.0]))
     metrics = trainer.step()
-    assert len(metrics["return_by_step"]) == 2
+    assert len(metrics["details"]["return_by_step"]) == 2
     assert np.isfinite(metrics["loss"])
 
 

@@ -48,8 +48,10 @@ def values(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ...], float]:
 
 
 def metrics(restarts: int, **changes: Any) -> dict[str, Any]:
-    quiet = {"dropped_tasks": [], "timed_out_tasks": 0, "invalid_episodes": 0, "return_by_step": [-40.0, -20.0]}
-    return {**quiet, "seconds": {"sample": 0.5, "update": 2.0}, "restarts": restarts, **changes}
+    details = {"dropped_tasks": [], "return_by_step": [-40.0, -20.0]}
+    details |= {name: changes.pop(name) for name in list(changes) if name in details}
+    quiet = {"timed_out_tasks": 0, "invalid_episodes": 0, "seconds": {"sample": 0.5, "update": 2.0}}
+    return {**quiet, "details": details, "restarts": restarts, **changes}
 
 
 def test_an_iteration_counts_what_is_new(values: dict[tuple[str, ...], float]) -> None:

@@ -131,7 +131,7 @@ def test_another_seed_or_iteration_is_other_experience() -> None:
     others, other_metrics = experience("navigation-2d", seed=1)
     tasks = [str(task) for record in (*records[::2], *others[::2]) for task in record.tasks]
     assert len(set(tasks)) == len(tasks)
-    returns = [tuple(line["return_by_step"]) for line in (*metrics, *other_metrics)]
+    returns = [tuple(line["details"]["return_by_step"]) for line in (*metrics, *other_metrics)]
     assert len(set(returns)) == len(returns)
 
 
@@ -160,9 +160,9 @@ def test_metrics_say_what_was_collected() -> None:
         env_steps += sum(int(stage.valid.sum()) for stage in stages)
         assert (line["iteration"], line["env_steps"]) == (number + 1, env_steps)
         returns = [np.mean((stage.rewards * stage.valid).sum(1, dtype=float)) for stage in stages]
-        assert line["return_by_step"] == pytest.approx(returns)
-        assert line["episode_length_by_step"] == pytest.approx([stage.valid.sum(1).mean() for stage in stages])
-        assert (line["dropped_tasks"], line["timed_out_tasks"], line["invalid_episodes"]) == ([], 0, 0)
+        assert line["details"]["return_by_step"] == pytest.approx(returns)
+        assert line["details"]["episode_length_by_step"] == pytest.approx([stage.valid.sum(1).mean() for stage in stages])
+        assert (line["details"]["dropped_tasks"], line["timed_out_tasks"], line["invalid_episodes"]) == ([], 0, 0)
 
 
 # --- Deaths and faults ------------------------------------------------------------------------------------
@@ -212,10 +212,10 @@ def test_a_task_that_kills_its_workers_is_dropped_after_three_and_named_and_the_
     with running(options(num_workers=2), faulty(deadly)) as trainer:
         records = recorded(trainer)
         first, second = trainer.step(), trainer.step()
-    (dropped,) = first["dropped_tasks"]
+    (dropped,) = first["details"]["dropped_tasks"]
     assert dropped == {"goal": records[0].tasks[1]["goal"], "fault": "kill"}
     assert [line["restarts"] for line in (first, second)] == [4, 4], "it is not played again for the query"
-    assert second["dropped_tasks"] == []
+    assert second["details"]["dropped_tasks"] == []
     assert [line["invalid_episodes"] for line in (first, second)] == [0, 0]
     assert [record.num_tasks for record in records] == [4, 3, 4, 4]
     assert first["env_steps"] == sum(record.num_steps for record in records[:2]) == 2 * 3 * 3 * 20
@@ -241,7 +241,7 @@ def test_invalid_episodes_are_dropped_and_counted_and_the_run_goes_on() -> None:
     assert [line["env_steps"] for line in metrics] == steps.tolist()
     for line, first in zip(metrics, records[::2], strict=True):
         assert_numbers(line)
-        assert line["return_by_step"][0] == pytest.approx(np.nanmean(first.returns()))
+        assert line["details"]["return_by_step"][0] == pytest.approx(np.nanmean(first.returns()))
 
 
 @pytest.mark.parametrize(("fault", "count"), [("raise", 2), ("raise", 10), ("nan", 10)])
@@ -300,9 +300,9 @@ def test_learning_rates_of_the_config_win_over_those_of_the_checkpoint(tmp_path:
         trainer.load_checkpoint(path)
         changed = [trainer.step(), trainer.step()]
     assert [line["learning_rate"] for line in kept + changed] == [1e-3, 1e-3, 5e-3, 5e-3]
-    assert changed[0]["return_by_step"][0] == kept[0]["return_by_step"][0], "the checkpoint's policy acts"
-    assert changed[0]["return_by_step"][1] != kept[0]["return_by_step"][1], "the config's inner step"
-    assert changed[1]["return_by_step"][0] != kept[1]["return_by_step"][0], "the config's outer step"
+    assert changed[0]["details"]["return_by_step"][0] == kept[0]["details"]["return_by_step"][0], "the checkpoint's policy acts"
+    assert changed[0]["details"]["return_by_step"][1] != kept[0]["details"]["return_by_step"][1], "the config's inner step"
+    assert changed[1]["details"]["return_by_step"][0] != kept[1]["details"]["return_by_step"][0], "the config's outer step"
 
 
 def test_a_checkpoint_of_other_sizes_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_member_trains_as_train_does(population: Members) -> None:
     alone.stop()
     for report, line in zip(reports, metrics):
         assert report.returns is not None
-        np.testing.assert_allclose(report.returns.mean(1), line["return_by_step"], rtol=1e-5)
+        np.testing.assert_allclose(report.returns.mean(1), line["details"]["return_by_step"], rtol=1e-5)
     assert [report.iterations for report in reports] == [1, 2, 3]
     assert [report.spent for report in reports] == [ITERATION] * 3
     assert [report.ended for report in reports] == [False, False, True]
