@@ -22,7 +22,7 @@ LONGEST = 16
 """A stretch is at most as many times as long as the first one."""
 
 
-CLEAR = 4.0
+CLEAR = 3.0
 """z by which a challenger must win for its race to have paid for itself."""
 
 
