@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -12,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from ray.tune.logger import LoggerCallback
 
 from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.spec import PolicySpec
@@ -22,6 +21,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Trainer
 from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.loggers import LoggerName, needs_ray, open_loggers, tune_logger
 from ssm_metarl.distributed.metrics import log_line
 from ssm_metarl.distributed.schedule import SCHEDULE, Schedule, schedule_file
 from ssm_metarl.distributed.signals import interrupts
@@ -36,6 +36,9 @@ from ssm_metarl.storage.run_log import cut_metrics
 from ssm_metarl.storage.run_record import checkpoint_to_resume, set_aside_later, write_record
 from ssm_metarl.storage.trust import remember
 from ssm_metarl.tasks import TaskDistribution, names_code
+from ssm_metarl.tasks.external.hints import hints
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def train(
     mirror: str | RunCopy | None = None,
     schedule: str | Path | None = None,
     resume_from: str | None = None,
+    loggers: Sequence[LoggerName | LoggerCallback] = ("tensorboard",),
 ) -> TrainResult:
     """Train in a folder: checkpoints, `metrics.jsonl` and TensorBoard events.
 
@@ -88,6 +92,8 @@ def train(
             which the run reproduces the weights of evolve's incumbent. A run keeps its schedule, and is resumed with
             it. If evolve began with a checkpoint, `start` must be the same.
         resume_from: name of the checkpoint to resume from, where the newest is damaged; later ones are set aside.
+        loggers: where metrics go beside `metrics.jsonl`: "tensorboard", "csv", "wandb", "mlflow", or loggers of Ray
+            Tune, which take the run for a trial. "wandb" and "mlflow" follow their environment variables.
 
     Raises:
         RunInUse: another process is in the folder, or writes the copy.
@@ -99,6 +105,9 @@ def train(
     """
     begin, run = time.perf_counter(), Path(run_dir)
     check_device(config.machine.device)
+    for each in loggers:
+        if isinstance(each, str):
+            tune_logger(each, run)
     copy = RunCopy(run, mirror) if isinstance(mirror, str) else mirror
     result: TrainResult | None = None
     with ExitStack() as held:
@@ -120,8 +129,10 @@ def train(
             write_record(run)
             if distribution is None and names_code(config.task):
                 remember(run, config.task)
+                for hint in () if resume else hints(config.task, config.task_options, config.task_ranges):
+                    _log.warning(hint)
             assert lock is not None
-            result = _train(setup, run, lock, copy, on_iteration, distribution, schedule)
+            result = _train(setup, run, lock, copy, on_iteration, distribution, schedule, loggers)
         finally:
             if copy and copy is not mirror:
                 copy.close(WAIT if result is not None and result.signal is None else WAIT_INTERRUPTED)
@@ -182,13 +193,14 @@ def _train(
     on_iteration: Callable[[dict[str, Any]], None] | None,
     distribution: TaskDistribution | None,
     schedule: str | Path | None,
+    loggers: Sequence[LoggerName | LoggerCallback],
 ) -> TrainResult:
     """Train in a folder that is held."""
     config, plan, first, last = setup.config, setup.plan, setup.first, setup.last
     machine, kind = config.machine, trainer_class(config)
     if schedule is not None and not last:
         replace_file(run / SCHEDULE, schedule_file(schedule).read_bytes())
-    start_ray(machine.num_workers, always=kind.always_ray)
+    start_ray(machine.num_workers, always=kind.always_ray or needs_ray(loggers))
     trainer = kind.of_run(config, distribution)
     metrics: dict[str, Any] = {}
     checkpoint = last
@@ -203,14 +215,13 @@ def _train(
         saved = trainer.meta_iteration
         with (
             interrupts("The iteration is being finished") as interrupted,
-            _RunLog(run, saved, machine.checkpoint_every) as log,
+            _RunLog(run, saved, config, loggers) as log,
         ):
             while trainer.meta_iteration < config.experience.iterations and not interrupted:
                 if plan and (changes := plan.changes.get(trainer.meta_iteration)):
                     assert isinstance(trainer, MetaTrainer)
                     trainer.change(changes)
-                metrics = log_line(trainer.step())
-                log.add(metrics)
+                metrics = log.add(trainer.step())
                 if on_iteration:
                     on_iteration(metrics)
                 if trainer.meta_iteration % machine.checkpoint_every == 0:
@@ -233,43 +244,44 @@ def _train(
 
 
 class _RunLog:
-    """A run's metrics, iteration by iteration: metrics.jsonl, TensorBoard's events, and the last returns.
+    """A run's metrics, iteration by iteration: metrics.jsonl, the other loggers, and the last returns.
 
     Args:
         run: the folder.
         iteration: of the checkpoint that the run resumes from; what was logged after it is taken back.
-        window: iterations whose returns are kept.
+        config: of the run.
+        loggers: see `train`.
     """
 
-    def __init__(self, run: Path, iteration: int, window: int) -> None:
+    def __init__(
+        self, run: Path, iteration: int, config: TrainConfig, loggers: Sequence[LoggerName | LoggerCallback]
+    ) -> None:
         path = run / "metrics.jsonl"
-        self._window = window
-        self.recent = cut_metrics(path, iteration)[-window:]
+        self._window = config.machine.checkpoint_every
+        self.recent = cut_metrics(path, iteration)[-self._window :]
         self._lines = path.open("a")
-        # Not SummaryWriter: its thread dies of a full disk, and the run would wait for it without end.
-        self._board = EventsWriter(str(run / "events"), f".{iteration}")
-        self._write_event(step=iteration + 1, session_log=SessionLog(status=SessionLog.START))  # purges what is later
+        self._loggers = open_loggers(loggers, run, iteration)
+        for logger in self._loggers:
+            logger.start(config)
 
     def __enter__(self) -> _RunLog:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        for file in (self._board, self._lines):
+        for file in (*self._loggers, self._lines):
             with suppress(OSError) if failure[0] else nullcontext():  # what failed first counts
                 file.close()
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        """Write an iteration's metrics."""
+    def add(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Write an iteration's metrics; returns them as a line of metrics.jsonl."""
+        line = log_line(metrics)
         with naming(Path(self._lines.name)):
-            self._lines.write(json.dumps(metrics) + "\n")
+            self._lines.write(json.dumps(line) + "\n")
             self._lines.flush()
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in _scalars(metrics)]
-            self._write_event(step=metrics["iteration"], summary=Summary(value=values))
-            self._board.flush()
-        self.recent = [*self.recent, metrics["return_by_step"][-1]][-self._window :]
-
-    def _write_event(self, **content: Any) -> None:
-        self._board.write_event(Event(wall_time=time.time(), **content))
+            for logger in self._loggers:
+                logger.add(metrics, line)
+        self.recent = [*self.recent, line["return_by_step"][-1]][-self._window :]
+        return line
 
 
 def trainer_class(config: TrainConfig) -> type[Trainer]:
@@ -333,16 +345,3 @@ def _save(trainer: Trainer, run: Path, recent: list[float]) -> Path:
         mark_best(run, path, value)
     prune(run)
     return path
-
-
-def _scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a metrics line by TensorBoard tag; lists of numbers by index."""
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{name}/")
-        elif isinstance(value, list):
-            yield from _scalars(
-                {str(i): x for i, x in enumerate(value) if isinstance(x, int | float)}, f"{prefix}{name}/"
-            )
-        elif isinstance(value, int | float):
-            yield prefix + name, float(value)

@@ -11,13 +11,13 @@ from typing import Any
 from ssm_metarl.storage.atomic import delete, replace_file
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import BEST
-from ssm_metarl.storage.documents import CheckpointError, read_object, record, text, whole
+from ssm_metarl.storage.documents import CheckpointError, list_of, read_object, record, text, whole
 from ssm_metarl.storage.run_folder import checkpoints, resolve_checkpoint
 
 RECORD = "run.json"
 """File of a run's identity and of the options that its checkpoints do not hold."""
 
-_FORM = record({"id": text}, {"eval_tasks": whole(1), "copy": text}, others=True)
+_FORM = record({"id": text}, {"eval_tasks": whole(1), "log": list_of(text), "copy": text}, others=True)
 
 
 def read_record(run: Path) -> dict[str, Any]:

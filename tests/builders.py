@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from hypothesis import strategies as st
+from tensorboardX.proto.event_pb2 import Event
 
 from ssm_metarl.algorithms.batch import Batch, make_batch
 from ssm_metarl.algorithms.collect import collect, played
@@ -351,6 +353,16 @@ def small_config(task: str = "navigation-2d", **changes: Any) -> TrainConfig:
 def logged(run: Path) -> list[dict[str, Any]]:
     """The metrics of a run's iterations."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(run: Path) -> Iterator[Event]:
+    """TensorBoard's events of a run, file after file."""
+    for path in sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)  # then its checksum, the event and the event's checksum
+            yield Event.FromString(content[at + 12 : at + 12 + length])
+            at += length + 16
 
 
 def steady(run: Path) -> list[dict[str, Any]]:

@@ -68,6 +68,8 @@ class Train(Run):
 
     Attributes:
         eval_tasks: held-out tasks of the final evaluation.
+        log: where metrics go beside metrics.jsonl; wandb and mlflow follow their own environment variables, such as
+            WANDB_MODE=offline or MLFLOW_TRACKING_URI.
         schedule: a schedule.json of evolve, or a run that has one: its options at first are the defaults, and change
             before the iterations that it names, which reproduces evolve's incumbent without a population.
         resume_from: the checkpoint of the run to resume from, such as checkpoint_000120, where the newest is damaged;
@@ -75,6 +77,7 @@ class Train(Run):
     """
 
     eval_tasks: int = 40
+    log: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
     schedule: Folder | None = None
     resume_from: str | None = None
 

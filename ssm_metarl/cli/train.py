@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ssm_metarl.cli.tables import evaluation_table
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import auto_workers
 from ssm_metarl.distributed.learner import check_device
+from ssm_metarl.distributed.loggers import Board
 from ssm_metarl.distributed.train import train
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.lock import hold
@@ -89,7 +90,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
         def show(metrics: dict[str, Any]) -> None:
             if show.steps is None:  # type: ignore[attr-defined]
                 held.enter_context(hold(run_dir))  # until the evaluation is written
-                write_record(run_dir, eval_tasks=options.eval_tasks)
+                write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log))
                 say(f"Run folder: {run_dir}")
             before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
@@ -113,6 +114,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
             mirror=copy,
             schedule=options.schedule,
             resume_from=options.resume_from,
+            loggers=options.log,
         )
     summary: dict[str, Any] = {
         "run_dir": str(run_dir),
@@ -138,7 +140,11 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
         (run_dir / "evaluation.json").write_text(json.dumps(summary["evaluation"], indent=1))
         console.print(evaluation_table(summary["evaluation"]))
     if (run_dir / "metrics.jsonl").stat().st_size:
-        summary["pictures"] = [str(path) for path in plot_run(run_dir, config.task)]
+        pictures = plot_run(run_dir, config.task)
+        summary["pictures"] = [str(path) for path in pictures]
+        if "tensorboard" in options.log and "evaluation" in summary:
+            with closing(Board(run_dir, int(result.checkpoint.name.rpartition("_")[2]))) as board:
+                board.add_results(summary["evaluation"], pictures)
     complete = copy_end(copy, summary, result.signal is not None)
     say(f"Checkpoint: {result.checkpoint}")
     for path in summary.get("pictures", []):

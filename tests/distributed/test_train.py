@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from builders import (
+    events,
     logged,
     small_config,
     steady,
@@ -51,14 +50,14 @@ def test_a_run_leaves_metrics_events_and_checkpoints(tmp_path: Path, without_ray
     assert result.signal is None
     assert result.checkpoint == run / "checkpoint_000005"
     assert load_checkpoint(result.checkpoint).progress == {"iteration": 5, "env_steps": seen[-1]["env_steps"]}
-    events = scalars(run)
-    assert {step for _, step in events} == {1, 2, 3, 4, 5}
+    found = scalars(run)
+    assert {step for _, step in found} == {1, 2, 3, 4, 5}
     for line in seen:
         at = line["iteration"]
-        assert events["return_by_step/0", at] == pytest.approx(line["return_by_step"][0])
-        assert events["return_by_step/1", at] == pytest.approx(line["return_by_step"][1])
-        assert events["seconds/sample", at] == pytest.approx(line["seconds"]["sample"])
-        assert events["loss", at] == pytest.approx(line["loss"])
+        assert found["return_by_step/0", at] == pytest.approx(line["return_by_step"][0])
+        assert found["return_by_step/1", at] == pytest.approx(line["return_by_step"][1])
+        assert found["seconds/sample", at] == pytest.approx(line["seconds"]["sample"])
+        assert found["loss", at] == pytest.approx(line["loss"])
 
 
 def test_the_last_three_checkpoints_and_the_best_are_kept(tmp_path: Path, without_ray: None) -> None:
@@ -296,13 +295,9 @@ def test_a_faulty_environment_stops_the_run_and_leaves_its_last_checkpoint(tmp_p
 def scalars(run: Path) -> dict[tuple[str, int], float]:
     """What TensorBoard shows of a run, by tag and step: a later file replaces the steps from its first one on."""
     values: dict[tuple[str, int], float] = {}
-    for path in sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
-        content, at = path.read_bytes(), 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)  # then its checksum, the event and the event's checksum
-            event = Event.FromString(content[at + 12 : at + 12 + length])
-            at += length + 16
-            if event.session_log.status == event.session_log.START:
-                values = {(tag, step): value for (tag, step), value in values.items() if step < event.step}
-            values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    for event in events(run):
+        if event.session_log.status == event.session_log.START:
+            values = {(tag, step): value for (tag, step), value in values.items() if step < event.step}
+        numbers = [value for value in event.summary.value if value.WhichOneof("value") == "simple_value"]
+        values |= {(value.tag, event.step): value.simple_value for value in numbers}
     return values
