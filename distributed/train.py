@@ -30,6 +30,7 @@ from ssm_metarl.storage.atomic import naming, replace_file
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.storage.lock import RunLock, hold
+from ssm_metarl.storage.options_file import CONFIG, save_options
 from ssm_metarl.storage.run_copy import WAIT, WAIT_INTERRUPTED, RunCopy
 from ssm_metarl.storage.run_folder import best_return, check_new, mark_best, prepare_run, prune, resolve_checkpoint
 from ssm_metarl.storage.run_log import cut_metrics
@@ -127,6 +128,10 @@ def train(
                 if copy:
                     copy.open(resume=False)
             write_record(run)
+            if not resume:
+                given = {"start": start and str(start), "schedule": schedule and str(schedule)}
+                begun = {name: value for name, value in given.items() if value}
+                save_options(run / CONFIG, "train", {**config.to_dict(), **begun})
             if distribution is None and names_code(config.task):
                 remember(run, config.task)
                 for hint in () if resume else hints(config.task, config.task_options, config.task_ranges):
@@ -268,9 +273,9 @@ class _RunLog:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        for file in (*self._loggers, self._lines):
+        for close in (*(logger.close for logger in self._loggers), self._lines.close):
             with suppress(OSError) if failure[0] else nullcontext():  # what failed first counts
-                file.close()
+                close()
 
     def add(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write an iteration's metrics; returns them as a line of metrics.jsonl."""

@@ -23,7 +23,7 @@ LONGEST = 16
 
 
 CLEAR = 3.0
-"""z by which a challenger must win for its race to have paid for itself."""
+"""z by which a challenger must win for its race to have nearly paid for itself."""
 
 
 class Running(Assessing):
@@ -153,7 +153,7 @@ class Running(Assessing):
         self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead], better_ways(standing))
         longest = LONGEST * self.config.stretch
         progress.length = self.config.stretch if won else min(int(1.5 * progress.length + 0.5), longest)
-        charge = 1.0 if won is None else 0.5 * (race.z(winner, INCUMBENT) < CLEAR)
+        charge = 1.0 if won is None else 0.25 if race.z(winner, INCUMBENT) >= CLEAR else 0.5
         progress.spent["charged"] += round(charge * (sum(steps) - steps[winner]))
         self._account(losers=sum(steps) - steps[winner])
         if won:

@@ -71,7 +71,7 @@ class Progress:
         collapses: in a row: until a stretch ends without one.
         assignments: made so far.
         spent: environment steps: "total", "losers", "assessments", and "charged", what counts against `losers_share`:
-            those of losers where no challenger won, and half of them where one won by little.
+            those of losers where no challenger won, half of them where one won, and a quarter where it won clearly.
         seconds: by what they went into, of all members.
         finished: why the run ended.
     """

@@ -21,6 +21,9 @@ ENDLESS = 60
 SIZE_ROUND = 2
 """Meta-iterations of a round in a race about sizes, whose effect takes longer to show."""
 
+ROUNDS = 2
+"""Rounds that a challenger stays in a race, as a rule."""
+
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
 
@@ -180,7 +183,7 @@ class Rules(Ledger):
         iterations = config.race.rounds + 1 + challengers + config.stretch
         whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
         purse = config.losers_share * whole - spent["charged"]
-        return self._affordable() > iterations and purse > challengers * self._iteration_steps()
+        return self._affordable() > iterations and purse > ROUNDS * challengers * self._iteration_steps()
 
     def _challengers(self) -> int:
         """Of the next race: the first looks at the most promising options in both directions, later ones at fewer."""

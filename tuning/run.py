@@ -17,6 +17,7 @@ from ssm_metarl.distributed.trainer import with_critic
 from ssm_metarl.storage.atomic import replace_file
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.mirror import write_folder
+from ssm_metarl.storage.options_file import CONFIG, save_options
 from ssm_metarl.storage.run_copy import RunCopy
 from ssm_metarl.storage.run_folder import mark_best, prepare_run, prune, resolve_checkpoint
 from ssm_metarl.storage.uri import below
@@ -89,6 +90,9 @@ def open_run(
         raise ValueError(f"The policy of {start} does not have the sizes asked for, or the spaces of {family.name!r}.")
     prepare_run(folder)
     store.create()
+    kept = {name: value for name, value in rules.to_dict().items() if name != "race"}
+    begun = {} if start is None else {"start": str(start)}
+    save_options(folder / CONFIG, "evolve", {**config.to_dict(), **kept, **begun})
     if checkpoint:
         write_folder(below(store.archive, START), lambda place: save_checkpoint(place, checkpoint))
     population = Population(rules, config.to_dict(), reference, store, START if checkpoint else None)

@@ -12,7 +12,7 @@ from ssm_metarl.cli.options import Evolve, Rollback
 from ssm_metarl.cli.parsing import copy_of
 from ssm_metarl.cli.plots import has_lineage, plot_evolution
 from ssm_metarl.cli.population import PopulationView, evolution_summary
-from ssm_metarl.cli.train import checked_config, copy_end, resume_words, run_place
+from ssm_metarl.cli.train import checked_config, copy_end, resume_words, run_place, saved_options
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.storage.run_copy import RunCopy
 from ssm_metarl.tuning.evolve import EvolutionFailure, evolve
@@ -22,6 +22,8 @@ from ssm_metarl.tuning.store import NOT_COPIED, REQUESTS, RunStore, request_roll
 
 def run_evolve(options: Evolve) -> int:
     """Carry out `evolve`; returns the exit code."""
+    if saved_options(options, "evolve"):
+        return 0
     rules = options.evolution
     config = checked_config(options, trials=rules.members)
     name = run_name(config.task, "evolve")

@@ -49,6 +49,9 @@ class Run:
         resume: resume from the last checkpoint or decision in --run-dir, with the options it was started with unless
             given anew.
         json: print the final summary as one JSON object.
+        config_file: options from a .toml, .yaml or .json file, such as the config.yaml of a run; what is given beside
+            it wins.
+        save_config: write all options into a .yaml or .json file, and do nothing else.
     """
 
     config: TrainConfig
@@ -60,6 +63,8 @@ class Run:
     trust_checkpoint_code: bool = False
     resume: bool = False
     json: bool = False
+    config_file: Annotated[Folder | None, tyro.conf.arg(name="config")] = None
+    save_config: Folder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

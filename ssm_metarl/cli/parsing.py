@@ -16,12 +16,14 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.cli.console import RUNS, own_stdout, say
-from ssm_metarl.cli.options import COMMANDS, Command, Train
+from ssm_metarl.cli.options import COMMANDS, Command, Evolve, Run, Train
 from ssm_metarl.config import OPTIONS, TrainConfig, available_cores
 from ssm_metarl.distributed.schedule import Schedule
 from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.documents import CheckpointError
 from ssm_metarl.storage.lock import hold
 from ssm_metarl.storage.mirror import Mirror, copy_place, local_position
+from ssm_metarl.storage.options_file import read_options
 from ssm_metarl.storage.run_folder import resolve_checkpoint
 from ssm_metarl.storage.run_record import checkpoint_to_resume, read_record
 from ssm_metarl.storage.trust import check_task, is_own
@@ -190,7 +192,52 @@ def parse(arguments: Sequence[str]) -> Line:
     ]
     union: Any = Union[tuple(commands)]  # noqa: UP007 (of a list)
     found = tyro.cli(union, args=arguments, prog="run_local.py", description=__doc__)
-    return Line(command, _flat(COMMANDS[command], found))
+    return _with_file(Line(command, _flat(COMMANDS[command], found)))
+
+
+NOT_SAVED = frozenset(
+    ("run_dir", "storage", "address", "trust_checkpoint_code", "resume", "resume_from", "json", "config_file")
+) | {"save_config"}
+"""Options that say where a run is and how it is watched, not what it does: no file holds them."""
+
+
+def option_names(kind: Any) -> set[str]:
+    """The options of a command that a file may hold."""
+    own, parts = _split(kind, frozenset())
+    names = {f.name for f in own}
+    for _, part, hidden in parts:
+        names |= option_names(part) - hidden
+    return names - NOT_SAVED
+
+
+def kept_options(options: Run) -> dict[str, Any]:
+    """All options of a run that a file may hold, as `--config` reads them."""
+    own = {f.name: getattr(options, f.name) for f in _split(type(options), frozenset())[0]}
+    found = {**options.config.to_dict(), **(options.evolution.to_dict() if isinstance(options, Evolve) else {}), **own}
+    kept = {name: found[name] for name in found if name in option_names(type(options)) and found[name] is not None}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def _with_file(line: Line, *, show: bool = False) -> Line:
+    """The line with the options of the file that it names, which those that it gives win over."""
+    given = dict(line.given)
+    path = given.pop("config_file", None)
+    if path is None:
+        return Line(line.command, given)
+    found = read_options(path, line.command, option_names(COMMANDS[line.command]))
+    if "task" in found:
+        try:
+            trusted = given.get("trust_checkpoint_code", False)
+            check_task(path, str(found["task"]), given=given.get("task"), trusted=trusted)
+        except CheckpointError:
+            if not show:
+                raise
+            del found["task"]  # nothing of it runs to be shown
+    cores = available_cores()
+    for name, most in (("num_workers", cores), ("learner_threads", cores)):
+        if isinstance(found.get(name), int) and found[name] > most:  # of another machine
+            del found[name]
+    return Line(line.command, {**found, **given})
 
 
 def _defaults_for_help(arguments: Sequence[str]) -> dict[str, Any]:
@@ -199,14 +246,26 @@ def _defaults_for_help(arguments: Sequence[str]) -> dict[str, Any]:
     if command not in ("train", "evolve"):
         return {}
     hints = {**_hints(MetaConfig), **_hints(TrainConfig), **_hints(Train)}
-    names = ("task", "task_options", "task_ranges", "algorithm", "start", "run_dir", "storage", "resume", "schedule")
+    names = (
+        "config_file",
+        "task",
+        "task_options",
+        "task_ranges",
+        "algorithm",
+        "start",
+        "run_dir",
+        "storage",
+        "resume",
+        "schedule",
+    )
     origin = _typed_dict("Origin", {name: hints[name] for name in names}, total=False)
     words = [word for word in words if word not in ("-h", "--help")]
     found, _ = tyro.cli(origin, args=words, return_unknown_args=True)
     given = _flat(Train, found)
     if is_uri(given.get("storage", RUNS)):
         given.pop("resume", None)  # nothing is fetched to be shown
-    return Line(command, given).defaults(show=True)
+    line = _with_file(Line(command, given), show=True)
+    return {**line.defaults(show=True), **line.given}
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ssm_metarl.cli.console import RUNS, answer, console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
-from ssm_metarl.cli.parsing import copy_of
+from ssm_metarl.cli.parsing import copy_of, kept_options
 from ssm_metarl.cli.plots import plot_run
 from ssm_metarl.cli.tables import evaluation_table
 from ssm_metarl.config import TrainConfig
@@ -23,6 +23,7 @@ from ssm_metarl.distributed.loggers import Board
 from ssm_metarl.distributed.train import train
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.lock import hold
+from ssm_metarl.storage.options_file import CONFIG, save_options
 from ssm_metarl.storage.run_copy import WAIT, WAIT_INTERRUPTED, RunCopy
 from ssm_metarl.storage.run_record import read_record, write_record
 from ssm_metarl.storage.trust import remember
@@ -69,8 +70,20 @@ def resume_words(command: str, run_dir: Path, copy: RunCopy | None, storage: str
     return f"{command} --resume --run-dir {shlex.quote(str(run_dir))}{where}"
 
 
+def saved_options(options: Run, command: str) -> bool:
+    """Write the options into the file that is asked for, if one is; returns whether one was."""
+    if options.save_config is None:
+        return False
+    options.config.family()
+    save_options(options.save_config, command, kept_options(options))
+    say(f"Options: {options.save_config}")
+    return True
+
+
 def run_train(options: Train) -> int:
     """Carry out `train`; returns the exit code."""
+    if saved_options(options, "train"):
+        return 0
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
     config = checked_config(options, trials=1)
@@ -91,6 +104,8 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
             if show.steps is None:  # type: ignore[attr-defined]
                 held.enter_context(hold(run_dir))  # until the evaluation is written
                 write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log))
+                if not options.resume:
+                    save_options(run_dir / CONFIG, "train", kept_options(options))
                 say(f"Run folder: {run_dir}")
             before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
