@@ -1,8 +1,9 @@
-"""Signals that end a run after its iteration."""
+"""Signals that end a run after its iteration, or a program that is still being loaded."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -54,6 +55,24 @@ def interrupts(what: str) -> Iterator[list[int]]:
         _received.remove(received)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Meanwhile Ctrl-C ends the process at once, in silence and with 130.
+
+    For imports: a KeyboardInterrupt in the midst of one may meet C++ code, which aborts the process with words of its
+    own. Where SIGINT is ignored or handled otherwise, or in another thread, nothing changes.
+    """
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda _number, _frame: os._exit(128 + signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def hang_up() -> None:

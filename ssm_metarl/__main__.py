@@ -8,12 +8,24 @@ import os
 def main() -> int:
     """Carry out the command of this process's arguments; returns the exit code."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its terminals inherit, is not to be had here
-    try:  # Ctrl-C while the program is loaded ends it quietly, too
-        from ssm_metarl.cli.main import main as carry_out
+    _fill_missing_streams()
+    try:
+        from ssm_metarl.distributed.signals import loading
 
+        with loading():
+            from ssm_metarl.cli.main import main as carry_out
         return carry_out()
     except KeyboardInterrupt:
         return 130
+
+
+def _fill_missing_streams() -> None:
+    """Where stdin, stdout or stderr is closed, have its number taken, or the next file would get what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
 if __name__ == "__main__":

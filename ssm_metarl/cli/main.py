@@ -5,14 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 from ssm_metarl.cli.console import complain, console, log_said, own_stdout, say
-from ssm_metarl.cli.options import COMMANDS, Adapt, App, Evaluate, Evolve, JobCommand, Plot, Rollback, Run, Train
+from ssm_metarl.cli.options import (
+    COMMANDS,
+    Adapt,
+    App,
+    Compare,
+    Evaluate,
+    Evolve,
+    JobCommand,
+    Plot,
+    Rollback,
+    Run,
+    Train,
+)
 from ssm_metarl.cli.parsing import Line, parse
 from ssm_metarl.distributed.jobs import JobError
 from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.signals import loading
 from ssm_metarl.storage.contents import CheckpointError
 
 
@@ -34,14 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(options, App):
                 return _app(options)
             if isinstance(options, JobCommand):
-                from ssm_metarl.cli.job import run_job
-
+                with loading():
+                    from ssm_metarl.cli.job import run_job
                 return run_job(options, command, console)
             if isinstance(options, Run | Evaluate | Adapt) and options.address:
                 os.environ["RAY_ADDRESS"] = options.address
-            module, _, function = RUN[type(options)].partition(":")
-            code: int = getattr(import_module(f"ssm_metarl.cli.{module}"), function)(options)
-            return code
+            return _command(options)(options)
     except (ValueError, CheckpointError) as error:
         complain(error)
         return 2
@@ -56,8 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
 
 
+def _command(options: Any) -> Callable[[Any], int]:
+    """The function that carries out a command."""
+    module, _, function = RUN[type(options)].partition(":")
+    with loading():
+        found: Callable[[Any], int] = getattr(import_module(f"ssm_metarl.cli.{module}"), function)
+    return found
+
+
 def _keep_to_ourselves() -> None:
-    """Requests to this machine go to no proxy, and pictures to no notebook, whatever the environment says."""
+    """Requests to this machine go to no proxy, whatever the environment says."""
     for name in ("no_proxy", "NO_PROXY"):
         others = [host for host in os.environ.get(name, "").split(",") if host]
         os.environ[name] = ",".join([*others, *(host for host in LOOPBACK if host not in others)])
@@ -71,11 +91,12 @@ def _parsed(given: Sequence[str]) -> Line:
 
 
 def _app(options: App) -> int:
-    try:
-        import gradio  # noqa: F401
-    except ModuleNotFoundError:
-        raise ValueError("The web interface needs Gradio: pip install -e '.[app]'") from None
-    from ssm_metarl.app.server import serve  # only here: Gradio takes seconds to load
+    with loading():
+        try:
+            import gradio  # noqa: F401
+        except ModuleNotFoundError:
+            raise ValueError("The web interface needs Gradio: pip install -e '.[app]'") from None
+        from ssm_metarl.app.server import serve  # only here: Gradio takes seconds to load
 
     serve(options.host, options.port, options.storage, options.address, say, options.names)
     return 0
@@ -90,6 +111,7 @@ RUN: Mapping[type, str] = {
     Evaluate: "evaluate:run_evaluate",
     Adapt: "adapt:run_adapt",
     Plot: "plot:run_plot",
+    Compare: "compare:run_compare",
 }
 """Module and function of a command, but for `app` and those of `job`: only what a command needs is loaded, for torch,
 Ray Tune and matplotlib take seconds."""

@@ -75,6 +75,8 @@ class Train(Run):
         eval_tasks: held-out tasks of the final evaluation.
         log: where metrics go beside metrics.jsonl; wandb and mlflow follow their own environment variables, such as
             WANDB_MODE=offline or MLFLOW_TRACKING_URI.
+        seeds: seeds of several runs in a folder each, side by side where there are processors, with their statistics at
+            the end.
         schedule: a schedule.json of evolve, or a run that has one: its options at first are the defaults, and change
             before the iterations that it names, which reproduces evolve's incumbent without a population.
         resume_from: the checkpoint of the run to resume from, such as checkpoint_000120, where the newest is damaged;
@@ -83,6 +85,7 @@ class Train(Run):
 
     eval_tasks: int = 40
     log: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
+    seeds: tuple[int, ...] = ()
     schedule: Folder | None = None
     resume_from: str | None = None
 
@@ -176,6 +179,24 @@ class Plot:
     """
 
     run: tyro.conf.Positional[Folder]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare runs that were evaluated, with the statistics of rliable (Agarwal et al. 2021).
+
+    A group is a run, or a folder of runs that differ in the seed. For each there are the interquartile mean and the
+    mean with intervals over runs, and the chance of doing better than the first group.
+
+    Attributes:
+        runs: folders of runs, or of several runs each; NAME=FOLDER names a group.
+        out: a page with the pictures, too: aggregates, sample efficiency, performance profile.
+        json: print one JSON object.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    out: Folder | None = None
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -283,7 +304,7 @@ class JobShutdown:
 
 
 JobCommand = JobStart | JobStatus | JobLogs | JobStop | JobList | JobShutdown
-Command = Train | Evolve | Rollback | Evaluate | Adapt | Plot | App | JobCommand
+Command = Train | Evolve | Rollback | Evaluate | Adapt | Plot | Compare | App | JobCommand
 
 COMMANDS: Mapping[str, Any] = {
     "train": Train,
@@ -292,6 +313,7 @@ COMMANDS: Mapping[str, Any] = {
     "evaluate": Evaluate,
     "adapt": Adapt,
     "plot": Plot,
+    "compare": Compare,
     "app": App,
     "job start": JobStart,
     "job status": JobStatus,

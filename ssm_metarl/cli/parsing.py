@@ -23,7 +23,7 @@ from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.documents import CheckpointError
 from ssm_metarl.storage.lock import hold
 from ssm_metarl.storage.mirror import Mirror, copy_place, local_position
-from ssm_metarl.storage.options_file import read_options
+from ssm_metarl.storage.options_file import CONFIG, read_options
 from ssm_metarl.storage.run_folder import resolve_checkpoint
 from ssm_metarl.storage.run_record import checkpoint_to_resume, read_record
 from ssm_metarl.storage.trust import check_task, is_own
@@ -90,6 +90,10 @@ class Line:
         given = self.given
         if self.command not in ("train", "evolve"):
             return {}
+        if given.get("resume") and given.get("seeds"):
+            saved = read_options(self._run() / CONFIG, self.command, option_names(COMMANDS[self.command]))
+            self._check_task(self._run(), saved["task"], show)
+            return saved
         if given.get("resume"):
             run = self._run()
             evolved = self.command == "evolve"

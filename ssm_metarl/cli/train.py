@@ -86,8 +86,15 @@ def run_train(options: Train) -> int:
         return 0
     if options.eval_tasks < 1:
         raise ValueError(f"eval_tasks must be 1 or more, not {options.eval_tasks}.")
+    name = run_name(options.config.task, options.config.meta.algorithm)
+    if options.seeds:
+        from ssm_metarl.cli.seeds import run_seeds  # only here: it draws
+
+        options.config.family()
+        if is_uri(options.storage):
+            raise ValueError("Runs of --seeds are not copied: --storage must be a folder.")
+        return run_seeds(options, Path(options.run_dir or Path(options.storage) / name))
     config = checked_config(options, trials=1)
-    name = run_name(config.task, config.meta.algorithm)
     run_dir, mirror = run_place(options, name)
     if options.resume_from and not options.resume:
         raise ValueError("--resume-from names the checkpoint that --resume goes on from.")
