@@ -21,6 +21,7 @@ from ssm_metarl.cli.options import (
     Plot,
     Rollback,
     Run,
+    Sweep,
     Train,
 )
 from ssm_metarl.cli.parsing import Line, parse
@@ -112,6 +113,7 @@ RUN: Mapping[type, str] = {
     Adapt: "adapt:run_adapt",
     Plot: "plot:run_plot",
     Compare: "compare:run_compare",
+    Sweep: "sweep:run_sweep",
 }
 """Module and function of a command, but for `app` and those of `job`: only what a command needs is loaded, for torch,
 Ray Tune and matplotlib take seconds."""

@@ -200,6 +200,35 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Search over options with Ray Tune, each trial on one processor.
+
+    The file holds options of train, and under `space` those to search over, such as
+
+        space: {outer_lr: {loguniform: [1e-4, 1e-2]}, epochs: [1, 2, 5]}
+
+    with the functions of ray.tune. The best options are written to best.yaml, for train --config.
+
+    Attributes:
+        file: .toml, .yaml or .json.
+        samples: trials; of a grid, times each of its points.
+        search: how the next trial is chosen.
+        scheduler: asha stops trials that are behind.
+        run_dir: folder of the search; by default a new one in --storage.
+        storage: parent of the run folders.
+        json: print one JSON object.
+    """
+
+    file: tyro.conf.Positional[Folder]
+    samples: int = 10
+    search: Literal["random", "optuna"] = "random"
+    scheduler: Literal["none", "asha"] = "none"
+    run_dir: Folder | None = None
+    storage: str = RUNS
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class App:
     """Open the web interface: pretrained models, meta-training, adaptation and self-improvement in a browser.
 
@@ -304,7 +333,7 @@ class JobShutdown:
 
 
 JobCommand = JobStart | JobStatus | JobLogs | JobStop | JobList | JobShutdown
-Command = Train | Evolve | Rollback | Evaluate | Adapt | Plot | Compare | App | JobCommand
+Command = Train | Evolve | Rollback | Evaluate | Adapt | Plot | Compare | Sweep | App | JobCommand
 
 COMMANDS: Mapping[str, Any] = {
     "train": Train,
@@ -314,6 +343,7 @@ COMMANDS: Mapping[str, Any] = {
     "adapt": Adapt,
     "plot": Plot,
     "compare": Compare,
+    "sweep": Sweep,
     "app": App,
     "job start": JobStart,
     "job status": JobStatus,

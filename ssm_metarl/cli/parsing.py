@@ -15,6 +15,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from ssm_metarl.algorithms.registry import MetaConfig
+from ssm_metarl.checks import no_such
 from ssm_metarl.cli.console import RUNS, own_stdout, say
 from ssm_metarl.cli.options import COMMANDS, Command, Evolve, Run, Train
 from ssm_metarl.config import OPTIONS, TrainConfig, available_cores
@@ -220,6 +221,32 @@ def kept_options(options: Run) -> dict[str, Any]:
     found = {**options.config.to_dict(), **(options.evolution.to_dict() if isinstance(options, Evolve) else {}), **own}
     kept = {name: found[name] for name in found if name in option_names(type(options)) and found[name] is not None}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+
+
+def sweep_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A search's options of train, and the space of those to search over.
+
+    Raises:
+        ValueError: the file is damaged, has no space, or names an option that there is not; one sentence.
+        CheckpointError: its task is code, which a file does not start.
+    """
+    names = option_names(Train)
+    found = read_options(path, "train", {*names, SPACE})
+    space = found.pop(SPACE, None)
+    if not isinstance(space, Mapping) or not space:
+        raise ValueError(f"{path} has no {SPACE}: the options to search over.")
+    for name in space:
+        if name not in SEARCHED:
+            raise ValueError(f"{path}: there is {no_such('option to search over', str(name), SEARCHED)}")
+    check_task(path, str(found.get("task", TrainConfig.task)))
+    return found, dict(space)
+
+
+SPACE = "space"
+"""Entry of a search's file."""
+
+SEARCHED = [name for name, part in OPTIONS.items() if part != "machine" and name != "task"]
+"""Options that may be searched over: not what code runs, and not where."""
 
 
 def _with_file(line: Line, *, show: bool = False) -> Line:
