@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from scipy import special  # stats takes a second to import, in every process
 
 from ssm_metarl.algorithms.rollouts import Array
 
@@ -24,6 +23,8 @@ def confidence_interval(samples: Array, level: float = 0.95) -> tuple[Array, Arr
     Returns:
         Mean, lower and upper bound, [...] each; bounds are NaN where fewer than two samples are left.
     """
+    from scipy import special  # only here: the command line is read without it, and stats would take a second
+
     count = np.sum(np.isfinite(samples), 0)
     mean = np.nanmean(samples, 0)
     spread = np.nanstd(samples, 0) * np.sqrt(count / np.maximum(count - 1, 1))
@@ -97,6 +98,8 @@ def percentile_interval(drawn: Array, value: float, count: int, level: float = 0
     Returns:
         Lower and upper bound.
     """
+    from scipy import special  # see above
+
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     scale = special.stdtrit(count - 1, tails[1]) / special.ndtri(tails[1]) * np.sqrt(count / (count - 1))
     # Plotting positions k / (R + 1): as many resamples lie beyond a bound as the level says, also of few.
