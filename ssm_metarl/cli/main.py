@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from ssm_metarl.cli.console import complain, console, log_said, own_stdout, say
+import ssm_metarl
+from ssm_metarl.cli.console import answer, complain, console, log_said, own_stdout, say
 from ssm_metarl.cli.options import (
     COMMANDS,
     Adapt,
@@ -31,9 +32,17 @@ from ssm_metarl.distributed.signals import loading
 from ssm_metarl.storage.contents import CheckpointError
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; exit code 0, 1 after a failure, 2 for bad input, 128 and its number after a signal."""
+def main(arguments: Sequence[str] | None = None, *, end: Callable[[int], int] = int) -> int:
+    """Run one command; exit code 0, 1 after a failure, 2 for bad input, 128 and its number after a signal.
+
+    Args:
+        arguments: of the command line; by default this process's own.
+        end: is given the exit code where a signal cut the command short, and returns it or ends the process.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["--version"]:
+        answer(f"ssm-metarl {ssm_metarl.__version__}")
+        return 0
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
         given.insert(0, "train")
     if " ".join(given[:2]) in COMMANDS:
@@ -62,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(error)
         return 1
     except KeyboardInterrupt:
-        return 130
-    except SystemExit as end:
-        if end.code == signal.SIGTERM:  # from the handler that ray.init leaves behind
-            return 128 + signal.SIGTERM
+        return end(128 + signal.SIGINT)
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:  # from the handler that ray.init leaves behind
+            return end(128 + signal.SIGTERM)
         raise
 
 

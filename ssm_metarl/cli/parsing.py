@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Required, TypedDict, Union, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+import ssm_metarl
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.checks import no_such
 from ssm_metarl.cli.console import RUNS, own_stdout, say
@@ -191,13 +193,22 @@ def parse(arguments: Sequence[str]) -> Line:
         with own_stdout():  # environments print
             found = _defaults_for_help(arguments)
         default = {"default": _nested(COMMANDS[command], found, make=False)}
-    commands = [
-        Annotated[_asked(kind), tyro.conf.subcommand(name, **(default if name == command else {}))]
-        for name, kind in COMMANDS.items()
-    ]
+    if command in COMMANDS:  # it alone, so that what is said of a mistake is about it
+        kind, prog = COMMANDS[command], f"{program()} {command}"
+        values: Any = tyro.cli(_asked(kind), args=arguments[1:], prog=prog, description=inspect.getdoc(kind), **default)
+        return _with_file(Line(command, _flat(kind, values)))
+    if not command.startswith("-"):
+        raise ValueError(f"There is {no_such('command', command, COMMANDS)}")
+    commands = [Annotated[_asked(kind), tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
     union: Any = Union[tuple(commands)]  # noqa: UP007 (of a list)
-    found = tyro.cli(union, args=arguments, prog="run_local.py", description=__doc__)
-    return _with_file(Line(command, _flat(COMMANDS[command], found)))
+    tyro.cli(union, args=arguments, prog=program(), description=(inspect.getdoc(ssm_metarl) or "").partition("\n\n")[0])
+    raise SystemExit(2)
+
+
+def program() -> str:
+    """The program as it was called."""
+    name = Path(sys.argv[0]).name
+    return "python -m ssm_metarl" if name == "__main__.py" else name
 
 
 NOT_SAVED = frozenset(
@@ -332,11 +343,33 @@ _JSON = PrimitiveConstructorSpec(
 """How tyro reads a mapping: it is checked afterwards, where a mistake becomes one sentence of ours."""
 
 
+def _number(kind: type, name: str, metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """How tyro reads a number, so that a mistake is a sentence."""
+
+    def read(words: list[str]) -> Any:
+        try:
+            return kind(words[0])
+        except ValueError:
+            raise ValueError(f"{name} is wanted, not {words[0]!r}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int | kind) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+_WHOLE, _REAL = _number(int, "a whole number", "INT"), _number(float, "a number", "FLOAT")
+
+
 def _hints(kind: Any) -> dict[str, Any]:
     """Types of a dataclass's fields as tyro is to know them."""
     hints = get_type_hints(kind, include_extras=True)
     mapping = Annotated[Mapping[str, Any], _JSON]
-    known = [(Mapping[str, Any], mapping), (Mapping[str, Any] | None, mapping | None)]
+    known: list[tuple[Any, Any]] = [(Mapping[str, Any], mapping), (Mapping[str, Any] | None, mapping | None)]
+    known += [(int, Annotated[int, _WHOLE]), (float, Annotated[float, _REAL])]
     return {name: next((own for each, own in known if each == hint), hint) for name, hint in hints.items()}
 
 
