@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     Attributes:
         inputs: [M, T, K, I] float32, see `policy_inputs`.
         resets: [M, T, K] bool, or None where the only reset is at the first step (which starts from zero anyway).
-        actions: [M, T, K, A] float32 or [M, T, K] int64.
+        actions: [M, T, K, A] float32, or int64 [M, T, K] or with several heads [M, T, K, D].
         log_probs: [M, T, K] float32, of the policy that acted.
         advantages: [M, T, K] float32, 0 where not valid: for the inner step, normalised in each task.
         share: [M, T, K] float32, each valid step's share of its task's mean; 0 where not valid, sums to 1 a task (to

@@ -15,7 +15,7 @@ from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.parameters import of_tasks
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.core import TaskDistribution
+from ssm_metarl.core import InvalidStep, TaskDistribution
 from ssm_metarl.seeds import child
 
 MakeEnv = Callable[[Sequence[Any], int], gymnasium.vector.VectorEnv]
@@ -65,7 +65,6 @@ def collect(
     size = spec.observation_size
     inputs = np.zeros((*shape, spec.input_size), np.float32)
     full = spec.inputs == "full"
-    one_hot = np.eye(spec.action_size, dtype=np.float32)
     if full:
         inputs[..., -1] = 1.0  # start flag
     # a seed an episode slot, as SyncVectorEnv takes them; the base class declares one integer
@@ -91,7 +90,7 @@ def collect(
         record.after(steps, screened, reward, ended, done)
         steps += 1
         if full:
-            inputs[..., size:-2] = one_hot[action] if spec.discrete else action
+            inputs[..., size:-2] = spec.encoded(action)
             inputs[..., -2] = reward
             inputs[..., -1] = done
         yield
@@ -120,8 +119,7 @@ def collect_tasks(
         num_episodes: episodes, or trials, K a task.
 
     Returns:
-        One record of the M tasks; `errors` holds the traceback of each environment that raised, once an episode
-        lost.
+        One record of the M tasks; `errors` holds the `failure` of each environment that raised, once an episode lost.
     """
 
     def attempt(part: slice) -> Steps:
@@ -144,7 +142,7 @@ def collect_tasks(
             parts.append((yield from attempt(slice(i, i + 1))))
         except (Exception, SystemExit) as error:
             _unless_signalled(error)
-            parts.append(_blank(spec, tasks[i], num_episodes, traceback.format_exc()))
+            parts.append(_blank(spec, tasks[i], num_episodes, failure(error, tasks[i])))
     return Rollouts.concatenate(parts)
 
 
@@ -175,6 +173,13 @@ def played(steps: Steps) -> Rollouts:
             return record
 
 
+def failure(error: BaseException, task: Any) -> str:
+    """How an exception of an environment is told: its traceback, or a sentence where that says all."""
+    if isinstance(error, InvalidStep):
+        return f"task {task!r}: {error}"
+    return "".join(traceback.format_exception(error))
+
+
 def _close(env: gymnasium.vector.VectorEnv) -> None:
     """Close an environment; one that cannot be is no reason to lose what it has played."""
     try:
@@ -197,17 +202,14 @@ def _unless_signalled(error: BaseException) -> None:
 def _draw(
     seeds: Sequence[np.random.SeedSequence], spec: PolicySpec, horizon: int, num_episodes: int
 ) -> tuple[list[int], Array]:
-    """Every draw of a rollout, task by task: a seed for each environment, and the action noise [T, M, K(, A)]."""
+    """Every draw of a rollout, task by task: a seed for each environment, and the action noise [T, M, K, ...]."""
     env_seeds: list[int] = []
     noise = []
     for seed in seeds:
         env_node, noise_node = child(seed, 0), child(seed, 1)
         env_seeds += env_node.generate_state(num_episodes).tolist()
         generator = np.random.default_rng(noise_node)
-        if spec.discrete:
-            noise.append(generator.random((horizon, num_episodes), dtype=np.float32))
-        else:
-            noise.append(generator.standard_normal((horizon, num_episodes, spec.action_size), dtype=np.float32))
+        noise.append(spec.draw_noise(generator, horizon, num_episodes))
     return env_seeds, np.stack(noise, 1)
 
 
@@ -220,7 +222,7 @@ class _Record:
         self._tasks = tasks
         self._left = np.full(shape, episodes)  # episodes of the trial that have not ended
         self._observations = np.zeros((horizon, *shape, spec.observation_size), np.float32)
-        self._actions: Array = np.zeros((horizon, *_action_shape(spec, shape)), _action_type(spec))
+        self._actions: Array = np.zeros((horizon, *shape, *spec.action_shape), spec.action_type)
         self._rewards, self._log_probs = np.zeros((2, horizon, *shape), np.float32)
         self._terminated, self._valid, self._starts = np.zeros((3, horizon, *shape), bool)
         self._starts[0] = True
@@ -302,14 +304,6 @@ class _Record:
         )
 
 
-def _action_type(spec: PolicySpec) -> type:
-    return np.int64 if spec.discrete else np.float32
-
-
-def _action_shape(spec: PolicySpec, num_episodes: tuple[int, ...]) -> tuple[int, ...]:
-    return num_episodes if spec.discrete else (*num_episodes, spec.action_size)
-
-
 def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
     """Observations before the autoreset: `final_obs` where an episode ended, else the current ones."""
     final = observation.copy()
@@ -324,7 +318,7 @@ def _blank(spec: PolicySpec, task: Any, num_episodes: int, error: str) -> Rollou
     shape = (1, 1, num_episodes)
     rewards, log_probs = np.zeros((2, *shape), np.float32)
     observations = np.zeros((*shape, spec.observation_size), np.float32)
-    actions: Array = np.zeros(_action_shape(spec, shape), _action_type(spec))
+    actions: Array = np.zeros((*shape, *spec.action_shape), spec.action_type)
     starts, resets, terminated, valid = np.zeros((4, *shape), bool)
     last = np.zeros_like(observations[:, 0])
     arrays = (observations, actions, rewards, log_probs, starts, resets, terminated, valid, last)

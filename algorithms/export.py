@@ -50,12 +50,12 @@ class PolicyStep(nn.Module):
 
         Args:
             inputs: [N, I] float32, see `policy_inputs`: observation, and with `inputs="full"` the previous action
-                (one-hot if discrete), the previous reward and the start flag.
+                (`PolicySpec.encoded`), the previous reward and the start flag.
             state: of the step before, as of `initial_state`.
 
         Returns:
-            [N, A]: the mean action in [-1, 1] before clipping (see `PolicySpec.env_actions`), or logits; and the new
-            state.
+            [N, A]: the mean action in [-1, 1] before clipping (see `PolicySpec.env_actions`), or logits, those of
+            `PolicySpec.action_heads` one head after the other; and the new state.
         """
         spec = self.spec
         weight, bias = self._of("encoder", 2)

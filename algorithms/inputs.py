@@ -16,14 +16,12 @@ def policy_inputs(spec: PolicySpec, rollouts: Rollouts) -> Array:
     """Inputs that the policy saw at each step of `rollouts`, rebuilt from the record.
 
     Returns:
-        [M, T, K, I] float32: observation, then (`inputs="full"`) previous action (one-hot if discrete), previous
+        [M, T, K, I] float32: observation, then (`inputs="full"`) previous action (see `PolicySpec.encoded`), previous
         reward and start flag; previous action and reward are zero where `resets`.
     """
     if spec.inputs == "observation":
         return rollouts.observations
-    actions = rollouts.actions
-    if spec.discrete:
-        actions = np.eye(spec.action_size, dtype=np.float32)[actions]
+    actions = spec.encoded(rollouts.actions)
     size = spec.observation_size
     inputs = np.zeros((*rollouts.rewards.shape, spec.input_size), np.float32)
     inputs[..., :size] = rollouts.observations

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ssm_metarl.algorithms.heads import by_head
 from ssm_metarl.algorithms.parameters import MAX_NU, MIN_DECAY, per_task
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
@@ -74,7 +75,9 @@ class NumpyPolicy:
             arrays = (np.ascontiguousarray(into), straight, crossed, out, vector(skip), last, memory)
             self.blocks.append(arrays)
         self.readout = (np.ascontiguousarray(head), vector(head_bias))
-        if not spec.discrete:
+        if spec.discrete:
+            self._last = np.array(spec.action_heads or spec.action_size) - 1
+        else:
             log_std = vector(weights["policy.log_std"])
             self._std = np.exp(log_std)
             self._log_norm = log_std.sum(-1) + np.float32(0.5 * spec.action_size * math.log(2 * math.pi))
@@ -148,22 +151,25 @@ class NumpyPolicy:
         Args:
             inputs: [M, K, I] float32.
             state: of the step before.
-            noise: standard normal [M, K, A] for continuous actions, uniform in [0, 1) [M, K] for discrete
-                ones, or None.
+            noise: of `PolicySpec.draw_noise` for [M, K], or None.
 
         Returns:
-            actions ([M, K, A] float32 or [M, K] int64), their log-probabilities [M, K] float32, and the new state.
+            actions ([M, K, A] float32, [M, K] int64 or [M, K, D] int64), their log-probabilities [M, K] float32, and
+            the new state.
         """
         head, state = self.head(inputs, state)
         if self.spec.discrete:
+            heads = self.spec.action_heads
+            head = by_head(head, heads) if heads else head
             head -= head.max(-1, keepdims=True)
             log_probs = head - np.log(np.exp(head).sum(-1, keepdims=True))
             if noise is None:
                 actions = log_probs.argmax(-1)
             else:
                 below = np.exp(log_probs).cumsum(-1) <= noise[..., None]
-                actions = np.minimum(below.sum(-1), self.spec.action_size - 1)
-            return actions, np.take_along_axis(log_probs, actions[..., None], -1)[..., 0], state
+                actions = np.minimum(below.sum(-1), self._last)
+            taken = np.take_along_axis(log_probs, actions[..., None], -1)[..., 0]
+            return actions, taken.sum(-1) if heads else taken, state
         if noise is None:
             return head, np.broadcast_to(-self._log_norm, head.shape[:-1]).astype(np.float32), state
         log_prob = np.float32(-0.5) * (noise * noise).sum(-1)

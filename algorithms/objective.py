@@ -115,5 +115,7 @@ def detached(distribution: Distribution) -> Distribution:
         return Categorical(logits=distribution.logits.detach(), validate_args=False)
     assert isinstance(distribution, Independent)
     base = distribution.base_dist
+    if isinstance(base, Categorical):
+        return Independent(Categorical(logits=base.logits.detach(), validate_args=False), 1, validate_args=False)
     normal = Normal(base.loc.detach(), base.scale.detach(), validate_args=False)
     return Independent(normal, 1, validate_args=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from ssm_metarl.algorithms.affine import Affine, along
+from ssm_metarl.algorithms.heads import ABSENT_LOGIT, logit_places, row_places
 from ssm_metarl.algorithms.operations import linear, tanh
 from ssm_metarl.algorithms.parameters import CRITIC_UNITS, adapts, step_size
 from ssm_metarl.algorithms.rollouts import Array
@@ -30,7 +31,7 @@ class PolicyOutput(NamedTuple):
 
 
 class SSMPolicy(nn.Module):
-    """Recurrent policy: tanh encoder → SSM blocks → Gaussian or categorical head, and a value head.
+    """Recurrent policy: tanh encoder → SSM blocks → Gaussian head or categorical ones, and a value head.
 
     Parameters may carry a leading task axis M, so that every task of a meta-batch runs with its own weights in one
     call:
@@ -143,6 +144,9 @@ class SSMPolicy(nn.Module):
 
     def _distribution(self, hidden: Tensor) -> Distribution:
         head = self.policy(hidden)
+        if self.spec.action_heads:
+            heads = Categorical(logits=_by_head(head, self.spec.action_heads), validate_args=False)
+            return Independent(heads, 1, validate_args=False)
         if self.spec.discrete:
             return Categorical(logits=head, validate_args=False)
         # Contiguous: the logarithm that log_prob takes of it is ten times slower on an expanded one.
@@ -192,6 +196,27 @@ class ActionHead(Affine):
     """Mean or logits; for continuous actions with a learned standard deviation that is the same in every state."""
 
     log_std: Tensor
+
+
+def _by_head(logits: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """`heads.by_head` in torch."""
+    if len(set(heads)) == 1:
+        return logits.unflatten(-1, (len(heads), heads[0]))
+    places = torch.as_tensor(row_places(heads), device=logits.device)
+    table = nn.functional.pad(logits, (0, 1), value=ABSENT_LOGIT).index_select(-1, places.flatten())
+    return table.unflatten(-1, places.shape)
+
+
+def logits_of(actions: Distribution, spec: PolicySpec) -> Tensor:
+    """Normalised logits [..., A] of a discrete policy's distribution, those of all heads one after the other."""
+    if not spec.action_heads:
+        assert isinstance(actions, Categorical)
+        return actions.logits
+    assert isinstance(actions, Independent)
+    logits: Tensor = actions.base_dist.logits.flatten(-2)
+    if len(set(spec.action_heads)) == 1:
+        return logits
+    return logits.index_select(-1, torch.as_tensor(logit_places(spec.action_heads), device=logits.device))
 
 
 def numpy_weights(parameters: Mapping[str, Tensor]) -> dict[str, Array]:

@@ -98,10 +98,7 @@ class TaskModel:
         ends[:, :-1] = record.starts[:, 1:]
         chosen = chosen & ~ends
         before = (record.observations[chosen] - self._centre) / self._scale
-        if self._spec.discrete:
-            actions = np.eye(self._spec.action_size)[record.actions[chosen]]
-        else:
-            actions = record.actions[chosen].astype(np.float64)
+        actions = self._spec.encoded(record.actions[chosen]).astype(np.float64)
         parts = [np.ones((len(before), 1)), before, before**2, actions]
         if before.shape[1] * actions.shape[1] <= 256:
             parts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,12 @@ import numpy as np
 from ssm_metarl.algorithms.rollouts import TIMED, Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.checks import check_count
+
+MOST_EPISODES = 100_000
+"""Of a buffer: each is an object of kilobytes beside its numbers."""
+
+MOST_VALUES = 5_000_000
+"""Of a buffer's tasks in a file, as JSON: read, each takes many times its text."""
 
 _FLAT = ("observations", "actions", "rewards", "log_probs", "starts", "terminated")
 
@@ -30,11 +37,11 @@ class ReplayBuffer:
         capacity: most episodes; the oldest one makes room.
 
     Raises:
-        ValueError: the capacity is no positive number.
+        ValueError: the capacity is no number from 1 to `MOST_EPISODES`.
     """
 
     def __init__(self, capacity: int) -> None:
-        check_count("replay_episodes", capacity, 1)
+        check_count("replay_episodes", capacity, 1, MOST_EPISODES)
         self.capacity = capacity
         self._episodes: deque[Rollouts] = deque(maxlen=capacity)
 
@@ -50,7 +57,7 @@ class ReplayBuffer:
     @staticmethod
     def bound(spec: PolicySpec, capacity: int, horizon: int) -> int:
         """Most bytes that `capacity` episodes of at most `horizon` steps can take."""
-        action = 8 if spec.discrete else 4 * spec.action_size
+        action = np.dtype(spec.action_type).itemsize * math.prod(spec.action_shape)
         step = 4 * spec.observation_size + action + 2 * 4 + 4  # reward and log-probability; four flags of a byte
         return capacity * (horizon * step + 4 * spec.observation_size)
 
@@ -81,7 +88,7 @@ class ReplayBuffer:
     def arrays(self) -> dict[str, Array]:
         """What `replay.safetensors` holds: the steps of all episodes one after the other, and each one's length.
 
-        S steps and N episodes: `observations` [S, O], `actions` [S, A] or [S], `rewards`, `log_probs`,
+        S steps and N episodes: `observations` [S, O], `actions` [S, A], [S] or [S, D], `rewards`, `log_probs`,
         `starts` and `terminated` [S], `lengths` [N], `last_observations` [N, O], `capacity` [1], and
         `tasks`, the UTF-8 bytes of a JSON list. Empty where no episode is held.
         """
@@ -117,10 +124,9 @@ class ReplayBuffer:
             raise ValueError("'capacity' is not a number of at least as many episodes as there are")
         steps, episodes = sum(lengths.tolist()), len(lengths)
         number, flag = np.dtype(np.float32), np.dtype(bool)
-        action = ((steps,), np.dtype(np.int64)) if spec.discrete else ((steps, spec.action_size), number)
         forms = {
             "observations": ((steps, spec.observation_size), number),
-            "actions": action,
+            "actions": ((steps, *spec.action_shape), np.dtype(spec.action_type)),
             "rewards": ((steps,), number),
             "log_probs": ((steps,), number),
             "starts": ((steps,), flag),
@@ -136,10 +142,17 @@ class ReplayBuffer:
                 )
             if dtype == number and not np.isfinite(array).all():
                 raise ValueError(f"{name!r} holds NaN or infinite numbers")
-        if spec.discrete and not ((arrays["actions"] >= 0) & (arrays["actions"] < spec.action_size)).all():
-            raise ValueError(f"'actions' are not all in 0..{spec.action_size - 1}")
+        if spec.discrete:
+            most = np.array(spec.action_heads or spec.action_size) - 1
+            if not ((arrays["actions"] >= 0) & (arrays["actions"] <= most)).all():
+                raise ValueError(f"'actions' are not all in 0..{most.tolist()}")
+        if episodes > MOST_EPISODES:
+            raise ValueError(f"{episodes:,} episodes are more than {MOST_EPISODES:,}")
+        text = arrays["tasks"].tobytes()
+        if sum(map(text.count, (b"[", b"{", b","))) > MOST_VALUES:
+            raise ValueError(f"'tasks' are of more than {MOST_VALUES:,} values")
         try:
-            tasks = json.loads(arrays["tasks"].tobytes().decode())
+            tasks = json.loads(text.decode())
         except ValueError:
             tasks = None
         if not isinstance(tasks, list) or len(tasks) != episodes:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssm_metarl.algorithms.heads import less_mean
 from ssm_metarl.algorithms.operations import skip_tanh
 from ssm_metarl.algorithms.parameters import AXES, READERS, SILENT, VALUE_HEADS, parse_name
-from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.policy import SSMPolicy, logits_of
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.algorithms.ssm import SSMBlock
@@ -44,7 +45,7 @@ class Morph:
         policy: float32 arrays by parameter name, in the order of `SSMPolicy.named_parameters()`.
         optimizer: Adam's step counts and moments by `parameter.moment`, as in `Learner.optimizer_arrays`.
         error: root mean square change of the action head's output over the probe, divided by the root mean square of
-            that output; 0 or more. The output is the mean, or the logits less their mean over the actions.
+            that output; 0 or more. The output is the mean, or the logits less their mean over a head's values.
     """
 
     spec: PolicySpec
@@ -145,6 +146,8 @@ def _model(spec: PolicySpec, arrays: Arrays) -> SSMPolicy:
 def _head(spec: PolicySpec, arrays: Arrays, probe: _Probe) -> Array:
     """Mean, or logits less their mean, over the probe: [M, T, K, A]."""
     actions = _model(spec, arrays)(*probe).actions
+    if spec.action_heads:
+        return less_mean(logits_of(actions, spec).numpy(), spec.heads)
     if spec.discrete:
         return (actions.logits - actions.logits.mean(-1, keepdim=True)).numpy()
     return actions.mean.numpy()
@@ -248,8 +251,10 @@ def _shrink_width(spec: PolicySpec, arrays: Arrays, smaller: PolicySpec, probe: 
 
 
 def _effective(spec: PolicySpec, name: str, weight: Array) -> Array:
-    """A reader's weights without what has no effect: an amount that all logits, or all slots, have in common."""
-    if name.endswith("memory.address") or (spec.discrete and name == "policy.weight"):
+    """A reader's weights without what has no effect: an amount that a head's logits, or all slots, have in common."""
+    if spec.discrete and name == "policy.weight":
+        return less_mean(weight, spec.heads)
+    if name.endswith("memory.address"):
         return weight - weight.mean(1, keepdims=True)
     return weight
 

@@ -25,7 +25,7 @@ class Rollouts:
 
     Attributes:
         observations: [M, T, K, O] float32, before the step.
-        actions: [M, T, K, A] float32 or [M, T, K] int64, as sampled: see
+        actions: [M, T, K, A] float32, or int64 [M, T, K] or with several heads [M, T, K, D], as sampled: see
             `PolicySpec.env_actions` for what the environment got.
         rewards: [M, T, K] float32, after the step.
         log_probs: [M, T, K] float32, of the action under the policy that acted.

@@ -9,13 +9,17 @@ from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
+from ssm_metarl.algorithms.heads import identity, one_hot
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.checks import brief, check_count, check_flag, check_keys, check_number
 
 ABSENT_BOUND = 1e30
 """A Box with bounds of at least this size is taken for unbounded: such numbers are written where there is no bound."""
+
+MAX_HEAD_TABLE = 2**20
+"""Most heads × values of the largest one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +82,13 @@ class PolicySpec(PolicyConfig):
 
     Attributes:
         observation_size: O, length of an observation.
-        action_size: A, length of a continuous action, or the number of discrete actions.
-        discrete: whether actions are integers in [0, A).
+        action_size: A, length of a continuous action, or the number of discrete actions, over all heads.
+        discrete: whether actions are integers in [0, A), or with `action_heads` several integers each.
         task_size: P, task features that the privileged critic reads; 0: there is none.
         action_low, action_high: bounds of each number of a continuous action in the environment's unit, None where
             there is none; empty: no number has any. See `env_actions`.
+        action_heads: of an action that is D integers, the number of values of each, with the sum A; its integers are
+            independent given the past. Empty: an action is one integer, or continuous.
     """
 
     observation_size: int
@@ -91,6 +97,7 @@ class PolicySpec(PolicyConfig):
     task_size: int = 0
     action_low: tuple[float | None, ...] = ()
     action_high: tuple[float | None, ...] = ()
+    action_heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("observation_size", self.observation_size, 1)
@@ -109,6 +116,48 @@ class PolicySpec(PolicyConfig):
         for low, high in zip(self.action_low, self.action_high, strict=True):
             if low is not None and high is not None and low > high:
                 raise ValueError(f"action_low {low:g} must not be above action_high {high:g}.")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        heads = self.action_heads
+        if not isinstance(heads, tuple) or (heads and not self.discrete):
+            raise ValueError("action_heads must be a tuple of the number of values of each integer of an action.")
+        for size in heads:
+            check_count("action_heads", size, 1)
+        if heads and sum(heads) != self.action_size:
+            raise ValueError(f"action_heads must add up to action_size, {self.action_size}, not {sum(heads)}.")
+        if heads and len(heads) * max(heads) > MAX_HEAD_TABLE:
+            raise ValueError(f"action_heads: {len(heads)} with up to {max(heads)} values are too many.")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Number of values of each categorical head: one head of a discrete action, none of a continuous one."""
+        return self.action_heads or ((self.action_size,) if self.discrete else ())
+
+    @property
+    def action_shape(self) -> tuple[int, ...]:
+        """Shape of an action: () of one integer, [D] of several, [A] of numbers."""
+        if self.action_heads:
+            return (len(self.action_heads),)
+        return () if self.discrete else (self.action_size,)
+
+    @property
+    def action_type(self) -> type[np.int64 | np.float32]:
+        """Type of an action's numbers."""
+        return np.int64 if self.discrete else np.float32
+
+    def draw_noise(self, generator: np.random.Generator, *lead: int) -> Array:
+        """The chance of actions [*lead], float32: uniform in [0, 1) for integers, else standard normal."""
+        shape = (*lead, *self.action_shape)
+        if self.discrete:
+            return generator.random(shape, dtype=np.float32)
+        return generator.standard_normal(shape, dtype=np.float32)
+
+    def encoded(self, actions: Array) -> Array:
+        """Actions as inputs read them, [..., A] float32: integers as one-hot vectors, one after the other."""
+        if self.action_heads:
+            return one_hot(actions, self.action_heads)
+        return identity(self.action_size)[actions] if self.discrete else actions
 
     @property
     def input_size(self) -> int:
@@ -130,7 +179,7 @@ class PolicySpec(PolicyConfig):
         to the bound that it has.
 
         Args:
-            actions: [..., A] float32, or [...] integers, which stay as they are.
+            actions: [..., A] float32, or [...] or [..., D] integers, which stay as they are.
 
         Returns:
             Of the same shape and dtype, within the bounds; NaN stays NaN.
@@ -150,8 +199,13 @@ class PolicySpec(PolicyConfig):
         shape = getattr(observations, "shape", None)
         if shape != (self.observation_size,):
             return f"its observations are of the size {self.observation_size}, not of the shape {shape}"
-        if isinstance(actions, Discrete) != self.discrete:
+        if isinstance(actions, Discrete | MultiDiscrete) != self.discrete:
             return f"its actions are {'discrete' if self.discrete else 'continuous'}"
+        if isinstance(actions, MultiDiscrete) or self.action_heads:
+            heads = tuple(np.ravel(actions.nvec).tolist()) if isinstance(actions, MultiDiscrete) else ()
+            one = f"one integer of {self.action_size} values"
+            mine = f"integers of {self.action_heads} values" if self.action_heads else one
+            return "" if heads == self.action_heads else f"its actions are {mine}, not those of {actions}"
         if isinstance(actions, Discrete):
             same = int(actions.n) == self.action_size
             return "" if same else f"it has {self.action_size} actions, not {int(actions.n)}"

@@ -37,7 +37,7 @@ from ssm_metarl.storage.run_log import cut_metrics
 from ssm_metarl.storage.run_record import checkpoint_to_resume, set_aside_later, write_record
 from ssm_metarl.storage.trust import remember
 from ssm_metarl.tasks import TaskDistribution, names_code
-from ssm_metarl.tasks.external.hints import hints
+from ssm_metarl.tasks.external.hints import new_hints
 
 _log = logging.getLogger(__name__)
 
@@ -132,9 +132,10 @@ def train(
                 given = {"start": start and str(start), "schedule": schedule and str(schedule)}
                 begun = {name: value for name, value in given.items() if value}
                 save_options(run / CONFIG, "train", {**config.to_dict(), **begun})
-            if distribution is None and names_code(config.task):
+            if distribution is None:
                 remember(run, config.task)
-                for hint in () if resume else hints(config.task, config.task_options, config.task_ranges):
+            if distribution is None and names_code(config.task):
+                for hint in () if resume else new_hints(config.task, config.task_options, config.task_ranges):
                     _log.warning(hint)
             assert lock is not None
             result = _train(setup, run, lock, copy, on_iteration, distribution, schedule, loggers)

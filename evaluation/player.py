@@ -98,8 +98,8 @@ class Player:
             terminated, truncated: whether that step ended an episode, a flag or [N].
 
         Returns:
-            A discrete action, int64, or [A] float32 in the environment's own unit and within its bounds; [N] or [N, A]
-            for N environments.
+            A discrete action, int64, with several heads [D] of them, or [A] float32 in the environment's own unit and
+            within its bounds; for N environments [N, ...].
 
         Raises:
             ValueError: an argument has another shape or is not finite, or the reward is missing; one sentence. What
@@ -128,8 +128,7 @@ class Player:
         self._num_episodes, self._single = num_episodes, np.ndim(observation) == 1
         self._state, self._ended, self._inputs = state, ended, inputs
         if spec.inputs == "full":
-            one_hot = np.eye(spec.action_size, dtype=np.float32)
-            inputs[..., size:-2] = one_hot[actions] if spec.discrete else actions
+            inputs[..., size:-2] = spec.encoded(actions)
         found = spec.env_actions(actions)[0]
         return found[0] if self._single else found
 
@@ -240,9 +239,7 @@ class Player:
     def _draw(self, num_episodes: int) -> Array | None:
         if self.deterministic:
             return None
-        if self.spec.discrete:
-            return self._noise.random((1, num_episodes), dtype=np.float32)
-        return self._noise.standard_normal((1, num_episodes, self.spec.action_size), dtype=np.float32)
+        return self.spec.draw_noise(self._noise, 1, num_episodes)
 
 
 def load_player(path: str | Path, *, deterministic: bool = False, seed: int = 0) -> Player:

@@ -49,7 +49,8 @@ def open_subject(
     policy, checkpoint = load_policy(path)
     trained = TrainConfig.from_checkpoint(checkpoint.config)
     if distribution is None and config.task is None:
-        check_task(path, trained.task, trusted=config.trust_checkpoint_code)
+        options = trained.task_options if config.task_options is None else {}
+        check_task(path, trained.task, options=options, trusted=config.trust_checkpoint_code)
     family = distribution or config.family(trained)
     family.sample(0, np.random.default_rng(), config.split)  # refuses a split that it does not have
     if trained.policy_spec(family) != policy.spec:

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from ssm_metarl import presets
 from ssm_metarl.algorithms.inputs import task_numbers
 from ssm_metarl.algorithms.registry import ALGORITHMS, MetaConfig
+from ssm_metarl.algorithms.replay import MOST_EPISODES
 from ssm_metarl.algorithms.spec import PolicyConfig, PolicySpec, action_bounds
 from ssm_metarl.checks import brief, check_count, check_keys, check_mapping, check_number, check_text
 from ssm_metarl.seeds import Branch, seed_for
@@ -34,7 +35,8 @@ class ExperienceConfig:
         episodes: episodes K a task, for each inner step and for the query; trials, where a trial has several episodes.
         trial_episodes: episodes of a trial, over which the policy keeps its recurrent state and sums its return.
         seed: of everything random in the run.
-        replay_episodes: query episodes that are kept for hybrid adaptation, one a task, the last ones; 0: none.
+        replay_episodes: query episodes that are kept for hybrid adaptation, one a task, the last ones, at most 100,000;
+            0: none.
     """
 
     iterations: int = 30
@@ -47,8 +49,8 @@ class ExperienceConfig:
     def __post_init__(self) -> None:
         for name in ("iterations", "meta_batch", "episodes", "trial_episodes"):
             check_count(name, getattr(self, name), 1)
-        for name in ("seed", "replay_episodes"):
-            check_count(name, getattr(self, name), 0)
+        check_count("seed", self.seed, 0)
+        check_count("replay_episodes", self.replay_episodes, 0, MOST_EPISODES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,10 @@ class MachineConfig:
         check_text("device", self.device)
         if self.sample_timeout_s is not None and self.sample_timeout_s != "auto":
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
+
+
+SINCE: Mapping[str, Any] = {"max_kl": 0.5}
+"""Options that checkpoints of earlier versions lack, and what stands for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +162,12 @@ class TrainConfig:
 
     @classmethod
     def from_checkpoint(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The configuration that a checkpoint keeps, which must have every option: none is guessed.
+        """The configuration that a checkpoint keeps, which must have all options but those of `SINCE`: none is guessed.
 
         Raises:
             ValueError: an option is missing, unknown or impossible; one sentence.
         """
+        values = {**SINCE, **values}
         if missing := [name for name in OPTIONS if name not in values]:
             raise ValueError(
                 f"The checkpoint's config has no {', '.join(missing[:5])}{' …' * (len(missing) > 5)}: it is damaged, "
@@ -197,21 +204,36 @@ class TrainConfig:
             raise ValueError(
                 f"{distribution.name}: observations must be vectors (Box with one axis), not {observation}."
             )
-        discrete = isinstance(action, spaces.Discrete)
+        low: tuple[float | None, ...] = ()
+        high: tuple[float | None, ...] = ()
+        heads: tuple[int, ...] = ()
         if isinstance(action, spaces.Discrete):
             size = int(action.n)
+        elif isinstance(action, spaces.MultiDiscrete) and action.nvec.ndim == 1 and not action.start.any():
+            heads = tuple(action.nvec.tolist())
+            size = sum(heads)
         elif isinstance(action, spaces.Box) and len(action.shape) == 1:
             size = action.shape[0]
+            low, high = action_bounds(action.low, action.high)
         else:
-            raise ValueError(f"{distribution.name}: actions must be Discrete or a Box with one axis, not {action}.")
+            raise ValueError(
+                f"{distribution.name}: actions must be Discrete, MultiDiscrete from 0, or a Box with one axis, "
+                f"not {action}."
+            )
         example = (
             distribution.sample(1, np.random.default_rng(seed_for(self.experience.seed, Branch.TASKS)))
             if self.meta.baseline == "privileged"
             else []
         )
-        bounds = () if isinstance(action, spaces.Discrete) else action_bounds(action.low, action.high)
         return PolicySpec(
-            observation.shape[0], size, discrete, task_numbers(example).size, *bounds, **asdict(self.policy)
+            observation_size=observation.shape[0],
+            action_size=size,
+            discrete=not isinstance(action, spaces.Box),
+            task_size=task_numbers(example).size,
+            action_low=low,
+            action_high=high,
+            action_heads=heads,
+            **asdict(self.policy),
         )
 
 
@@ -220,7 +242,6 @@ MOST: Mapping[str, int] = {
     "meta_batch": 100_000,
     "episodes": 100_000,
     "trial_episodes": 100_000,
-    "replay_episodes": 10_000_000,
 }
 """Greatest values that a checkpoint's config may have: whoever reads one would play for ever, or run out of memory."""
 

@@ -86,6 +86,10 @@ class Adapter(Protocol):
         """Adapt to every task that `collect` plays, with `episodes` a task and step."""
 
 
+class InvalidStep(ValueError):
+    """What an environment returned is neither in its spaces nor what gymnasium's interface asks for; one sentence."""
+
+
 Task = dict[str, Any]
 """Parameters of one task: JSON values only."""
 
@@ -163,7 +167,8 @@ class TaskDistribution(abc.ABC):
         Returns:
             M*K environments with `AutoresetMode.SAME_STEP`; number m*K + k is slot k of task m. `reset`
             takes a list of M*K seeds; `step` takes [M*K, A] float32 actions, which it clips itself, or
-            [M*K] int64. What an episode slot experiences depends on its task, seed and actions alone.
+            int64 [M*K] or, of a `MultiDiscrete` with D integers, [M*K, D]. What an episode slot experiences depends on
+            its task, seed and actions alone.
 
         Raises:
             ValueError: a task's parameters are missing, unknown or impossible, or the batch is empty.

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ssm_metarl import pretrained
 from ssm_metarl.storage.atomic import replace_file
@@ -48,19 +50,30 @@ def is_own(folder: Path, task: str) -> bool:
     return any(str(each) in own for each in (place, *place.parents))
 
 
-def check_task(path: str | Path, task: str, *, given: str | None = None, trusted: bool = False) -> None:
+def check_task(
+    path: str | Path,
+    task: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    given: str | None = None,
+    trusted: bool = False,
+) -> None:
     """Refuse to run the code that a checkpoint or a run names, unless it is wanted.
+
+    Options of a gym: environment go to its constructor, which may read the files that they name: with any, it counts as
+    code, too.
 
     Args:
         path: of the checkpoint, or of the run.
         task: that its config names.
+        options: of the task, as far as its config has them.
         given: the task that the command itself names.
         trusted: the command says that the checkpoint's code may run.
 
     Raises:
         CheckpointError: nobody wants it; one sentence that says how to.
     """
-    if not names_code(task) or task == given or trusted:
+    if not (names_code(task) or (task.startswith("gym:") and options)) or task == given or trusted:
         return
     if not str(path).startswith(pretrained.PREFIX) and is_own(Path(path), task):
         return

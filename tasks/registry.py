@@ -68,7 +68,7 @@ def make(name: str, options: Mapping[str, Any] = {}, ranges: Mapping[str, Any] =
 
     Args:
         name: registered; or `gym:ID`, `module:attribute`, see `tasks.adapter`.
-        options: keyword arguments of the family.
+        options: keyword arguments of the family; of `gym:ID` and `module:attribute` also those of the constructor.
         ranges: for `gym:ID`, the attributes that differ between tasks.
 
     Raises:
@@ -86,8 +86,9 @@ def make(name: str, options: Mapping[str, Any] = {}, ranges: Mapping[str, Any] =
     if ranges and "ranges" not in known:
         raise ValueError(f"Only gym:ID takes task ranges, not {name!r}, whose options are its own.")
     known.pop("ranges", None)
-    for key in options:
-        lookup(known, key, f"option of {name!r}")
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):  # else it checks them itself
+        for key in options:
+            lookup(known, key, f"option of {name!r}")
     return factory(**options, **({"ranges": ranges} if ranges else {}))
 
 

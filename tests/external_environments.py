@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Discrete, Space
+from gymnasium.spaces import Box, Discrete, MultiDiscrete, Space
 from gymnasium.vector import AutoresetMode
 
 from builders import make_policy
@@ -89,6 +89,8 @@ def play(
     for _ in range(steps):
         if isinstance(space, Discrete):
             actions = np.array([generator.integers(int(space.n)) for generator in generators])
+        elif isinstance(space, MultiDiscrete):
+            actions = np.array([generator.integers(space.nvec) for generator in generators])
         else:
             assert space.shape is not None
             actions = np.array([generator.normal(0, 2, space.shape) for generator in generators], np.float32)
@@ -103,9 +105,10 @@ def small_policy(family: TaskDistribution) -> tuple[PolicySpec, dict[str, Any]]:
     """Sizes and weights of a policy that fits a family."""
     observation, action = family.observation_space, family.action_space
     assert observation.shape is not None
-    discrete = isinstance(action, Discrete)
-    size = int(action.n) if isinstance(action, Discrete) else action.shape[0]  # type: ignore[index]
-    spec = PolicySpec(observation.shape[0], size, discrete, hidden_dim=6, state_dim=4)
+    discrete = not isinstance(action, Box)
+    heads = tuple(action.nvec.tolist()) if isinstance(action, MultiDiscrete) else ()
+    size = int(action.n) if isinstance(action, Discrete) else sum(heads) or action.shape[0]  # type: ignore[index]
+    spec = PolicySpec(observation.shape[0], size, discrete, action_heads=heads, hidden_dim=6, state_dim=4)
     return spec, make_policy(spec).numpy_weights()
 
 

@@ -26,6 +26,7 @@ from ssm_metarl import (
     register,
     train,
 )
+from ssm_metarl.distributed.metrics import log_line
 from ssm_metarl.tasks import Task, make
 from ssm_metarl.tasks import registry as base
 
@@ -70,7 +71,8 @@ def test_a_trainer_stepped_by_hand_is_the_run_that_train_makes(tmp_path: Path) -
     seen: list[dict[str, Any]] = []
     result = train(config, tmp_path / "run", on_iteration=seen.append)
     for mine, theirs in zip(by_hand, seen, strict=True):
-        assert {name: mine[name] for name in theirs if name != "seconds"} == {
+        line = log_line(mine)
+        assert {name: line[name] for name in theirs if name != "seconds"} == {
             name: value for name, value in theirs.items() if name != "seconds"
         }
     mine, theirs = load_policy(tmp_path / "by hand")[1], load_policy(result.checkpoint)[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from ssm_metarl.algorithms.collect import failure
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.seeds import seed_for
@@ -23,7 +23,7 @@ SLOTS = 20
 class TaskEnv(VectorEnv[Array, Array, Array]):
     """N episode slots that play episodes of a family, a new task each; an observation is what the policy reads.
 
-    That is the observation and, with `inputs="full"`, the previous action as it was sampled (one-hot if discrete),
+    That is the observation and, with `inputs="full"`, the previous action as it was sampled (`PolicySpec.encoded`),
     the previous reward and the start flag: the inputs that `collect` makes. The step after an episode's last one
     begins the next episode, whatever the action (`AutoresetMode.NEXT_STEP`, which RLlib expects). Infos of a last
     step hold `return` and `length` of the episode and, where the environment raised or gave a number that is not
@@ -52,6 +52,7 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         self._seed = 0
         self._envs: list[VectorEnv[Any, Any, Any] | None] = [None] * self.num_envs
         self._episodes = [0] * self.num_envs
+        self._tasks: list[Any] = [{}] * self.num_envs
         self._inputs = np.zeros((self.num_envs, self._spec.input_size), np.float32)
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
         self._done = np.zeros(self.num_envs, bool)
@@ -79,7 +80,7 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         """Move every slot one step, or begin its next episode.
 
         Args:
-            actions: [N, A] float32, or [N] integers.
+            actions: [N, A] float32, or [N] or [N, D] integers.
 
         Returns:
             Inputs of the policy [N, I] float32, rewards [N] float32, terminated and truncated [N] bool, infos.
@@ -93,8 +94,8 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
                 continue
             try:
                 rewards[slot], terminated[slot], truncated[slot] = self._play(slot, actions[slot])
-            except Exception:
-                truncated[slot], errors[slot] = True, traceback.format_exc()
+            except Exception as error:
+                truncated[slot], errors[slot] = True, failure(error, self._tasks[slot])
         self._done = terminated | truncated
         infos: dict[str, Any] = {}
         if self._done.any():
@@ -116,6 +117,7 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         if (before := self._envs[slot]) is not None:
             before.close()
         task = self._family.sample(1, np.random.default_rng(seed_for(self._seed, *path, 0)), "train")
+        (self._tasks[slot],) = task
         env = self._envs[slot] = self._family.make_vector_env(task, 1)
         observation = env.reset(seed=seed_for(self._seed, *path, 1).generate_state(1).tolist())[0]
         self._returns[slot] = self._lengths[slot] = 0
@@ -139,10 +141,7 @@ class TaskEnv(VectorEnv[Array, Array, Array]):
         size = self._spec.observation_size
         if self._spec.inputs == "full":
             self._inputs[slot, size:] = 0.0
-            if self._spec.discrete:
-                self._inputs[slot, size + int(action)] = 1.0
-            else:
-                self._inputs[slot, size:-2] = action
+            self._inputs[slot, size:-2] = self._spec.encoded(np.asarray(action))
             self._inputs[slot, -2] = reward
         cut = bool(truncated[0]) or self._lengths[slot] == self._family.horizon
         return reward, bool(terminated[0]), cut

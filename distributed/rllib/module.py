@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.distribution.torch.torch_distribution import TorchMultiCategorical
 from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor
 
-from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.policy import SSMPolicy, logits_of
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
 
@@ -34,6 +35,8 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
     def setup(self) -> None:
         """Build the policy that `model_config["spec"]` describes; RLlib calls it once."""
         self.ssm = SSMPolicy(PolicySpec.from_dict(self.model_config["spec"]))
+        if heads := self.ssm.spec.action_heads:  # RLlib itself chooses for single integers and numbers only
+            self.action_dist_cls = TorchMultiCategorical.get_partial_dist_cls(input_lens=list(heads))
 
     def get_initial_state(self) -> dict[str, Tensor]:
         """Zero state of one episode, as `SSMPolicy.initial_state` by `state_name`; without blocks, empty."""
@@ -80,7 +83,7 @@ class SSMModule(TorchRLModule, ValueFunctionAPI):
         before = [given[state_name(i)] for i in range(len(given))] if stateful else None
         output = self.ssm(sequence, state=before)
         if self.ssm.spec.discrete:
-            logits = output.actions.logits
+            logits = logits_of(output.actions, self.ssm.spec)
         else:
             normal = output.actions.base_dist
             logits = torch.cat([normal.loc, normal.scale.log()], -1)

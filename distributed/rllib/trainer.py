@@ -33,6 +33,7 @@ from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import Checkpoint
 from ssm_metarl.tasks import TaskDistribution
 
+
 class PolicyGradientTrainer:
     """Trains a policy with RLlib's PPO; `train` drives it as it drives `MetaTrainer`.
 

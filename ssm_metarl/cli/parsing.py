@@ -95,7 +95,7 @@ class Line:
             return {}
         if given.get("resume") and given.get("seeds"):
             saved = read_options(self._run() / CONFIG, self.command, option_names(COMMANDS[self.command]))
-            self._check_task(self._run(), saved["task"], show)
+            self._check_task(self._run(), saved, show)
             return saved
         if given.get("resume"):
             run = self._run()
@@ -106,16 +106,16 @@ class Line:
                     f"The run in {run} is of the task {found['task']}, which --resume does not change: start a new run "
                     f"of {given['task']} with --from {run}."
                 )
-            self._check_task(self._run(), found["task"], show)
+            self._check_task(self._run(), found, show)
             return found if is_own(self._run(), found["task"]) else _of_this_machine(found)
         if self.command == "train" and (path := given.get("schedule")):
             found = Schedule.read(path).config.to_dict()
-            self._check_task(path, found["task"], show)
+            self._check_task(path, found, show)
             return {**_of_this_machine(found), "num_workers": "auto"}
         origin = {name: given[name] for name in ("task", "task_options", "task_ranges", "algorithm") if name in given}
         if start := given.get("start"):
             config = TrainConfig.from_checkpoint(load_checkpoint(resolve_checkpoint(start)).config)
-            self._check_task(start, config.task, show)
+            self._check_task(start, config.to_dict(), show)
             other = origin.get("algorithm", config.meta.algorithm) != config.meta.algorithm
             if self.command == "train" and other and not (show and names_code(config.task)):
                 kept = {name: value for name, value in config.to_dict().items() if OPTIONS[name] in ("", "policy")}
@@ -138,9 +138,11 @@ class Line:
                 option = name.upper() if name == "run" else f"--{name.replace('_', '-')}"
                 raise ValueError(f"{option} is a folder of this machine, not {shown(str(value))}: {instead}.")
 
-    def _check_task(self, path: Path | str, task: str, show: bool) -> None:
+    def _check_task(self, path: Path | str, found: Mapping[str, Any], show: bool) -> None:
         if not show and "task" not in self.given:
-            check_task(path, task, trusted=self.given.get("trust_checkpoint_code", False))
+            options = {} if "task_options" in self.given else found.get("task_options")
+            trusted = self.given.get("trust_checkpoint_code", False)
+            check_task(path, found["task"], options=options, trusted=trusted)
 
     def _run(self) -> Path:
         if self.given.get("run_dir") is None:
@@ -234,32 +236,6 @@ def kept_options(options: Run) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
-def sweep_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A search's options of train, and the space of those to search over.
-
-    Raises:
-        ValueError: the file is damaged, has no space, or names an option that there is not; one sentence.
-        CheckpointError: its task is code, which a file does not start.
-    """
-    names = option_names(Train)
-    found = read_options(path, "train", {*names, SPACE})
-    space = found.pop(SPACE, None)
-    if not isinstance(space, Mapping) or not space:
-        raise ValueError(f"{path} has no {SPACE}: the options to search over.")
-    for name in space:
-        if name not in SEARCHED:
-            raise ValueError(f"{path}: there is {no_such('option to search over', str(name), SEARCHED)}")
-    check_task(path, str(found.get("task", TrainConfig.task)))
-    return found, dict(space)
-
-
-SPACE = "space"
-"""Entry of a search's file."""
-
-SEARCHED = [name for name, part in OPTIONS.items() if part != "machine" and name != "task"]
-"""Options that may be searched over: not what code runs, and not where."""
-
-
 def _with_file(line: Line, *, show: bool = False) -> Line:
     """The line with the options of the file that it names, which those that it gives win over."""
     given = dict(line.given)
@@ -270,7 +246,8 @@ def _with_file(line: Line, *, show: bool = False) -> Line:
     if "task" in found:
         try:
             trusted = given.get("trust_checkpoint_code", False)
-            check_task(path, str(found["task"]), given=given.get("task"), trusted=trusted)
+            options = {} if "task_options" in given else found.get("task_options")
+            check_task(path, str(found["task"]), options=options, given=given.get("task"), trusted=trusted)
         except CheckpointError:
             if not show:
                 raise

@@ -15,10 +15,11 @@ from ssm_metarl.checks import brief, no_such
 from ssm_metarl.cli.console import answer, console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Sweep, Train
-from ssm_metarl.cli.parsing import Line, sweep_file
-from ssm_metarl.config import TrainConfig
+from ssm_metarl.cli.parsing import Line, option_names
+from ssm_metarl.config import OPTIONS, TrainConfig
 from ssm_metarl.distributed.cluster import start_ray
-from ssm_metarl.storage.options_file import save_options
+from ssm_metarl.storage.options_file import read_options, save_options
+from ssm_metarl.storage.trust import check_task
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid
@@ -60,6 +61,32 @@ def run_sweep(options: Sweep) -> int:
         summary = {"run_dir": str(folder), "trials": len(results), "best": found, METRIC: best.metrics[METRIC]}
         answer(json.dumps(summary))
     return 0
+
+
+def sweep_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A search's options of train, and the space of those to search over.
+
+    Raises:
+        ValueError: the file is damaged, has no space, or names an option that there is not; one sentence.
+        CheckpointError: its task is code, which a file does not start.
+    """
+    names = option_names(Train)
+    found = read_options(path, "train", {*names, SPACE})
+    space = found.pop(SPACE, None)
+    if not isinstance(space, Mapping) or not space:
+        raise ValueError(f"{path} has no {SPACE}: the options to search over.")
+    for name in space:
+        if name not in SEARCHED:
+            raise ValueError(f"{path}: there is {no_such('option to search over', str(name), SEARCHED)}")
+    check_task(path, str(found.get("task", TrainConfig.task)), options=found.get("task_options"))
+    return found, dict(space)
+
+
+SPACE = "space"
+"""Entry of a search's file."""
+
+SEARCHED = [name for name, part in OPTIONS.items() if part != "machine" and name != "task"]
+"""Options that may be searched over: not what code runs, and not where."""
 
 
 def domain(name: str, spec: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from numpy.typing import NDArray
 
 from ssm_metarl.core import Task, TaskDistribution
@@ -84,6 +84,9 @@ class Uniform(BaselinePolicy):
         if isinstance(space, Discrete):
             count = int(space.n)
             self._actions = trials.draw(lambda rng, _: rng.integers(count, size=steps))
+        elif isinstance(space, MultiDiscrete):
+            shape = (*steps, *space.shape)
+            self._actions = trials.draw(lambda rng, _: rng.integers(space.nvec, size=shape))
         else:
             assert isinstance(space, Box)
             shape = (*steps, *space.shape)

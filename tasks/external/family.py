@@ -7,7 +7,7 @@ import copy
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ssm_metarl.checks import check_count
 from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
 from ssm_metarl.tasks.external.lending import Kept, LentVectorEnv, PolicyEnv, close_all, own_horizon
+from ssm_metarl.tasks.external.reading import check_interface
 from ssm_metarl.tasks.external.spaces import action_space, vector_space
 from ssm_metarl.tasks.parameters import stack_parameters
 
@@ -32,21 +33,28 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
     at the first batch shows that a used one plays just as a new one does. One that raised is not used again. A pickled
     family has none.
 
-    Observations are float32 vectors: a `Box` is flattened where it has several axes and up to `MAX_FLAT` numbers,
-    `Discrete` and `MultiDiscrete` become one-hot. Actions are `Discrete`, or a `Box` with one axis, to which
-    they are clipped.
+    Observations are float32 vectors, flattened as gymnasium does: a `Box` (with several axes, up to `MAX_FLAT`
+    numbers), `Discrete` and `MultiDiscrete` as one-hot vectors, `MultiBinary`, and `Dict` and `Tuple` of them. Actions
+    are `Discrete`; a `Box` of real numbers, to which they are clipped; or several integers, each of them drawn by
+    itself: `MultiDiscrete`, `MultiBinary`, and a `Box` of integers.
+
+    Args:
+        name: of the family.
+        arguments: of the environment's constructor.
     """
 
     splits = ("train", "validation", "test")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, arguments: Mapping[str, Any] = {}) -> None:
         self.name = name
+        self._constructor = copy.deepcopy(dict(arguments))
         self._directory = os.getcwd()  # may hold modules that Python does not find, and workers start elsewhere
         self._kept = Kept()
         self._keeps: bool | None = None
 
     def _adopt(self, env: gymnasium.Env[Any, Any], horizon: int | None) -> None:
         """Take spaces and horizon from one of the environments."""
+        check_interface(self.name, env)
         self.observation_space = vector_space(self.name, env.observation_space)
         self.action_space = action_space(self.name, env.action_space)
         limit = own_horizon(self.name, env) if horizon is None else horizon
@@ -59,6 +67,17 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
     @abc.abstractmethod
     def _policy_env(self, task: Task) -> PolicyEnv:
         """Make an environment for a task."""
+
+    def environment(self, task: Task) -> gymnasium.Env[Any, Any]:
+        """A new environment as it is, that is to play a task; the caller closes it."""
+        made = self._policy_env(task)
+        made.assign(task)
+        return made.env
+
+    def _for_policy(self, env: gymnasium.Env[Any, Any], assign: Any, *, again: bool) -> PolicyEnv:
+        """An environment as the policy meets it."""
+        spaces = self.observation_space, self.action_space
+        return PolicyEnv(self.name, env, self.horizon, *spaces, assign, again=again)
 
     def _check(self, tasks: Sequence[Task], num_episodes: int) -> None:
         """Raise ValueError for a batch that cannot be; the message is a sentence."""

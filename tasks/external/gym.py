@@ -23,11 +23,14 @@ from ssm_metarl.tasks.external.attributes import (
     with_attributes,
 )
 from ssm_metarl.tasks.external.family import AdaptedFamily
-from ssm_metarl.tasks.external.importing import import_module, one_line
+from ssm_metarl.tasks.external.importing import check_arguments, import_module, one_line
 from ssm_metarl.tasks.external.lending import PolicyEnv, close_all
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 
 GYM = "gym:"
+UNLIMITED = -1
+"""For `gymnasium.make`: no `TimeLimit`, for `PolicyEnv` limits the steps."""
+
 _FINITE = Parameter(-sys.float_info.max, sys.float_info.max)
 
 
@@ -50,14 +53,21 @@ class GymFamily(AdaptedFamily):
         ranges: name → [low, high], finite.
         horizon: most steps of an episode; None: as registered, or the attribute `horizon` or
             `max_episode_length` of the environment.
+        arguments: of the environment's constructor, the same for all tasks; JSON values.
 
     Raises:
         ValueError: in one sentence, for an unknown environment or name, an impossible range, a space that is not
             supported, or a horizon that is missing.
     """
 
-    def __init__(self, env_id: str, ranges: Mapping[str, Sequence[float]] = {}, horizon: int | None = None) -> None:
-        super().__init__(f"{GYM}{env_id}")
+    def __init__(
+        self,
+        env_id: str,
+        ranges: Mapping[str, Sequence[float]] = {},
+        horizon: int | None = None,
+        arguments: Mapping[str, Any] = {},
+    ) -> None:
+        super().__init__(f"{GYM}{env_id}", arguments)
         if not isinstance(ranges, Mapping):
             raise ValueError(f"{self.name}: ranges must be {{name: [low, high], ...}}, not {ranges!r}.")
         # Sorted: the same draws whatever order the ranges are read in.
@@ -65,11 +75,14 @@ class GymFamily(AdaptedFamily):
         self._parameters = dict.fromkeys(self._ranges, _FINITE)
         self.enumerable = all(low == high for low, high in self._ranges.values())
         self._module, _, self._env_id = env_id.rpartition(":")
-        self._limit = None if horizon is None else check_count(f"{self.name}: the horizon", horizon, 1)
-        env = self._attempt("", lambda: self._make({}, {}))
+        if horizon is not None:
+            check_count(f"{self.name}: the horizon", horizon, 1)
+        for key in arguments:
+            if key in self._ranges:
+                raise ValueError(f"{self.name}: {key!r} has a range and a value: give one of them.")
+        env = self._attempt("", lambda: self._checked_make(arguments))
         try:
-            self._adopt(env, horizon)
-            self._limit = self.horizon
+            self._adopt(env, self._entry[0].max_episode_steps if horizon is None else horizon)
             self._sort_names(env.unwrapped)
         finally:
             close_all([env])
@@ -81,6 +94,10 @@ class GymFamily(AdaptedFamily):
             return make()
         except Exception as error:
             raise ValueError(f"{self.name} cannot be made{what}: {one_line(error)}") from error
+
+    def _checked_make(self, arguments: Mapping[str, Any]) -> gymnasium.Env[Any, Any]:
+        check_arguments(self.name, self._entry[1], arguments)
+        return self._make({}, {})
 
     def _try(self, task: Task) -> None:
         env = self._policy_env(task)
@@ -116,7 +133,8 @@ class GymFamily(AdaptedFamily):
         if attributes and inspect.isclass(creator):
             spec = copy.copy(spec)
             spec.entry_point = with_attributes(creator, attributes)
-        return gymnasium.make(spec, max_episode_steps=self._limit, disable_env_checker=True, **arguments)
+        given = {**copy.deepcopy(self._constructor), **arguments}
+        return gymnasium.make(spec, max_episode_steps=UNLIMITED, disable_env_checker=True, **given)
 
     def _key(self, task: Task) -> Any:
         return tuple(task[key] for key in (*self._arguments, *self._attributes))
@@ -124,7 +142,7 @@ class GymFamily(AdaptedFamily):
     def _policy_env(self, task: Task) -> PolicyEnv:
         arguments = {key: float(task[key]) for key in self._arguments}
         env = self._make(arguments, {key: float(task[key]) for key in self._attributes})
-        return PolicyEnv(env, self.observation_space, self.action_space, self._assign, again=True)
+        return self._for_policy(env, self._assign, again=True)
 
     def _assign(self, env: gymnasium.Env[Any, Any], task: Task) -> None:
         for key in (*self._attributes, *self._paths):

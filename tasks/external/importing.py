@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.machinery
 import importlib.util
 import inspect
 import sys
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -50,14 +52,31 @@ def import_module(module: str, directory: str) -> types.ModuleType:
         raise ValueError(f"{module} cannot be imported: {one_line(error)}") from error
 
 
-def call(name: str, entry: Any) -> Any:
-    """Make what a class or a function without arguments makes."""
+def call(name: str, entry: Any, arguments: Mapping[str, Any] = {}) -> Any:
+    """Make what a class or a function makes of these arguments.
+
+    Raises:
+        ValueError: it is neither, has no such argument, or fails; one sentence.
+    """
     if not callable(entry):
-        raise ValueError(f"{name} must be a class or a function without arguments, not {entry!r}.")
+        raise ValueError(f"{name} must be a class or a function, not {entry!r}.")
+    check_arguments(name, entry, arguments)
     try:
-        return entry()
+        return entry(**copy.deepcopy(arguments))
     except Exception as error:
         raise ValueError(f"{name} cannot be made: {one_line(error)}") from error
+
+
+def check_arguments(name: str, entry: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the nearest name, for an argument that a class or function does not have."""
+    try:
+        parameters = inspect.signature(entry).parameters
+    except (TypeError, ValueError):  # not written in Python
+        return
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        named = [each.name for each in parameters.values() if each.kind is not each.VAR_POSITIONAL]
+        for key in arguments:
+            lookup(dict.fromkeys(["horizon", *named]), key, f"option of {name!r}")
 
 
 def argument_names(function: Any) -> set[str]:

@@ -14,7 +14,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
 from ssm_metarl.checks import check_count
-from ssm_metarl.core import Task
+from ssm_metarl.core import InvalidStep, Task
+from ssm_metarl.tasks.external.reading import NotInSpace, check_interface, reset_observation, step_results
 from ssm_metarl.tasks.external.spaces import action_of, action_space, vector_of, vector_space
 
 _log = logging.getLogger(__name__)
@@ -57,10 +58,13 @@ class LentVectorEnv(SyncVectorEnv):
 
 
 class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
-    """One environment as the policy meets it: vectors, clipped actions, no infos, and its task at every reset.
+    """One environment as the policy meets it: vectors, clipped actions, no infos, a limit of steps, its task at every
+    reset. What the environment returns must be in its spaces, or `InvalidStep` says what was wrong, and when.
 
     Args:
-        env: with a time limit.
+        name: of the family, for errors.
+        env: of which an episode need not end by itself.
+        horizon: most steps of an episode.
         observation_space, action_space: of the policy, see `vector_space` and `action_space`.
         assign: called with the environment and the task before every reset.
         again: after it, too, in case that resetting put something else there.
@@ -73,7 +77,9 @@ class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
 
     def __init__(
         self,
+        name: str,
         env: gymnasium.Env[Any, Any],
+        horizon: int,
         observation_space: gymnasium.Space[Any],
         action_space: gymnasium.Space[Any],
         assign: Callable[[gymnasium.Env[Any, Any], Task], None],
@@ -81,6 +87,7 @@ class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
         again: bool,
     ) -> None:
         super().__init__(env)
+        self._name, self._horizon = name, horizon
         self._vector = vector_of(env.observation_space)
         self._action = action_of(env.action_space)
         self.observation_space = observation_space
@@ -88,21 +95,36 @@ class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
         self.metadata = dict(env.metadata)  # a copy: the vector environment writes into it
         self._assign = assign
         self._again = again
+        self._steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Apply the task and start an episode."""
+        self._steps = 0
         self._assign(self.env, self.task)
-        observation, _ = self.env.reset(seed=seed, options=options)
+        result = self.env.reset(seed=seed) if options is None else self.env.reset(seed=seed, options=options)
         if self._again:
             self._assign(self.env, self.task)
-        return self._vector(observation), {}
+        try:
+            return self._vector(reset_observation(result)), {}
+        except (NotInSpace, ValueError) as error:
+            raise InvalidStep(f"{self._name}, reset: {error}.") from error
 
-    def step(self, action: Any) -> tuple[NDArray[np.float32], Any, bool, bool, dict[str, Any]]:
+    def assign(self, task: Task) -> None:
+        """Let the environment play a task from its next reset on."""
+        self.task = task
+        self._assign(self.env, task)
+
+    def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Take a step with an action of the policy's."""
-        observation, reward, terminated, truncated, _ = self.env.step(self._action(action))
-        return self._vector(observation), reward, terminated, truncated, {}
+        self._steps += 1
+        result = self.env.step(self._action(action))
+        try:
+            observation, reward, terminated, truncated = step_results(result)
+            return self._vector(observation), reward, terminated, truncated or self._steps >= self._horizon, {}
+        except (NotInSpace, ValueError) as error:
+            raise InvalidStep(f"{self._name}, step {self._steps}: {error}.") from error
 
 
 def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tuple[PolicyEnv, int]:
@@ -116,10 +138,10 @@ def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tupl
         ValueError: for a space that is not supported, or a horizon that is missing; one sentence.
     """
     name = type(env.unwrapped).__name__
+    check_interface(name, env)
     limit = check_count(f"{name}: the horizon", own_horizon(name, env) if horizon is None else horizon, 1)
     spaces = vector_space(name, env.observation_space), action_space(name, env.action_space)
-    limited: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(env, limit)
-    wrapped = PolicyEnv(limited, *spaces, lambda env, task: None, again=False)
+    wrapped = PolicyEnv(name, env, limit, *spaces, lambda env, task: None, again=False)
     wrapped.task = {}
     return wrapped, limit
 

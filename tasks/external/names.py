@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import gymnasium
 
@@ -29,31 +30,36 @@ OWN = "gymnasium.envs."
 _MODULE_ATTRIBUTE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def from_name(name: str, ranges: Mapping[str, Sequence[float]] = {}, horizon: int | None = None) -> TaskDistribution:
+def from_name(
+    name: str, /, ranges: Mapping[str, Sequence[float]] = {}, horizon: int | None = None, **arguments: Any
+) -> TaskDistribution:
     """Make the family that a name with a colon means.
 
     Args:
         name: "gym:Pendulum-v1", or "package.module:attribute". Such an attribute is a gymnasium environment's class,
-            or a function without arguments that makes one, with the methods of `TaskFamily`; or a
-            `TaskDistribution` (class, instance, or a function that makes one), which is used as it is.
+            or a function that makes one, with the methods of `TaskFamily`; or a `TaskDistribution` (class, instance,
+            or a function that makes one), which is used as it is.
         ranges: for `gym:` only, see `GymFamily`.
         horizon: most steps of an episode; None: the environment's own. Not for a `TaskDistribution`.
+        arguments: of the environment's constructor, or of the class or function; JSON values.
 
     Raises:
         ValueError: in one sentence, when the name is neither, or the family cannot be made.
     """
     if name.startswith(GYM):
-        return GymFamily(name.removeprefix(GYM), ranges, horizon)
+        return GymFamily(name.removeprefix(GYM), ranges, horizon, arguments)
     if not _MODULE_ATTRIBUTE.fullmatch(name):
         raise ValueError(f"A task family is {GYM}<environment id> or module:attribute, not {name!r}.")
     if ranges:
         raise ValueError(f"Ranges are for {GYM} environments: {name} draws its tasks itself.")
     entry = load_entry(name, os.getcwd())
-    made = entry if isinstance(entry, TaskDistribution) else call(name, entry)
+    if isinstance(entry, TaskDistribution) and arguments:
+        raise ValueError(f"{name} is a family that was made already: it takes no {', '.join(arguments)}.")
+    made = entry if isinstance(entry, TaskDistribution) else call(name, entry, arguments)
     if not isinstance(made, TaskDistribution):
         if isinstance(made, gymnasium.Env):
             close_all([made])
-        return TaskFamily(name, horizon)
+        return TaskFamily(name, horizon, arguments)
     if horizon is not None:
         raise ValueError(f"{name} has a horizon of its own, {made.horizon} steps: another cannot be given.")
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
@@ -14,12 +15,13 @@ from ssm_metarl.core import Task
 from ssm_metarl.tasks.external.family import AdaptedFamily
 from ssm_metarl.tasks.external.importing import argument_names, call, load_entry, one_line
 from ssm_metarl.tasks.external.lending import PolicyEnv
+from ssm_metarl.tasks.external.reading import OLD_INTERFACE
 
 
 class TaskFamily(AdaptedFamily):
     """`module:attribute`: an environment that draws its tasks itself, the convention of learn2learn.
 
-    The attribute is a `gymnasium.Env` class, or a function without arguments that makes one (wrapped or not), with
+    The attribute is a `gymnasium.Env` class, or a function that makes one (wrapped or not), with
 
     - `sample_tasks(n)`, which returns n tasks: JSON values, where NumPy's arrays and numbers count and become lists
       and numbers. The draws must depend on the seed given to them alone, for which no global generator is touched: a
@@ -35,17 +37,20 @@ class TaskFamily(AdaptedFamily):
         name: "package.module:attribute".
         horizon: most steps of an episode; None: the time limit that the environment has (`spec.max_episode_steps`),
             or its attribute `horizon` or `max_episode_length`.
+        arguments: of the class or function, JSON values.
 
     Raises:
         ValueError: in one sentence, when there is no such module, attribute, method or horizon; when making the
             environment or drawing tasks fails, or the same seed gives other tasks; for a space that is not supported.
     """
 
-    def __init__(self, name: str, horizon: int | None = None) -> None:
-        super().__init__(name)
-        made = call(name, load_entry(name, self._directory))
+    def __init__(self, name: str, horizon: int | None = None, arguments: Mapping[str, Any] = {}) -> None:
+        super().__init__(name, arguments)
+        made = call(name, load_entry(name, self._directory), self._constructor)
         if not isinstance(made, gymnasium.Env):
-            raise ValueError(f"{name} must make a gymnasium.Env, not {type(made).__name__}.")
+            old = any(kind.__module__.partition(".")[0] == "gym" for kind in type(made).__mro__)
+            wrap = f", {OLD_INTERFACE}" if old else ""
+            raise ValueError(f"{name} must make a gymnasium.Env, not {type(made).__name__}{wrap}.")
         env: gymnasium.Env[Any, Any] = made
         self._kept.sampler = env
         missing = [method for method in ("sample_tasks", "set_task") if not env.has_wrapper_attr(method)]
@@ -66,10 +71,11 @@ class TaskFamily(AdaptedFamily):
         return ()
 
     def _policy_env(self, task: Task) -> PolicyEnv:
-        env: gymnasium.Env[Any, Any] = gymnasium.wrappers.TimeLimit(
-            load_entry(self.name, self._directory)(), self.horizon
-        )
-        return PolicyEnv(env, self.observation_space, self.action_space, _set_task, again=False)
+        return self._for_policy(self._new(), _set_task, again=False)
+
+    def _new(self) -> gymnasium.Env[Any, Any]:
+        env: gymnasium.Env[Any, Any] = load_entry(self.name, self._directory)(**copy.deepcopy(self._constructor))
+        return env
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n tasks; see `TaskDistribution.sample`. All splits are what `sample_tasks` draws from."""
@@ -77,7 +83,7 @@ class TaskFamily(AdaptedFamily):
         if not n:
             return []
         if self._kept.sampler is None:
-            self._kept.sampler = load_entry(self.name, self._directory)()
+            self._kept.sampler = self._new()
         sample_tasks = self._kept.sampler.get_wrapper_attr("sample_tasks")
         named = argument_names(sample_tasks)
         if "rng" in named:

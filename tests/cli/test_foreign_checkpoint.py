@@ -242,3 +242,21 @@ def test_a_foreign_config_does_not_say_where_and_with_how_much(
         assert machine.learner_threads <= cores
         assert machine.device == "auto"
     assert command("evaluate", run, "--num-tasks", "2", "--steps", "0").code == 0
+
+
+def test_options_of_an_environment_that_a_file_names_are_not_passed_on(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They go to its constructor, which may read the files that they name."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    small = ("--task", "gym:CartPole-v1", "--task-options", '{"sutton_barto_reward": true}', *SMALL)
+    assert command("train", *small, "--hidden-dim", "8", "--run-dir", tmp_path / "own").code == 0
+    evaluated = ("--num-tasks", "2", "--steps", "0", "--episodes", "1")
+    assert command("evaluate", tmp_path / "own", *evaluated).code == 0, "this user's own"
+    shutil.copytree(tmp_path / "own", tmp_path / "foreign")
+    refused = command("evaluate", tmp_path / "foreign", *evaluated)
+    assert refused.code == 2
+    assert "names the task 'gym:CartPole-v1', which is code that a file does not start" in refused.err
+    assert command("train", "--from", tmp_path / "foreign", "--run-dir", tmp_path / "new", *SMALL).code == 2
+    again = command("evaluate", tmp_path / "foreign", *evaluated, "--trust-checkpoint-code")
+    assert again.code == 0

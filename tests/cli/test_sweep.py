@@ -11,8 +11,8 @@ import yaml
 from ray import tune
 
 from ssm_metarl.cli.main import main
-from ssm_metarl.cli.parsing import parse, sweep_file
-from ssm_metarl.cli.sweep import domain
+from ssm_metarl.cli.parsing import parse
+from ssm_metarl.cli.sweep import domain, sweep_file
 
 
 def test_a_space_is_of_tunes_functions() -> None:

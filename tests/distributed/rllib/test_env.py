@@ -45,6 +45,8 @@ def wander(env: TaskEnv, steps: int, seed: int) -> list[tuple[Array, ...]]:
     for _ in range(steps):
         if hasattr(env.single_action_space, "n"):
             actions = rng.integers(env.single_action_space.n, size=env.num_envs)
+        elif hasattr(env.single_action_space, "nvec"):
+            actions = rng.integers(env.single_action_space.nvec, size=(env.num_envs, *env.single_action_space.shape))
         else:
             actions = rng.normal(size=(env.num_envs, *env.single_action_space.shape)).astype(np.float32)
         after, rewards, terminated, truncated, _ = env.step(actions)
@@ -53,7 +55,7 @@ def wander(env: TaskEnv, steps: int, seed: int) -> list[tuple[Array, ...]]:
     return record
 
 
-@pytest.mark.parametrize("task", ["cartpole", "navigation-2d", "bandit"])
+@pytest.mark.parametrize("task", ["cartpole", "navigation-2d", "bandit", "habits:ActMDStart"])
 def test_the_policy_reads_what_it_reads_in_our_own_rollouts(task: str) -> None:
     family = make(task)
     env = task_env(family)
@@ -99,6 +101,15 @@ def test_a_new_task_begins_whatever_the_action_after_an_episodes_end() -> None:
         assert not (after[2][done]).any(), "the reset has no reward"
         ready = after[0][~done]
         assert (ready.shape[1], env._spec.input_size) == (8, 8)
+
+
+def test_a_reward_that_is_no_number_is_told_in_a_sentence() -> None:
+    env = task_env(make("habits:RewText"), 2)
+    env.reset(seed=0)
+    infos = env.step(np.zeros((2, 1), np.float32))[-1]
+    for error in infos["error"]:
+        assert error.startswith("task {'goal': ")
+        assert error.endswith("habits:RewText, step 1: the reward must be a number, not '1.5'.")
 
 
 def test_an_episode_is_cut_at_the_horizon_where_the_environment_goes_on() -> None:

@@ -11,7 +11,7 @@ from ray.rllib.core.columns import Columns
 
 from builders import make_policy, make_spec
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
-from ssm_metarl.algorithms.policy import SSMPolicy
+from ssm_metarl.algorithms.policy import SSMPolicy, logits_of
 from ssm_metarl.distributed.rllib.module import SSMModule, state_name
 
 SPECS = {
@@ -21,6 +21,7 @@ SPECS = {
     "observation": make_spec(inputs="observation", discrete=True),
     "memory slots": make_spec(num_layers=2, memory_slots=3),
     "memoryless": make_spec(num_layers=0),
+    "several integers": make_spec(discrete=True, action_size=6, action_heads=(2, 4)),
 }
 
 
@@ -52,7 +53,7 @@ def test_step_by_step_chunk_by_chunk_and_at_once_the_module_is_the_policy(form: 
     expected = policy(inputs.transpose(0, 1))
     values = expected.values.T * policy.reward_scaling
     if policy.spec.discrete:
-        logits = expected.actions.logits.transpose(0, 1)
+        logits = logits_of(expected.actions, policy.spec).transpose(0, 1)
     else:
         normal = expected.actions.base_dist
         logits = torch.cat([normal.loc, normal.scale.log()], -1).transpose(0, 1)
@@ -71,7 +72,8 @@ def test_step_by_step_chunk_by_chunk_and_at_once_the_module_is_the_policy(form: 
                 head, state = acting.head(part[None, :, i].numpy(), state)
             mean = dist[:, -1] if policy.spec.discrete else dist[:, -1, : policy.spec.action_size]
             if policy.spec.discrete:
-                head = head - np.log(np.exp(head).sum(-1, keepdims=True))
+                parts = np.split(head, np.cumsum(policy.spec.heads)[:-1], -1)
+                head = np.concatenate([part - np.log(np.exp(part).sum(-1, keepdims=True)) for part in parts], -1)
             np.testing.assert_allclose(mean.detach(), head[0], atol=1e-5, rtol=1e-5)
     if module.is_stateful():
         train = {Columns.OBS: inputs, **states(module, num_episodes)}
@@ -111,3 +113,15 @@ def test_a_density_that_overflows_in_the_padding_leaves_gradients_finite() -> No
     gradients = [parameter.grad for parameter in module.ssm.parameters() if parameter.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("heads", [(2, 4), (3, 3)])
+def test_rllibs_distribution_of_several_integers_is_the_policys(heads: tuple[int, ...]) -> None:
+    policy = make_policy(make_spec(discrete=True, action_size=6, action_heads=heads))
+    module, inputs = module_of(policy), torch.randn(3, 5, policy.spec.input_size)
+    logits = module.forward_train({Columns.OBS: inputs, **states(module, 3)})[Columns.ACTION_DIST_INPUTS]
+    dist = module.get_train_action_dist_cls().from_logits(logits)
+    actions = dist.sample()
+    own = policy(inputs.transpose(0, 1)).actions
+    torch.testing.assert_close(dist.logp(actions), own.log_prob(actions.transpose(0, 1)).T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dist.entropy(), own.entropy().T, atol=1e-5, rtol=1e-5)

@@ -259,3 +259,12 @@ def test_cartpole_is_learned(tmp_path: Path) -> None:
     )
     assert before < 35
     assert after > 120
+
+
+def test_actions_of_several_integers(tmp_path: Path) -> None:
+    """RLlib samples, learns and hands over a policy with three heads."""
+    begun = PolicyGradientTrainer(settings := config("habits:Bits", iterations=1, inputs="observation")).weights()
+    trained = load_checkpoint(train(settings, tmp_path / "run").checkpoint)
+    assert trained.spec.action_heads == (2, 2, 2)
+    assert trained.policy["policy.weight"].shape == (8, 6)
+    assert (trained.policy["policy.weight"] != begun["policy.weight"]).all()

@@ -133,7 +133,7 @@ class TestGymTasks:
             ("CartPole-v1", {"length": [float("nan"), 1]}, "range of 'length'"),
             ("CartPole-v1", {"length": [False, True]}, "range of 'length'"),
             ("CartPole-v1", [["length", 1, 2]], "ranges must be"),
-            ("Blackjack-v1", {}, "gym:Blackjack-v1: observations must be a Box, Discrete or MultiDiscrete, not Tuple"),
+            ("Blackjack-v1", {}, "gym:Blackjack-v1 has no time limit of its own"),
         ],
     )
     def test_what_is_refused(self, env_id: str, ranges: Any, match: str) -> None:
@@ -153,6 +153,49 @@ class TestGymTasks:
         ):
             with pytest.raises(ValueError, match=match):
                 family.make_vector_env([good, wrong], 1)
+
+
+class TestArguments:
+    """`--task-options` of `gym:ID` are the constructor's arguments."""
+
+    def test_they_are_passed_to_every_environment(self) -> None:
+        family: Any = make("gym:FrozenLake-v1", {"map_name": "8x8", "is_slippery": False, "horizon": 7})
+        assert (family.observation_space.shape, family.horizon) == ((64,), 7)
+        other = cloudpickle.loads(cloudpickle.dumps(family))
+        envs = other.make_vector_env([{}], 2)
+        assert [env.unwrapped.desc.shape for env in envs.envs] == [(8, 8)] * 2
+        np.testing.assert_array_equal(play(family, [{}]), play(other, [{}]))
+
+    def test_beside_ranges(self) -> None:
+        family = make("gym:FrozenLake-v1", {"is_slippery": False}, {"success_rate": [0.2, 0.4]})
+        (task,) = draw(family, 1)
+        assert 0.2 < task["success_rate"] < 0.4
+        with pytest.raises(ValueError, match="'g' has a range and a value: give one of them"):
+            make("gym:Pendulum-v1", {"g": 9.0}, {"g": [8, 12]})
+
+    def test_what_environments_get_is_a_copy(self, toy: Callable[..., GymFamily]) -> None:
+        class Changing(Toy):
+            def __init__(self, sizes: Any) -> None:
+                super().__init__(Box(0, 1, (sizes.pop(),)), Discrete(2))
+
+        toy(Box(0, 1, (1,)))  # restores the registry
+        gymnasium.register("Changing-v0", Changing, max_episode_steps=9)
+        family = make("gym:Changing-v0", {"sizes": [1, 2, 3]})
+        assert family.observation_space.shape == (3,)
+        family.make_vector_env([{}], 3).close()
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"is_sliperry": True}, "no option of 'gym:FrozenLake-v1' 'is_sliperry', did you mean 'is_slippery'"),
+            ({"horizn": 3}, "did you mean 'horizon'"),
+            ({"map_name": "9x9"}, "gym:FrozenLake-v1 cannot be made: KeyError: '9x9'"),
+            ({"max_episode_steps": 3}, "no option of 'gym:FrozenLake-v1' 'max_episode_steps'"),
+        ],
+    )
+    def test_what_is_refused(self, options: Any, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            make("gym:FrozenLake-v1", options)
 
 
 class TestHorizon:

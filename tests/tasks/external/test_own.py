@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from external_environments import LINE, assert_refused, check_conventions, draw, play, rollouts
+from ssm_metarl.tasks import make
 from ssm_metarl.tasks.external.names import from_name
 from ssm_metarl.tasks.external.own import TaskFamily
 
@@ -98,7 +99,6 @@ class TestTaskFamily:
                 ("    horizon = 12", "    def __init__(self): raise OSError('no\\nlicence')"),
                 "made: OSError: no licence",
             ),
-            (("(1,), np.float64", "(1, 1), np.float64"), "actions must be Discrete or"),
             (("import gymnasium,", "import no_such_simulator,"), "cannot be imported: ModuleNotFoundError: No module"),
             (("class Line", "class class"), "cannot be imported: SyntaxError"),
             (('"goal": goal', '"goal": self'), "cannot draw tasks: a task must be JSON values"),
@@ -110,11 +110,34 @@ class TestTaskFamily:
         assert change[0] in LINE
         assert_refused(match, f"{module(LINE.replace(*change))}:Line")
 
+    def test_options_are_the_arguments_of_its_constructor(self) -> None:
+        family = make("habits:Sized", {"size": 3, "names": ["a"], "horizon": 5})
+        assert (family.observation_space.shape, family.horizon) == ((3,), 5)
+        other = cloudpickle.loads(cloudpickle.dumps(family))
+        assert draw(other, 2) == draw(family, 2)
+        np.testing.assert_array_equal(play(other, draw(family, 2)), play(family, draw(family, 2)))
+        with pytest.raises(ValueError, match="no option of 'habits:Sized' 'sice', did you mean 'size'"):
+            make("habits:Sized", {"sice": 3})
+
+    def test_options_of_a_family_of_ones_own(self, module: Callable[[str], str]) -> None:
+        source = """
+            from ssm_metarl.tasks.navigation import Navigation2D
+            class Family(Navigation2D):
+                def __init__(self, name="mine"):
+                    super().__init__()
+                    self.name = name
+            family = Family()
+        """
+        name = module(source)
+        assert make(f"{name}:Family", {"name": "other"}).name == "other"
+        with pytest.raises(ValueError, match="a family that was made already: it takes no name"):
+            make(f"{name}:family", {"name": "other"})
+
     def test_names_of_nothing(self, module: Callable[[str], str]) -> None:
         for wrong in ("", "windy", "a:b:c", ":x", "x:", "a b:c", "1:2", "../x:y"):
             assert_refused("gym:<environment id> or module:attribute, not", wrong)
         assert_refused("There is no module 'no_such_module', neither installed nor in", "no_such_module:X")
-        assert_refused("must be a class or a function without arguments, not 3.14", "math:pi")
+        assert_refused("must be a class or a function, not 3.14", "math:pi")
         assert_refused("must make a gymnasium.Env, not str", "os:getcwd")
         name = f"{module(LINE)}:Line"
         assert_refused("Ranges are for gym: environments", name, {"goal": [0, 1]})
