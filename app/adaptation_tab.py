@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from ssm_metarl.app.forms import command_line, remember
 from ssm_metarl.app.pretrained_tab import SPLITS
 from ssm_metarl.app.view import (
     COMPUTE,
     LOOK,
+    line_html,
     model_choice,
     numbers,
     offer_models,
+    option_words,
     pictures_html,
     readable,
+    sentence,
     table_html,
     text_html,
 )
@@ -41,11 +46,14 @@ LABELS = {
 }
 
 PICTURES = {
-    "adaptation_curve.png": "Return by adaptation step",
+    "before_after.gif": "Episodes before and after adaptation, as an animation",
     "trajectories.png": "Paths to the goal before and after adaptation",
-    "before_after.gif": "An episode before and after adaptation, as an animation",
+    "adaptation_curve.png": "Return by adaptation step",
 }
+"""What the pictures show, in the order in which they stand."""
 
+
+READY = "<p>Set a task and press Adapt.</p>"
 
 NO_REPLAY = "Hybrid adaptation needs a model that was trained with episodes kept for replay."
 
@@ -72,6 +80,12 @@ class Controls(NamedTuple):
     adapt: gr.Button
     result: gr.HTML
     pictures: gr.HTML
+    command: gr.Column
+
+    @property
+    def boxes(self) -> list[Any]:
+        """What `Handlers.adapt` takes."""
+        return [self.model, self.mode, self.steps, self.episodes, self.seed, self.keep, *self.task.boxes]
 
 
 class Comparison(NamedTuple):
@@ -83,20 +97,25 @@ class Comparison(NamedTuple):
     table: gr.HTML
 
 
-def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
+def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace, store: gr.BrowserState) -> None:
     """Lay the tab out and wire it; called within it."""
     do, it = Handlers(workspace), lay_out_controls()
     below = lay_out_comparison()
-    it.model.change(do.choose, it.model, [*it.task[:3], it.mode], **LOOK)
-    inputs = [it.model, it.mode, it.steps, it.episodes, it.seed, it.keep, *it.task.boxes]
-    it.adapt.click(do.adapt, inputs, [it.result, it.pictures], show_progress_on=it.result, **COMPUTE)
-    inputs = [it.model, below.split, below.num_tasks, it.steps, it.episodes]
-    below.compare.click(do.compare, inputs, below.table, **COMPUTE)
-    offer_models([page.load, tab.select], workspace, it.model)
+    compared = [it.model, below.split, below.num_tasks, it.steps, it.episodes]
+    form = {f"box {number}": box for number, box in enumerate([*it.boxes, below.split, below.num_tasks])}
+    restored = remember(page, store, form)
+    answers = [*it.task[:3], it.mode, it.result, it.pictures, it.adapt, below.compare]
+    it.model.change(do.choose, [it.model, it.mode], answers, **LOOK)
+    it.adapt.click(do.adapt, it.boxes, [it.result, it.pictures], show_progress_on=it.result, **COMPUTE)
+    below.compare.click(do.compare, compared, below.table, **COMPUTE)
+    with it.command:
+        command_line(do.adapt_command, it.boxes, restored, elem_id="adapt-command")
+    command_line(do.compare_command, compared, restored, elem_id="compare-command")
+    offer_models(restored, tab, workspace, it.model)
 
 
 def lay_out_controls() -> Controls:
-    """What sets a task and adapts to it, beside the answers."""
+    """What sets a task and adapts to it; the button stands above its answer, which is seen with it."""
     with gr.Row():
         with gr.Column(scale=1):
             model = model_choice("Model", elem_id="adapt-model")
@@ -106,11 +125,12 @@ def lay_out_controls() -> Controls:
             episodes = gr.Slider(1, 50, 5, step=1, label="Episodes a step")
             seed = gr.Number(0, label="Seed", minimum=0, precision=0)
             keep = gr.Checkbox(label="Keep the adapted policy in the runs folder")
-            adapt = gr.Button("Adapt", variant="primary", elem_id="adapt")
         with gr.Column(scale=2):
-            result = gr.HTML("<p>Set a task and press Adapt.</p>", elem_id="adapt-result")
+            adapt = gr.Button("Adapt", variant="primary", elem_id="adapt")
+            result = gr.HTML(READY, elem_id="adapt-result")
             pictures = gr.HTML(elem_id="adapt-pictures")
-    return Controls(model, task, mode, steps, episodes, seed, keep, adapt, result, pictures)
+            command = gr.Column()
+    return Controls(model, task, mode, steps, episodes, seed, keep, adapt, result, pictures, command)
 
 
 def lay_out_task() -> Task:
@@ -144,19 +164,28 @@ class Handlers(NamedTuple):
 
     workspace: Workspace
 
-    @readable
-    def choose(self, name: str | None) -> tuple[Any, ...]:
-        """Which groups of boxes a model needs, and which modes it has."""
-        if not name:
-            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
-        checkpoint = load_checkpoint(self.workspace.checkpoint(name))
+    def choose(self, name: str | None, mode: str | None) -> tuple[Any, ...]:
+        """Which groups of boxes a model needs, which modes it has, and whether it can play; an error is the answer."""
+        try:
+            checkpoint = load_checkpoint(self.workspace.playable(name))
+        except Exception as error:
+            off, same = gr.update(interactive=False), gr.skip()
+            return same, same, same, same, line_html(sentence(error)) if name else READY, "", off, off
         task = checkpoint.config.get("task")
         modes = ["none", "standard", *(["hybrid"] if checkpoint.replay else [])]
         return (
             gr.update(visible=task == "cartpole"),
             gr.update(visible=task == "navigation-2d"),
             gr.update(visible=task not in ("cartpole", "navigation-2d")),
-            gr.update(choices=modes, value="standard", info=None if checkpoint.replay else NO_REPLAY),
+            gr.update(
+                choices=modes,
+                value=mode if mode in modes else "standard",
+                info=None if checkpoint.replay else NO_REPLAY,
+            ),
+            READY,
+            "",
+            gr.update(interactive=True),
+            gr.update(interactive=True),
         )
 
     @readable
@@ -172,6 +201,7 @@ class Handlers(NamedTuple):
             out = self.workspace.runs / run_name(report.task, f"adapt-{mode}") if keep else Path(folder)
             summary = write_report(report, out)
             pictures = [Path(picture) for picture in summary["pictures"]]
+            pictures.sort(key=lambda picture: list(PICTURES).index(picture.name))
             shown = pictures_html((picture, PICTURES[picture.name]) for picture in pictures)
         return headline(summary) + (kept(out) if keep else ""), shown
 
@@ -190,6 +220,25 @@ class Handlers(NamedTuple):
         )
         note = "" if replay else f'<p class="legend">{NO_REPLAY}</p>'
         return table_html(modes_table(report.summary())) + note
+
+    def adapt_command(
+        self, name: str | None, mode: str, steps: int, episodes: int, start: float | None, keep: bool, *boxes: Any
+    ) -> list[list[str]]:
+        """The command that does the same; it keeps the policy in any case."""
+        place = self.workspace.place(name)
+        params = task_parameters(str(load_checkpoint(self.workspace.playable(name)).config.get("task")), *boxes)
+        options = {"mode": mode, "steps": int(steps), "episodes": int(episodes)}
+        seed = int(*numbers(["Seed"], [start]))
+        return [["adapt", place, "--params", json.dumps(params), *option_words({**options, "seed": seed})]]
+
+    def compare_command(
+        self, name: str | None, split: str, num_tasks: int, steps: int, episodes: int
+    ) -> list[list[str]]:
+        """The command that does the same."""
+        place = self.workspace.place(name)
+        modes = MODES if load_checkpoint(self.workspace.playable(name)).replay else MODES[:2]
+        options = {"split": split, "num_tasks": int(num_tasks), "steps": int(steps), "episodes": int(episodes)}
+        return [["evaluate", place, "--modes", *modes, *option_words(options)]]
 
 
 def task_parameters(task: str, *values: Any) -> dict[str, Any]:

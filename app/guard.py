@@ -115,6 +115,12 @@ def check_types(handler: Callable[..., Any], given: tuple[Any, ...]) -> None:
                 raise ValueError(f"{name.replace('_', ' ')} cannot be {brief(each)}.")
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value from a browser is a finite number that a float holds."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return number and math.isfinite(value)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value from a browser is of a type; a whole number may be written with a point."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -124,6 +130,5 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if hint in (int, float):
-        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-        return number and (hint is float or float(value).is_integer()) and math.isfinite(value)
+        return is_number(value) and (hint is float or float(value).is_integer())
     return isinstance(value, hint) if hint in (str, bool) else True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ import pandas as pd
 from gradio.components import FormComponent
 
 from ssm_metarl.algorithms.registry import ALGORITHMS
+from ssm_metarl.app.forms import AGAIN, command_line, remember
 from ssm_metarl.app.view import (
     JOBS,
     LOOK,
+    POLL,
     Show,
     follow,
     job_words,
@@ -55,6 +58,12 @@ OPTIONS = {
 POINTS = 400
 """Most points of a curve; a longer one is thinned out."""
 
+COLOURS = ("#7f8c8d", "#0b6fa4", "#c0392b", "#27ae60", "#8e44ad", "#d68910")
+"""Of the stages of adaptation, as in a run's own pictures."""
+
+STAGES = 12
+"""Stages that the plot tells apart."""
+
 PHASES = ("sample", "adapt", "update", "ray")
 
 
@@ -65,6 +74,7 @@ class Controls(NamedTuple):
     algorithm: gr.Dropdown
     boxes: list[FormComponent]
     start: gr.Button
+    command: gr.Column
 
 
 class Shown(NamedTuple):
@@ -74,22 +84,35 @@ class Shown(NamedTuple):
     speed: gr.LinePlot
     phases: gr.LinePlot
     evaluation: gr.HTML
+    stages: gr.State
 
 
-def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace) -> None:
+def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace, store: gr.BrowserState) -> None:
     """Lay the tab out and wire it; called within it."""
     do = Handlers(workspace)
     with gr.Row():
         with gr.Column(scale=1):
             new = lay_out_controls()
         with gr.Column(scale=2):
-            old = run_controls("train", "Stop with a checkpoint", "Go on for more iterations")
+            old = run_controls("train", new.start, "Stop with a checkpoint", "Go on for more iterations")
             shown = lay_out_run()
-    what = [new.task, new.algorithm]
-    gr.on([new.task.change, new.algorithm.input], defaults, what, [new.algorithm, *new.boxes], **LOOK)
-    new.start.click(do.start, [*what, *new.boxes], old.run, show_progress_on=old.status, **JOBS)
+            place = gr.Column()
+    form = {"task": new.task, "algorithm": new.algorithm, **dict(zip(OPTIONS, new.boxes, strict=True))}
+    what, asked = [new.task, new.algorithm], list(form.values())
+    # What a person chose, not what a reload put back: that has its own values.
+    defaulted = gr.on([new.task.input, new.algorithm.input], defaults, what, [new.algorithm, *new.boxes], **LOOK)
+    restored = remember(page, store, form, [defaulted])
+    new.start.click(do.start, asked, old.run, show_progress_on=old.status, **JOBS)
     old.stop.click(do.stop, old.run, old.status, **JOBS)
     old.resume.click(do.go_on, [old.run, new.boxes[0]], old.status, **JOBS)
+    with new.command:
+        command_line(do.start_command, asked, restored, elem_id="train-command")
+    with place:
+        again = [old.run, new.boxes[0]]
+        command_line(do.run_command, again, None, old.status.change, label=AGAIN, elem_id="train-run-command")
+    named = gr.State([])
+    # After the data: a plot that gets other data and another legend at once may show the data of before.
+    old.status.change(legend, [shown.stages, named], [shown.curve, named], **POLL)
     follow(page, workspace, "train", old, shown._asdict(), look)
 
 
@@ -121,24 +144,29 @@ def lay_out_controls() -> Controls:
             gr.Number(0, label=label["seed"], minimum=0, precision=0),
         ]
     start = gr.Button("Start meta-training", variant="primary", elem_id="train-start")
-    return Controls(task, algorithm, [iterations, *learning, *policy], start)
+    return Controls(task, algorithm, [iterations, *learning, *policy], start, gr.Column())
 
 
 def lay_out_run() -> Shown:
-    """What shows a run, below its controls."""
+    """What shows a run, below its controls.
+
+    All curves are over environment steps, from 0: a few iterations would get marks between them.
+    """
+    common: dict[str, Any] = {"x": "environment steps", "x_axis_format": "~s", "x_lim": [0, None]}
     curve = gr.LinePlot(
-        x="environment steps",
         y="return",
         color="stage",
+        color_map={stage_name(step): COLOURS[step % len(COLOURS)] for step in range(STAGES)},
         title="Mean return of the meta-batch",
-        x_axis_format="~s",
         height=280,
+        elem_id="curve",
+        **common,
     )
-    small: dict[str, Any] = {"x": "iteration", "x_axis_format": "~s", "height": 220, "min_width": 280}
+    small: dict[str, Any] = {**common, "height": 220, "min_width": 280}
     with gr.Row():
         speed = gr.LinePlot(y="steps/s", title="Steps a second", y_axis_format="~s", **small)
         phases = gr.LinePlot(y="seconds", color="phase", title="Time by phase", **small)
-    return Shown(curve, speed, phases, gr.HTML(elem_id="train-evaluation"))
+    return Shown(curve, speed, phases, gr.HTML(elem_id="train-evaluation"), gr.State([]))
 
 
 class Handlers(NamedTuple):
@@ -149,8 +177,7 @@ class Handlers(NamedTuple):
     @readable
     def start(self, task: str, algorithm: str, *values: float | None, progress: Any = gr.Progress()) -> Any:  # noqa: B008
         """Start a run with the values of `OPTIONS`, and choose it."""
-        command = train_command(task, algorithm, dict(zip(OPTIONS, numbers(OPTIONS.values(), values), strict=True)))
-        name = start_job(self.workspace, command, progress)
+        name = start_job(self.workspace, started(task, algorithm, values), progress)
         return gr.update(choices=self.workspace.list_runs("train", self.workspace.jobs()), value=name)
 
     @readable
@@ -161,6 +188,16 @@ class Handlers(NamedTuple):
     @readable
     def go_on(self, name: str | None, iterations: float, progress: Any = gr.Progress()) -> str:  # noqa: B008
         """Start a job that resumes a run for so many iterations more than its last checkpoint has."""
+        words = self.resumed(name, iterations)
+        start_job(self.workspace, words, progress)
+        return line_html(name, f"resumes, to iteration {words[-1]}")
+
+    def resumed(self, name: str | None, iterations: float) -> list[str]:
+        """The words of `train` that resume a run for so many iterations more.
+
+        Raises:
+            ValueError: it cannot be resumed; one sentence.
+        """
         run = self.workspace.folder(name)
         saved = checkpoints(run)
         if not saved:
@@ -168,8 +205,17 @@ class Handlers(NamedTuple):
         checkpoint = load_checkpoint(saved[-1])
         self.workspace.check_code(name, checkpoint.config.get("task"))
         total = checkpoint.progress["iteration"] + int(iterations)
-        start_job(self.workspace, ["train", "--resume", "--run-dir", str(run), "--iterations", str(total)], progress)
-        return line_html(name, f"resumes, to iteration {total}")
+        return ["train", "--resume", "--run-dir", str(run), "--iterations", str(total)]
+
+    def start_command(self, task: str, algorithm: str, *values: float | None) -> list[list[str]]:
+        """The command that does the same."""
+        return [self.workspace.as_job(started(task, algorithm, values))]
+
+    def run_command(self, name: str | None, iterations: float) -> list[list[str]]:
+        """The command of the button that can be pressed: to stop the run, or to go on with it."""
+        if not name:
+            return []
+        return [self.workspace.stop_words(name) or self.workspace.as_job(self.resumed(name, iterations))]
 
 
 @readable
@@ -180,18 +226,50 @@ def defaults(task: str, algorithm: str | None) -> list[Any]:
     return [config[name] for name in ("algorithm", *OPTIONS)]
 
 
+def legend(stages: list[str], named: list[str]) -> tuple[Any, Any]:
+    """The curve with the names of its stages, and those names; nothing where they are named already."""
+    return (gr.skip(), gr.skip()) if stages == named else (gr.LinePlot(colors_in_legend=stages), stages)
+
+
 def look(name: str, folder: Path, job: dict[str, Any] | None, _: object) -> tuple[dict[str, Any], Show]:
     """See `view.Look`: a run has news when its metrics have another line."""
     lines = _lines(folder)
-    return {"lines": len(lines)}, partial(show, name, folder, job, lines)
+    return {"lines": len(lines), "resumable": bool(checkpoints(folder))}, partial(show, name, folder, job, lines)
 
 
 def show(name: str, folder: Path, job: dict[str, Any] | None, lines: list[dict[str, Any]]) -> dict[str, Any]:
     """How a run stands, by the names of `Shown`, and its status."""
     held_out = read_evaluation(folder / EVALUATION)
     table = table_html(evaluation_table(held_out)) if held_out else ""
-    plots = dict(zip(("curve", "speed", "phases"), curves(lines), strict=True))
+    plots: dict[str, Any] = dict(zip(("curve", "speed", "phases"), curves(lines), strict=True))
+    stages = list(dict.fromkeys(plots["curve"]["stage"]))
+    plots |= {"curve": with_all_stages(plots["curve"]), "stages": stages}
     return {"status": _status(folder, name, job, lines), **plots, "evaluation": table}
+
+
+def started(task: str, algorithm: str, values: Sequence[float | None]) -> list[str]:
+    """The words of `train` with the values of `OPTIONS`.
+
+    Raises:
+        ValueError: see `numbers` and `train_command`.
+    """
+    return train_command(task, algorithm, dict(zip(OPTIONS, numbers(OPTIONS.values(), values), strict=True)))
+
+
+def stage_name(step: int) -> str:
+    """The stage after so many inner steps."""
+    return "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}"
+
+
+def with_all_stages(returns: pd.DataFrame) -> pd.DataFrame:
+    """A run's curve with an empty line for every stage that it does not have.
+
+    The plot keeps the colours of the first data that it gets: stages that were not there would never be drawn.
+    """
+    missing = [stage for stage in map(stage_name, range(STAGES)) if stage not in set(returns["stage"])]
+    rows = [(0, None, stage) for stage in missing]
+    whole = pd.concat([returns, pd.DataFrame(rows, columns=returns.columns, dtype=object)], ignore_index=True)
+    return whole.astype({"return": float, "environment steps": int})
 
 
 def train_command(task: str, algorithm: str, options: dict[str, float]) -> list[str]:
@@ -216,16 +294,16 @@ def curves(lines: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame, pd.
     every = -(-len(points) // POINTS) or 1
     points = points[::-every][::-1]  # the last one is always there
     returns = [
-        (line["env_steps"], value, "before adaptation" if step == 0 else f"after {step} inner step{'s' * (step > 1)}")
+        (line["env_steps"], value, stage_name(step))
         for line, _ in points
         for step, value in enumerate(line["return_by_step"])
     ]
-    speeds = [(line["iteration"], round(speed)) for line, speed in points]
-    seconds = [(line["iteration"], line["seconds"].get(phase, 0.0), phase) for line, _ in points for phase in PHASES]
+    speeds = [(line["env_steps"], round(speed)) for line, speed in points]
+    seconds = [(line["env_steps"], line["seconds"].get(phase, 0.0), phase) for line, _ in points for phase in PHASES]
     return (
         pd.DataFrame(returns, columns=["environment steps", "return", "stage"]),
-        pd.DataFrame(speeds, columns=["iteration", "steps/s"]),
-        pd.DataFrame(seconds, columns=["iteration", "seconds", "phase"]),
+        pd.DataFrame(speeds, columns=["environment steps", "steps/s"]),
+        pd.DataFrame(seconds, columns=["environment steps", "seconds", "phase"]),
     )
 
 
@@ -240,7 +318,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 def _status(run: Path, name: str, job: dict[str, Any] | None, lines: list[dict[str, Any]]) -> str:
     if not lines:
-        return line_html(name, *job_words(job))
+        return line_html(name, *job_words(job, begun=False))
     last = lines[-1]
     steps = last["env_steps"] - (lines[-2]["env_steps"] if len(lines) > 1 else 0)
     saved = checkpoints(run)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
 import gradio as gr
+from gradio.events import Dependency
 from rich.table import Table
 
 from ssm_metarl.app.guard import check_types
-from ssm_metarl.app.workspace import Kind, Workspace, job_of
+from ssm_metarl.app.workspace import Kind, Workspace, job_of, runs_on
 from ssm_metarl.distributed.jobs import JobError
 from ssm_metarl.distributed.pool import EnvironmentFailure
 
@@ -26,19 +27,26 @@ COMPUTE: Mapping[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 
 JOBS: Mapping[str, Any] = {"concurrency_id": "jobs", "concurrency_limit": 1}
 """Of events that start or stop jobs: the limit on jobs is checked by one at a time."""
 
-POLL: Mapping[str, Any] = {"queue": False, "show_progress": "hidden"}
+POLL: Mapping[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "undocumented"}
 """Of events that only look: they pass by the queue."""
 
 LOOK: Mapping[str, Any] = {"concurrency_id": "look", "concurrency_limit": 4, "show_progress": "hidden"}
 """Of events that show what a person chose: they take no time, and their errors are to be seen."""
 
-POLL_SECONDS = 2.0
+POLL_SECONDS, REST_SECONDS = 2.0, 5.0
+"""Between two looks at the runs while a job runs, and while none does."""
+
+TOAST_SECONDS = 10.0
+"""How long an error stays on the page unless it is closed."""
 
 Show: TypeAlias = Callable[[], dict[str, Any]]
 """Makes new values of the components that show a run, by their names in the tab."""
 
 Look: TypeAlias = Callable[[str, Path, dict[str, Any] | None, Mapping[str, Any]], tuple[dict[str, Any], Show]]
-"""Takes a run's name, its folder, its job, and what was seen last time; gives what is seen now, and what shows it."""
+"""Takes a run's name, its folder, its job, and what was seen last time; gives what is seen now, and what shows it.
+
+What is seen holds `resumable`, whether a job could resume the run.
+"""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,7 +62,7 @@ def readable(handler: Callable[P, R]) -> Callable[P, R]:
             return handler(*args, **kwargs)
         except Exception as error:
             # The page shows the text as HTML, and an error can name what a person typed.
-            raise gr.Error(html.escape(_sentence(error)), duration=None, print_exception=False) from None
+            raise gr.Error(html.escape(sentence(error)), duration=TOAST_SECONDS, print_exception=False) from None
 
     return handle
 
@@ -73,31 +81,39 @@ def follow(
         page: with its opening the following begins.
         kind: of the runs.
         controls: of the runs; a choice that was made is left alone, for it may be newer than the look.
-        shown: the components that show the run, by name; `status` is one of `controls`.
+        shown: the components that show the run, by name; `status`, `start`, `stop` and `resume` are of `controls`.
         look: see `Look`.
     """
     memory, run, status = gr.State({}), controls.run, controls.status
-    parts = {"status": status, **shown}
+    timer = gr.Timer(POLL_SECONDS)
+    buttons = {"start": controls.start, "stop": controls.stop, "resume": controls.resume}
+    parts = {"status": status, **buttons, **shown}
 
     def news(name: str | None, seen: dict[str, Any]) -> dict[Any, Any]:
         found = workspace.jobs()
         runs = workspace.list_runs(kind, found)
         chosen = name or next(iter(runs), None)
+        can = {"start": workspace.room(found), "stop": False, "resume": False}
         if chosen is None:
-            return {status: line_html("No run yet.")}
+            return {status: line_html("No run yet."), **pressable(buttons, can)}
         folder = workspace.folder(chosen)
         job = job_of(found, folder)
         if job is None and not folder.is_dir():
             raise ValueError(f"There is no run {chosen!r}.")
         stamp, show = look(chosen, folder, job, seen)
-        now = {**stamp, "run": chosen, "status": job and job["status"]}
-        values: dict[Any, Any] = {memory: {**now, "runs": runs}}
+        can["stop"] = runs_on(job)
+        can["resume"] = can["start"] and stamp["resumable"] and not can["stop"]
+        now = {**stamp, "run": chosen, "status": job and job["status"], "can": can}
+        pace = POLL_SECONDS if any(map(runs_on, found)) else REST_SECONDS
+        values: dict[Any, Any] = {memory: {**now, "runs": runs, "pace": pace}}
+        if pace != seen.get("pace"):
+            values[timer] = gr.Timer(pace)
         if name is None:
             values[run] = gr.update(choices=runs, value=chosen)
         elif runs != seen.get("runs"):
             values[run] = gr.update(choices=runs)
         if not now.items() <= seen.items():
-            values |= {parts[part]: value for part, value in show().items()}
+            values |= {parts[part]: value for part, value in show().items()} | pressable(buttons, can)
         return values
 
     def handle(name: str | None, seen: dict[str, Any]) -> dict[Any, Any]:
@@ -105,15 +121,21 @@ def follow(
             check_types(handle, (name,))
             return news(name, seen)
         except Exception as error:
-            return {status: line_html(_sentence(error)), memory: {}}
+            nothing = dict.fromkeys(("stop", "resume"), False)
+            return {status: line_html(sentence(error)), memory: {}, **pressable(buttons, nothing)}
 
     gr.on(
-        [page.load, run.change, gr.Timer(POLL_SECONDS).tick],
+        [page.load, run.change, timer.tick],
         handle,
         [run, memory],
-        [run, *parts.values(), memory],
+        [run, *parts.values(), memory, timer],
         **POLL,
     )
+
+
+def pressable(buttons: Mapping[str, gr.Button], can: Mapping[str, bool]) -> dict[Any, Any]:
+    """Buttons by name as what does something when pressed, or nothing."""
+    return {buttons[name]: gr.update(interactive=does) for name, does in can.items()}
 
 
 def start_job(workspace: Workspace, command: Sequence[str], progress: gr.Progress) -> str:
@@ -136,7 +158,8 @@ def numbers(labels: Iterable[str], values: Sequence[float | None]) -> list[float
     return given
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What the page says of an error; one that nobody foresaw goes to the terminal."""
     if isinstance(error, ValueError | JobError | EnvironmentFailure | FloatingPointError | OSError):
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     logging.getLogger(__name__).error("A request of the page failed", exc_info=error)
@@ -203,48 +226,69 @@ def model_choice(label: str, **options: Any) -> gr.Dropdown:
 
 
 class RunControls(NamedTuple):
-    """What chooses a run, says how it stands, ends its job and lets it go on."""
+    """What starts a run, chooses one, says how it stands, ends its job and lets it go on."""
 
+    start: gr.Button
     run: gr.Dropdown
     status: gr.HTML
     stop: gr.Button
     resume: gr.Button
 
 
-def run_controls(kind: Kind, stop: str, resume: str) -> RunControls:
+def run_controls(kind: Kind, start: gr.Button, stop: str, resume: str) -> RunControls:
     """Those of a kind of run; a name is checked when it is used, for a page can be older than the server it asks.
 
     Args:
         kind: of the runs; begins the ids of the components.
+        start: the button that starts a run.
         stop, resume: what the buttons say.
     """
     words = "a job continues when this page is closed"
     run = gr.Dropdown([], label="Run", info=words, allow_custom_value=True, elem_id=f"{kind}-run")
     status = gr.HTML(line_html("No run yet."), elem_id=f"{kind}-status")
     with gr.Row(equal_height=True):
-        end = gr.Button(stop, variant="stop", elem_id=f"{kind}-stop")
-        return RunControls(run, status, end, gr.Button(resume, elem_id=f"{kind}-resume"))
+        end = gr.Button(stop, variant="stop", elem_id=f"{kind}-stop", interactive=False)
+        again = gr.Button(resume, elem_id=f"{kind}-resume", interactive=False)
+    return RunControls(start, run, status, end, again)
 
 
-def offer_models(triggers: Sequence[Any], workspace: Workspace, model: gr.Dropdown, before: Sequence[str] = ()) -> None:
-    """Fill a list of models anew at some events, after what is offered before them; the first one is the default."""
+def offer_models(
+    restored: Dependency, tab: gr.Tab, workspace: Workspace, model: gr.Dropdown, before: Sequence[str] = ()
+) -> None:
+    """Fill a list of models whenever its tab is opened, and when the form has been put back as it was.
+
+    Args:
+        restored: see `forms.remember`.
+        tab: of the list.
+        workspace: with the models.
+        model: the list; its first entry is the default.
+        before: what is offered before the models.
+    """
 
     @readable
     def offer(name: str | None) -> Any:
         names = [*before, *workspace.models()]
         return gr.update(choices=names, value=name or next(iter(names), None))
 
-    gr.on(triggers, offer, model, model, **POLL)
+    restored.then(offer, model, model, **POLL)
+    tab.select(offer, model, model, **POLL)
 
 
-def job_words(job: Mapping[str, Any] | None) -> list[str]:
-    """A job's status, and of one that failed the last line that it printed."""
+def job_words(job: Mapping[str, Any] | None, begun: bool = True) -> list[str]:
+    """A job's status, and of one that failed the last line that it printed.
+
+    Args:
+        job: of the run.
+        begun: whether the run has an iteration; a job without one is starting, whatever Ray says of it.
+    """
     if job is None:
         return ["no job"]
+    if not begun and runs_on(job):
+        return ["Starting… Ray and the workers come up, then the first iteration is played"]
     last = (job["message"] or "").strip().splitlines()[-1:] if job["status"] == "FAILED" else []
     return [job["status"].lower(), *last]
 
 
-def option_words(options: Mapping[str, float]) -> list[str]:
+def option_words(options: Mapping[str, object]) -> list[str]:
     """Options as the command line takes them."""
     return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]

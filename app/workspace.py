@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -148,8 +148,9 @@ class Workspace:
             ValueError: enough jobs run already, or one in the run's own folder.
             JobError: see `distributed.jobs.submit`.
         """
-        running = [job for job in self.jobs() if job["status"] not in jobs.ENDED]
-        if len(running) >= MAX_JOBS:
+        found = self.jobs()
+        running = [job for job in found if runs_on(job)]
+        if not self.room(found):
             which = ", ".join(job["job"] for job in running)
             raise ValueError(f"{len(running)} jobs run already ({which}): stop one first, or wait.")
         words, run_dir = prepared(command, str(self.runs.resolve()))
@@ -159,6 +160,35 @@ class Workspace:
         jobs.submit(words, run_dir, self.address)
         return str(Path(run_dir).relative_to(self.runs.resolve()))
 
+    def room(self, found: Sequence[dict[str, Any]]) -> bool:
+        """Whether one more job may run beside those that do."""
+        return sum(map(runs_on, found)) < MAX_JOBS
+
+    def place(self, name: str | None) -> str:
+        """A model as the command line takes it.
+
+        Raises:
+            ValueError: there is none, or its task is code; one sentence.
+        """
+        self.playable(name)
+        shipped = str(name).startswith(pretrained.PREFIX)
+        return str(name) if shipped else str(self.folder(name))
+
+    def as_job(self, command: Sequence[str]) -> list[str]:
+        """The words that start a command as the page does: as a job, with its run in this folder."""
+        where = ["--address", self.address] if self.address else []
+        return ["job", "start", "--storage", str(self.runs.resolve()), *where, "--", *command]
+
+    def stop_words(self, name: str) -> list[str]:
+        """The words that stop a run's job; none where none runs.
+
+        Raises:
+            ValueError: the name is no run's.
+        """
+        job = job_of(self.jobs(), self.folder(name))
+        where = ["--address", self.address] if self.address else []
+        return ["job", "stop", str(job["job"]), *where] if job and runs_on(job) else []
+
     def stop(self, name: str | None) -> str:
         """Have a run's job end its iteration and write a checkpoint; the job's id.
 
@@ -167,10 +197,15 @@ class Workspace:
             JobError: no job server answers.
         """
         job = job_of(self.jobs(), self.folder(name))
-        if job is None or job["status"] in jobs.ENDED:
+        if job is None or not runs_on(job):
             raise ValueError(f"No job of {name} is running.")
         jobs.connect(self.address).stop_job(job["job"])
         return str(job["job"])
+
+
+def runs_on(job: Mapping[str, Any] | None) -> bool:
+    """Whether there is a job and it has not ended."""
+    return job is not None and job["status"] not in jobs.ENDED
 
 
 def job_of(found: Sequence[dict[str, Any]], run: Path) -> dict[str, Any] | None:

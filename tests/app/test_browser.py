@@ -5,154 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
-from ssm_metarl import TrainConfig, train
-from ssm_metarl.distributed import jobs
+from browsing import PATIENCE, WIDTHS, choose, in_sight, iteration, picture, put, tab, toast, visit, wait_for_iteration
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
-
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-WIDTHS = (1280, 400)
-SMALL = {"meta_batch": 8, "hidden_dim": 16, "state_dim": 8, "learner_threads": 1, "replay_episodes": 16}
-PATIENCE = 120_000  # ms; the machine may be busy, and Ray takes its time to start
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("app") / "runs"
-    train(TrainConfig.for_task("navigation-2d", iterations=6, **SMALL), folder / "point")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def site(runs: Path) -> Iterator[str]:
-    """The app as the command opens it, with a head's record of its own; no process is left behind."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_STATE_HOME", str(runs.parent / "state"))
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-            patch.delenv(name, raising=False)
-        words = ["app", "--port", str(port), "--storage", str(runs)]
-        with (runs.parent / "app.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "ssm_metarl", *words], cwd=runs.parent, stdout=log, stderr=log, env=os.environ
-            )
-        address = f"http://127.0.0.1:{port}"
-        try:
-            end = time.monotonic() + 120
-            while time.monotonic() < end and process.poll() is None:
-                try:
-                    urllib.request.urlopen(address, timeout=10).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield address
-            assert "Traceback" not in (runs.parent / "app.log").read_text()
-        finally:
-            process.terminate()
-            process.wait(30)
-            if head := jobs.recorded_head():
-                jobs.end_head(head)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, site: str) -> Iterator[Page]:
-    """The page at its first tab. Whatever a test does, nothing is fetched from elsewhere and nothing fails in it."""
-    context = browser.new_context(viewport={"width": WIDTHS[0], "height": 900})
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE)
-    wrong: list[str] = []
-
-    def fetched(request: Any) -> None:
-        if not request.url.startswith((site, "data:", "blob:")):
-            wrong.append(request.url)
-
-    page.on("request", fetched)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    visit(page, site)
-    yield page
-    context.close()
-    assert wrong == []
-
-
-def visit(page: Page, address: str) -> None:
-    page.goto(address)
-    page.locator("#card h3").wait_for()
-
-
-def tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-
-
-def choose(page: Page, selector: str, value: str) -> None:
-    """Choose from a list by typing."""
-    box = page.locator(f"{selector} input")
-    box.fill(value)
-    box.press("Enter")
-
-
-def put(page: Page, label: str, value: object) -> None:
-    """Type a number into a slider's or a number's box."""
-    named = page.get_by_label(f"number input for {label}").locator("visible=true")
-    box = (named if named.count() else page.get_by_label(label).locator("visible=true")).first
-    box.fill(str(value))
-    box.press("Tab")
-
-
-def toast(page: Page) -> str:
-    message = page.locator(".toast-body").first
-    message.wait_for()
-    text = message.inner_text()
-    page.locator(".toast-close").first.click()
-    message.wait_for(state="detached")
-    return text
-
-
-def picture(page: Page, folder: Path, name: str, widths: tuple[int, ...] = WIDTHS) -> None:
-    """The whole page at some widths, dark where it is narrow; nothing sticks out to the right."""
-    for width in widths:
-        page.set_viewport_size({"width": width, "height": 900})
-        page.evaluate(f"document.body.classList.toggle('dark', {'true' if width < 500 else 'false'})")
-        page.wait_for_timeout(1500)  # the plots take a moment to follow
-        page.screenshot(path=folder / f"{name}_{width}.png", full_page=True)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} sticks out at {width} pixels"
-    page.set_viewport_size({"width": WIDTHS[0], "height": 900})
-
-
-def iteration(page: Page, selector: str = "#train-status") -> int:
-    found = re.search(r"iteration (\d+)", page.locator(selector).inner_text())
-    return int(found[1]) if found else 0
-
-
-def wait_for_iteration(page: Page, number: int) -> None:
-    found = "document.querySelector('#train-status').innerText.match(/iteration (\\d+)/)"
-    page.wait_for_function(f"n => +({found} || [0, 0])[1] >= n", arg=number)
 
 
 def test_a_model_has_a_card_and_is_evaluated(page: Page, tmp_path: Path) -> None:
@@ -165,6 +28,11 @@ def test_a_model_has_a_card_and_is_evaluated(page: Page, tmp_path: Path) -> None
     page.get_by_role("button", name="Evaluate").click()
     page.locator("#evaluation tbody tr").nth(3).wait_for()
     assert "6 tasks of split test" in page.locator("#evaluation").inner_text()
+    assert in_sight(page.locator("#evaluate"))
+    assert in_sight(page.locator("#evaluation table"))
+    command = page.locator("#evaluate-command textarea")
+    assert re.search(r"ssm-metarl evaluate \S*/point --split test --num-tasks 6 --steps 3$", command.input_value())
+    assert page.locator("#evaluate-command button").first.get_attribute("aria-label") == "Copy"
     picture(page, tmp_path, "pretrained")
 
 
@@ -209,23 +77,25 @@ def test_the_pretrained_model_adapts_to_a_cart_and_an_episode_is_shown(page: Pag
     assert after > before + 100
     assert '"gravity": 7' in page.locator("#adapt-result").inner_text()
     assert '"direction": -1' in page.locator("#adapt-result").inner_text()
-    assert page.locator("#adapt-pictures img[src^='data:image/gif']").count() == 1
+    animation = page.locator("#adapt-pictures img[src^='data:image/gif']")
+    for seen in (page.locator("#adapt"), page.locator("#adapt-result .headline"), animation):
+        assert in_sight(seen)
     picture(page, tmp_path, "cart")
 
 
 def test_an_error_is_a_sentence_and_the_page_goes_on(page: Page, runs: Path) -> None:
     choose(page, "#model", "../../etc")
-    sentence = toast(page)
-    assert "is not in the runs folder" in sentence
-    assert "Traceback" not in sentence
+    page.locator("#card", has_text="is not in the runs folder").wait_for()
+    assert page.locator("#evaluate").is_disabled()
     damaged = runs / "damaged"
     damaged.mkdir()
     (damaged / "manifest.json").write_text("{}")
     os.utime(damaged / "manifest.json", (0, 0))  # not the newest, which is chosen when the page opens
     choose(page, "#model", "damaged")
-    assert "manifest.json" in toast(page)
+    page.locator("#card", has_text="manifest.json").wait_for()
     choose(page, "#model", "point")
     page.locator("#card h3", has_text="point").wait_for()
+    assert page.locator("#evaluate").is_enabled()
     assert "Traceback" not in page.content()
     shutil.rmtree(damaged)
 
@@ -244,30 +114,33 @@ def test_each_tab_answers_wrong_input_with_a_sentence_and_goes_on(page: Page) ->
     assert "state_dim must be even" in press("Start meta-training")
     choose(page, "#train-run", "../../etc")
     page.locator("#train-status", has_text="is not in the runs folder").wait_for()
-    assert "is not in the runs folder" in press("Go on for more iterations")
     choose(page, "#train-run", "nothing")
     page.locator("#train-status", has_text="There is no run 'nothing'.").wait_for()
+    assert page.locator("#train-stop").is_disabled()
+    assert page.locator("#train-resume").is_disabled()
     choose(page, "#train-run", "point")
     page.locator("#train-status", has_text="iteration 6 of 6").wait_for()
-    assert "No job of point is running." in press("Stop with a checkpoint")
+    assert page.locator("#train-stop").is_disabled()
+    assert page.locator("#train-resume").is_enabled()
 
     tab(page, "Test-time adaptation")
     choose(page, "#adapt-model", "/etc")
-    assert "is not in the runs folder" in toast(page)
-    assert "is not in the runs folder" in press("Adapt")
-    assert "is not in the runs folder" in press("Compare")
+    page.locator("#adapt-result", has_text="is not in the runs folder").wait_for()
+    assert page.locator("#adapt").is_disabled()
+    assert page.locator("#compare").is_disabled()
     choose(page, "#adapt-model", "point")
+    page.locator("#adapt-result", has_text="press Adapt").wait_for()
     put(page, "Seed", "")
     assert "Seed: a number is missing." in press("Adapt")
 
     tab(page, "Self-improvement")
-    assert "Choose a run first." in press("Go on for more cycles")
     put(page, "Environment steps in all", "")
     assert "Environment steps in all: a number is missing." in press("Start self-improvement")
     put(page, "Environment steps in all", 0)
     choose(page, "#evolve-run", "point")
-    assert "is no run of evolve" in press("Go on for more cycles")
-    assert "Choose a checkpoint first." in press("Roll back to it")
+    page.locator("#evolve-status", has_text="point · no job").wait_for()
+    for button in ("#evolve-stop", "#evolve-resume", "#rollback"):
+        assert page.locator(button).is_disabled()
     assert "Traceback" not in page.content()
 
 
@@ -301,7 +174,10 @@ def test_a_meta_training_is_started_watched_found_again_and_stopped(
     put(page, "Tasks an iteration", 6)
     put(page, "Episodes a task", 8)
     page.get_by_role("button", name="Start meta-training").click()
-    page.locator("#train-status", has_text="running").wait_for()
+    page.locator("#train-status", has_text="Starting…").wait_for()
+    page.locator("#train-status", has_text=re.compile("running.* iteration")).wait_for()
+    assert page.locator("#train-stop").is_enabled()
+    assert page.locator("#train-resume").is_disabled()
     wait_for_iteration(page, 3)
     name = page.locator("#train-run input").input_value()
     assert (runs / name / "metrics.jsonl").is_file()
@@ -327,8 +203,8 @@ def test_a_meta_training_is_started_watched_found_again_and_stopped(
     saved = int(re.findall(r"checkpoint of iteration (\d+)", page.locator("#train-status").inner_text())[0])
     assert saved == iteration(page) > seen
     assert (runs / name / f"checkpoint_{saved:06d}" / "manifest.json").is_file()
-    page.get_by_role("button", name="Stop with a checkpoint").click()
-    assert f"No job of {name} is running." in toast(page)
+    page.locator("#train-stop:disabled").wait_for()
+    page.locator("#train-resume:enabled").wait_for()
 
     put(page, "Iterations", 2)
     page.get_by_role("button", name="Go on for more iterations").click()
@@ -347,7 +223,8 @@ def test_a_cycle_of_self_improvement_ends_with_a_decision(page: Page, runs: Path
     page.locator("#population", has_text="iterations").first.wait_for()
     page.locator("#decisions tbody tr", has_text=re.compile("accepted|rejected")).first.wait_for()
     page.locator("#evolve-status", has_text=re.compile("succeeded.* 1 cycle(?!s)")).wait_for()
-    assert page.locator("#evolution-pictures img").count() == 2
+    assert page.locator("#evolution-pictures img").count() == 1  # one stretch: the metrics would be one point
+    assert "from the second assessed stretch on" in page.locator("#evolution-pictures").inner_text()
     page.get_by_role("button", name="Roll back to it").click()
     page.locator("#rollback-answer", has_text="will be the incumbent").wait_for()
     name = page.locator("#evolve-run input").input_value()

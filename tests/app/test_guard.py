@@ -144,6 +144,8 @@ def test_odd_values_are_refused_in_a_sentence(served: tuple[str, Any], capfd: py
     """By every button and list of the page; the terminal shows no traceback."""
     address, page = served
     for number, fn in page.fns.items():
+        if fn.fn is None:  # of the browser alone
+            continue
         boxes = len(fn.inputs)
         for odd in ODD if fn.name not in ("offer", "handle") else ODD[:3]:
             success, sentence = ask(address, number, [odd] * boxes)

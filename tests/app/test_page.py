@@ -208,19 +208,24 @@ def test_a_self_improving_run_goes_on_for_more(workspace: Workspace, monkeypatch
 
 
 def test_a_tab_shows_a_self_improving_run(workspace: Workspace) -> None:
-    """The checkpoints that it can go back to, assessed ones first; and its race or how far its stretch is."""
+    """The checkpoints that it can go back to, accepted and assessed ones first; its race or how far its stretch is."""
     folder = workspace.folder("evolved")
     population = fresh_run(folder, proposals=1)
-    for number, level in ((1, None), (2, 0.4), (3, None)):
+    back, won = [2, {"seed": 5, "outer_lr": 0.01}], [1, {"inner_lr": 0.04}]
+    for number, level, path in ((1, None, []), (2, 0.4, [won]), (3, None, [won]), (4, 0.5, [back])):
         name = f"iteration_{number}"
-        record = Record(name=name, iteration=number, env_steps=1, cycle=0, config=population.base, level=level)
+        same = {"env_steps": 1, "cycle": 0, "config": population.base, "path": [[0, population.base], *path]}
+        record = Record(name=name, iteration=number, level=level, **same)
         population.archive[name] = record
         (population.store.checkpoints / name).mkdir()
         (population.store.checkpoints / name / MANIFEST).write_text("{}")
     save(population)
     stamp, show = evolution_tab.look("evolved", folder, None, {})
-    assert stamp["kept"] == ["iteration_2", "iteration_3", "iteration_1"]
+    assert stamp["kept"] == ["iteration_2", "iteration_4", "iteration_3", "iteration_1"]
     shown = show()
+    words = [label for label, _ in shown["checkpoint"]["choices"]]
+    assert words[:2] == ["iteration 2 · level 0.400 · accepted inner_lr 0.04", "iteration 4 · level 0.500"]
+    assert shown["rollback"]["interactive"] is True
     assert "evolved · no job · cycle 0 of 6 · warm-up: 0 of 2 iterations" in shown["status"]
     assert '<progress value="0" max="2"' in shown["population"]
     assert shown["pictures"] == evolution_tab.WAITING
@@ -231,16 +236,17 @@ def test_a_tab_shows_a_self_improving_run(workspace: Workspace) -> None:
 def test_a_tab_shows_how_a_run_stands(workspace: Workspace) -> None:
     """Under the names of its components; and a run that has nothing to show yet, too."""
     job = {"status": "RUNNING", "message": "", "command": "train --iterations 9"}
-    for name, line in (("point", "point · running · iteration 1 of 9 · return"), ("empty", "empty · running<")):
+    for name, line in (("point", "point · running · iteration 1 of 9 · return"), ("empty", "empty · Starting…")):
         stamp, show = training_tab.look(name, workspace.folder(name), job, {})
-        assert stamp == {"lines": int(name == "point")}
+        assert stamp == {"lines": int(name == "point"), "resumable": name == "point"}
         shown = show()
         assert set(shown) == {"status", *training_tab.Shown._fields}
         assert line in shown["status"]
     stamp, show = evolution_tab.look("empty", workspace.folder("empty"), job, {})
-    assert stamp == {"time": None, "kept": []}
+    assert stamp == {"time": None, "kept": [], "resumable": False}
     assert set(show()) == {"status", *evolution_tab.Shown._fields}
     assert "checkpoint" not in evolution_tab.look("empty", workspace.folder("empty"), job, stamp)[1]()
+    assert "Starting…" in show()["status"]
 
 
 @pytest.mark.parametrize(("replay", "modes"), [(True, ["none", "standard", "hybrid"]), (False, ["none", "standard"])])
@@ -252,9 +258,11 @@ def test_a_model_offers_the_modes_that_it_can(
         return checkpoint if replay else dataclasses.replace(checkpoint, replay=None)
 
     monkeypatch.setattr(adaptation_tab, "load_checkpoint", load)
-    cart, plane, other, mode = adaptation_tab.Handlers(workspace).choose("point")
-    assert [group["visible"] for group in (cart, plane, other)] == [False, True, False]
-    assert mode["choices"] == modes
+    for had, has in (("hybrid", modes[-1] if replay else "standard"), ("none", "none"), (None, "standard")):
+        cart, plane, other, mode, _, _, adapt, compare = adaptation_tab.Handlers(workspace).choose("point", had)
+        assert [group["visible"] for group in (cart, plane, other)] == [False, True, False]
+        assert (mode["choices"], mode["value"]) == (modes, has)
+        assert adapt["interactive"] is compare["interactive"] is True
     assert mode["info"] == (None if replay else adaptation_tab.NO_REPLAY)
 
 
@@ -309,8 +317,8 @@ def test_a_long_curve_is_thinned_out_and_keeps_its_end(count: int) -> None:
     assert len(speed) <= training_tab.POINTS
     assert (len(returns), len(phases)) == (2 * len(speed), 4 * len(speed))
     assert set(speed["steps/s"]) <= {500}
-    assert list(speed["iteration"])[-1:] == [count][:count]
-    assert speed["iteration"].is_monotonic_increasing
+    assert list(speed["environment steps"])[-1:] == [1000 * count][:count]
+    assert speed["environment steps"].is_monotonic_increasing
 
 
 def test_without_gradio_one_sentence_says_what_installs_it(
@@ -379,7 +387,8 @@ def test_the_page_needs_nothing_from_outside(served: str) -> None:
 def test_what_works_waits_in_a_queue_and_what_looks_does_not(workspace: Workspace) -> None:
     page = server.build(workspace)
     queued = [fn for fn in page.fns.values() if fn.queue]
-    assert {fn.name for fn in queued} >= {"assess", "adapt", "compare", "start", "stop", "go_on", "back"}
+    assert {fn.name for fn in queued} >= {"assess", "adapt", "compare", "measure", "start", "stop", "go_on", "back"}
+    queued = [fn for fn in queued if fn.fn]  # the others are of the browser alone
     assert {(fn.concurrency_id, fn.concurrency_limit) for fn in queued} == {("compute", 1), ("jobs", 1), ("look", 4)}
     assert page._queue.max_size == server.WAITING
 
@@ -398,7 +407,9 @@ def test_the_requirements_of_the_space_are_those_of_the_package() -> None:
 @pytest.mark.slow
 def test_the_space_starts_from_a_copy_and_offline(tmp_path: Path, free_port: int) -> None:
     """As its README says, without an install of the package, and with no way out."""
-    for folder in ("algorithms", "app", "distributed", "pretrained", "ssm_metarl", "tasks", "tuning"):
+    line = re.search(r"^cp -r (.*) SPACE/$", (ROOT / "app" / "space" / "README.md").read_text(), re.MULTILINE)
+    assert line is not None
+    for folder in line[1].split():
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in (ROOT / "app" / "space").iterdir():
         if path.is_file():
