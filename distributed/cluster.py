@@ -8,12 +8,13 @@ import secrets
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
+from ray._common.utils import reset_ray_address
 from ray._private import ray_constants, services
 from ray._private.authentication import authentication_token_setup
 from ray._private.utils import read_ray_address
@@ -89,10 +90,23 @@ def ensure_token() -> None:
         raise ValueError(f"{path}, the token of this user's Ray, cannot be written: {error.strerror}.") from None
 
 
-def send_token() -> None:
-    """Let this process send this user's token to a cluster that it joins, if there is one and nothing forbids it."""
+def send_token(*, own: bool = False) -> None:
+    """Let this process send this user's token to a cluster that it joins, if there is one and nothing forbids it.
+
+    Args:
+        own: the cluster was started here, and asks for the token whatever the environment says.
+    """
+    if own:
+        os.environ.pop("RAY_AUTH_MODE", None)
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def forget_cluster(address: str) -> None:
+    """Remove Ray's record of a cluster of this machine that has ended, to which "auto" would lead."""
+    with suppress(OSError):
+        if read_ray_address() == address:
+            reset_ray_address()
 
 
 def _only_on_loopback(address: str) -> bool:
@@ -119,10 +133,11 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = enabled
-        _restore(before)
+        restore_environment(before)
 
 
-def _restore(environment: Mapping[str, str | None]) -> None:
+def restore_environment(environment: Mapping[str, str | None]) -> None:
+    """Give variables of this process's environment the values that they had; None: they were not there."""
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
@@ -130,7 +145,7 @@ def _restore(environment: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """Refuse an address where nothing speaks Ray's protocol: Ray itself would try for minutes, deaf to signals.
 
     Raises:
@@ -156,7 +171,7 @@ def _join(address: str) -> Any:
     Raises:
         ValueError: none answers, or one of another version; one sentence.
     """
-    _check_answers(address)
+    check_answers(address)
     local = _only_on_loopback(address)
     if local:
         send_token()

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,16 @@ from packaging.requirements import Requirement
 
 import ssm_metarl
 from ssm_metarl.config import available_cores
-from ssm_metarl.distributed.cluster import ANSWER_SECONDS, ON_LOOPBACK, TOKEN_MODE, ensure_token, send_token
+from ssm_metarl.distributed.cluster import (
+    ANSWER_SECONDS,
+    ON_LOOPBACK,
+    TOKEN_MODE,
+    check_answers,
+    ensure_token,
+    forget_cluster,
+    restore_environment,
+    send_token,
+)
 from ssm_metarl.storage.atomic import replace_file
 
 if TYPE_CHECKING:
@@ -40,6 +50,9 @@ MARK = "ssm-metarl"
 
 HEAD_ADDRESS = "127.0.0.1"
 """Of a head on this machine: loopback."""
+
+KILLED_SECONDS = 3.0
+"""What killed processes have at most to be gone."""
 
 PACKAGE = Path(ssm_metarl.__file__).parent
 """The package's folder, which travels with a job."""
@@ -151,16 +164,39 @@ def start_head(timeout_s: float = 90.0) -> Head:
     raise JobError(f"A Ray head did not come up within {timeout_s:.0f} s; see {log}.")
 
 
-def end_head(head: Head, timeout_s: float = 3.0) -> None:
-    """End exactly the processes of a head, and forget it."""
+def end_head(head: Head, timeout_s: float = 1.0) -> None:
+    """End exactly the processes of a head, and forget it; what it still runs is lost.
+
+    Its raylet is asked to end, which ends the workers. The others are killed: nothing that they hold is kept, and Ray
+    itself would ask one after the other, each with a second's patience.
+
+    Args:
+        head: that `start_head` started.
+        timeout_s: what the raylet has.
+    """
     if head.alive():
         process = psutil.Process(head.pid)
         family = [process, *process.children(recursive=True)]
-        process.terminate()  # it ends its children, and they theirs
-        for straggler in _left(family, timeout_s):
-            straggler.kill()
-        _left(family, timeout_s)
+        raylet = [each for each in family if _name(each) == "raylet"]
+        for each in raylet:
+            _end(each, signal.SIGTERM)
+        _left(raylet, timeout_s)
+        for each in _left(family, 0.0):
+            _end(each, signal.SIGKILL)
+        _left(family, KILLED_SECONDS)
+    forget_cluster(head.address)
     head_file().unlink(missing_ok=True)
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return str(process.name())
+    return ""
+
+
+def _end(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
 
 
 def _left(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
@@ -198,14 +234,18 @@ def connect(address: str | None = None, *, start: bool = False) -> JobSubmission
 
 
 def _client(address: str) -> JobSubmissionClient:
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient  # loads much
 
     try:
-        send_token()
+        head = recorded_head()
+        send_token(own=head is not None and head.dashboard == address)
         if address.startswith(("http://", "https://")):
             requests.head(address, timeout=ANSWER_SECONDS)  # Ray's own request would wait for ever
-        client = JobSubmissionClient(address)
+        else:
+            check_answers(address)
+        with _only(address):
+            client = JobSubmissionClient(address)
     except AuthenticationError:
         raise JobError(
             f"The cluster at {address} asks for a token: put its own into ~/.ray/auth_token or RAY_AUTH_TOKEN."
@@ -214,7 +254,9 @@ def _client(address: str) -> JobSubmissionClient:
         raise JobError(f"No Ray job server answers at {address} within {ANSWER_SECONDS:.0f} s.") from None
     except requests.ConnectionError:
         raise JobError(f"No Ray job server answers at {address}: nothing listens there.") from None
-    except (ConnectionError, RuntimeError, OSError) as error:
+    except ValueError as error:
+        raise JobError(" ".join(str(error).split())) from None
+    except (ConnectionError, RuntimeError, OSError, RayError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise JobError(f"No Ray job server answers at {address}: {reason[0]}") from None
     version = client._server_ray_version
@@ -224,6 +266,17 @@ def _client(address: str) -> JobSubmissionClient:
             f"install ray=={version} here, or {ray.__version__} there."
         )
     return client
+
+
+@contextmanager
+def _only(address: str) -> Iterator[None]:
+    """Meanwhile Ray takes this job server, where it would rather take that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS."""
+    before = os.environ.get("RAY_API_SERVER_ADDRESS")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    try:
+        yield
+    finally:
+        restore_environment({"RAY_API_SERVER_ADDRESS": before})
 
 
 def submit(command: Sequence[str], run_dir: str | None, address: str | None = None) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
+from typing import NoReturn
 
 
 def main() -> int:
@@ -14,9 +17,9 @@ def main() -> int:
 
         with loading():
             from ssm_metarl.cli.main import main as carry_out
-        return carry_out()
+        return carry_out(end=_end_at_once)
     except KeyboardInterrupt:
-        return 130
+        return _end_at_once(130)
 
 
 def _fill_missing_streams() -> None:
@@ -26,6 +29,17 @@ def _fill_missing_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End this process without what Python and Ray do at an exit: a Ray that was being started crashes there at times.
+
+    The kernel ends the processes of such a Ray.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

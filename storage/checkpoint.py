@@ -56,7 +56,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     directory = Path(directory)
     contents = encode(directory, checkpoint)
     decode(directory, contents)
-    check_sizes(directory, checkpoint.spec, contents)
+    check_sizes(directory, checkpoint, contents)
     manifest = manifest_of(contents)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(directory)

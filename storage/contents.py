@@ -16,11 +16,12 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ssm_metarl.algorithms.parameters import expected_shapes
-from ssm_metarl.algorithms.replay import ReplayBuffer
+from ssm_metarl.algorithms.replay import MOST_EPISODES, ReplayBuffer
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.checks import brief
 from ssm_metarl.storage.documents import (
+    LARGE,
     SMALL,
     CheckpointError,
     anything,
@@ -127,7 +128,7 @@ def encode(folder: Path, checkpoint: Checkpoint) -> dict[str, bytes]:
 def decode(folder: Path, contents: Mapping[str, bytes]) -> Checkpoint:
     """The checkpoint that the contents say; CheckpointError naming the file of `folder` that says none."""
     spec, config = _decode_config(folder / CONFIG, contents[CONFIG])
-    progress = checked(folder / PROGRESS, decode_json(folder / PROGRESS, contents[PROGRESS]), PROGRESS_FORM)
+    progress = _decode_progress(folder / PROGRESS, contents[PROGRESS])
     _check_moments(folder / PROGRESS, progress.get("normalizer", {}), spec)
     policy = _fitting(folder / POLICY, _decode_arrays(folder / POLICY, contents[POLICY]), spec)
     optimizer = _decode_arrays(folder / OPTIMIZER, contents[OPTIMIZER])
@@ -167,6 +168,11 @@ def _decode_config(path: Path, content: bytes) -> tuple[PolicySpec, dict[str, An
     if missing:
         raise CheckpointError(f"{path} does not describe a policy: it has no {', '.join(missing)}.")
     return spec, config["train"]
+
+
+def _decode_progress(path: Path, content: bytes) -> dict[str, Any]:
+    progress: dict[str, Any] = checked(path, decode_json(path, content), PROGRESS_FORM)
+    return progress
 
 
 def _check_moments(path: Path, normalizer: Mapping[str, Any], spec: PolicySpec) -> None:
@@ -245,27 +251,33 @@ def _encode_json(path: Path, values: Mapping[str, Any]) -> bytes:
 def read_contents(folder: Path) -> dict[str, bytes]:
     """The files of a checkpoint's folder, each with the SHA-256 that the manifest has, and of a possible size.
 
-    The sizes of the policy follow from `config.json`, those of the optimiser from the policy's; a manifest says the
-    bytes of each file, too. What is larger is refused without being read.
+    The sizes of the policy follow from `config.json`, those of the optimiser from the policy's, those of a replay from
+    the steps and episodes that the run has had and keeps; a manifest says the bytes of each file, too. What is larger
+    is refused without being read.
 
     Raises:
         CheckpointError: a file is missing, unreadable, too large, truncated or altered.
     """
     digests, sizes = _read_manifest(folder / MANIFEST)
     contents = {CONFIG: _read_verified(folder / CONFIG, digests[CONFIG], SMALL)}
-    most = _limits(folder, _decode_config(folder / CONFIG, contents[CONFIG])[0])
+    spec, config = _decode_config(folder / CONFIG, contents[CONFIG])
+    most = _limits(folder, spec)
+    contents[PROGRESS] = _read_verified(folder / PROGRESS, digests[PROGRESS], most[PROGRESS])
+    if REPLAY in digests:
+        most[REPLAY] = _most_of_replay(spec, config, _decode_progress(folder / PROGRESS, contents[PROGRESS]))
     for name in digests:
         size = file_size(folder / name)
         if name in sizes and size and size != sizes[name]:
             wanted = f"{size:,} bytes instead of the {sizes[name]:,} of {MANIFEST}"
             raise CheckpointError(f"{folder / name} is truncated or altered: it has {wanted}.")
-        if name in (POLICY, OPTIMIZER) and size > most[name]:
+        if name in (POLICY, OPTIMIZER, REPLAY) and size > most[name]:
+            what = f"run that {CONFIG} and {PROGRESS} describe" if name == REPLAY else f"policy that {CONFIG} describes"
             raise CheckpointError(
-                f"{folder / name} does not fit the policy that {CONFIG} describes: {size:,} bytes are more than the "
-                f"{most[name]:,} that it can need."
+                f"{folder / name} does not fit the {what}: {size:,} bytes are more than the {most[name]:,} that it can "
+                "need."
             )
     for name in digests:
-        if name != CONFIG:
+        if name not in contents:
             contents[name] = _read_verified(folder / name, digests[name], most[name])
     return {name: contents[name] for name in digests}
 
@@ -284,18 +296,27 @@ def _limits(folder: Path, spec: PolicySpec) -> dict[str, int]:
         CONFIG: SMALL,
         POLICY: min(data + _MOST_HEADER * (count + 1), MOST_BYTES),
         OPTIMIZER: min(2 * data + (4 + 3 * _MOST_HEADER) * (count + 1), MOST_BYTES),
-        REPLAY: MOST_BYTES,
         PROGRESS: SMALL + 100 * (spec.observation_size + spec.task_size),
     }
 
 
-def check_sizes(folder: Path, spec: PolicySpec, contents: Mapping[str, bytes]) -> None:
+def _most_of_replay(spec: PolicySpec, config: Mapping[str, Any], progress: Mapping[str, Any]) -> int:
+    """Bytes that a replay has at most: no more episodes than are kept, of no more steps than were played."""
+    kept = config.get("replay_episodes")
+    episodes = kept if type(kept) is int and 0 <= kept <= MOST_EPISODES else MOST_EPISODES
+    data = ReplayBuffer.bound(spec, 1, progress["env_steps"]) + episodes * (4 * spec.observation_size + 8)
+    return int(min(data + min(episodes * SMALL, LARGE) + 12 * _MOST_HEADER, MOST_BYTES))
+
+
+def check_sizes(folder: Path, checkpoint: Checkpoint, contents: Mapping[str, bytes]) -> None:
     """Refuse to write what `read_contents` would refuse to read.
 
     Raises:
         CheckpointError: a file is too large.
     """
-    for name, most in _limits(folder, spec).items():
+    limits = _limits(folder, checkpoint.spec)
+    limits[REPLAY] = _most_of_replay(checkpoint.spec, checkpoint.config, checkpoint.progress)
+    for name, most in limits.items():
         if len(contents.get(name, b"")) > most:
             size = f"{len(contents[name]):,} bytes, at most {most:,}"
             raise CheckpointError(f"{folder / name} would be too large: {size}.")

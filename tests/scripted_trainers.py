@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -93,7 +94,9 @@ class ScriptedMember(Member):
         kind = fault_now(self.archive, self.number, place_of(assignment), self.policy.iteration)
         if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind is not None:
+        if kind == "warn":
+            logging.getLogger("ssm_metarl.distributed.watch").warning("a worker has given no sign of life")
+        elif kind is not None:
             raise FloatingPointError(kind)
 
     def write(self, name: str, skill: float) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from altered import Altered
+from altered import Altered, seal
 from evolved import REFERENCE, event, fresh_run, race
 from ssm_metarl import TrainConfig, train
 from ssm_metarl.app import evolution_tab, pretrained_tab, training_tab
@@ -244,3 +244,42 @@ def test_a_sparse_file_of_3_gib_is_refused_without_being_read(
     with pytest.raises(ValueError, match=rf"{path.name} (is too large|does not fit)"):
         load_checkpoint(path.parent)
     assert time.monotonic() - begin < 0.5
+
+
+def replay_of(run: Path, lengths: np.ndarray, tasks: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a replay of zeros, as they must be for the policy of the run."""
+    stored = safetensors.numpy.load((run / "replay.safetensors").read_bytes())
+    steps, episodes = int(lengths.sum()), len(lengths)
+    counts = {name: episodes if name == "last_observations" else steps for name in stored}
+    arrays = {name: np.zeros((counts[name], *array.shape[1:]), array.dtype) for name, array in stored.items()}
+    capacity = np.array([episodes], np.int64)
+    return arrays | {"lengths": lengths, "capacity": capacity, "tasks": np.frombuffer(tasks, np.uint8)}
+
+
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "tasks", "sentence"),
+    [
+        (np.ones(200_000, np.int64), b"[" + b"0," * 199_999 + b"0]", "200,000 episodes are more than 100,000"),
+        (np.ones(1, np.int64), b"[[" + b"[]," * 6_000_000 + b"0]]", "'tasks' are of more than 5,000,000 values"),
+    ],
+)
+def test_a_replay_that_grows_manyfold_when_it_is_read_is_refused(
+    lengths: np.ndarray, tasks: bytes, sentence: str, declared: bool, pristine: Path, tmp_path: Path
+) -> None:
+    """Without being read, where its run says that it keeps fewer episodes or has played fewer steps."""
+    run = Altered(pristine, tmp_path / "runs").place / CHECKPOINT
+    (run / "replay.safetensors").write_bytes(safetensors.numpy.save(replay_of(run, lengths, tasks)))
+    if declared:
+        config, progress = (json.loads((run / name).read_text()) for name in ("config.json", "progress.json"))
+        config["train"]["replay_episodes"], progress["env_steps"] = 100_000, 10**9
+        (run / "config.json").write_text(json.dumps(config))
+        (run / "progress.json").write_text(json.dumps(progress))
+    else:
+        sentence = "does not fit the run that config.json and progress.json describe"
+    seal(run)
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ValueError, match=rf"replay\.safetensors .*{sentence}"):
+        load_checkpoint(run)
+    assert time.monotonic() - begin < (2.0 if declared else 0.5)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 2**10

@@ -15,6 +15,8 @@ from ssm_metarl.cli.population import PopulationView, evolution_summary
 from ssm_metarl.cli.train import checked_config, copy_end, resume_words, run_place, saved_options
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.storage.run_copy import RunCopy
+from ssm_metarl.tasks import names_code
+from ssm_metarl.tasks.external.hints import new_hints
 from ssm_metarl.tuning.evolve import EvolutionFailure, evolve
 from ssm_metarl.tuning.records import Decision
 from ssm_metarl.tuning.store import NOT_COPIED, REQUESTS, RunStore, request_rollback
@@ -39,6 +41,9 @@ def run_evolve(options: Evolve) -> int:
 
 def _run_evolve(options: Evolve, config: TrainConfig, run_dir: Path, copy: RunCopy | None) -> int:
     rules = options.evolution
+    if not options.resume and names_code(config.task):
+        for hint in new_hints(config.task, config.task_options, config.task_ranges):
+            say(hint)
     with PopulationView(run_dir, console):
         result = evolve(config, rules, run_dir, start=options.start, resume=options.resume, mirror=copy)
     summary = evolution_summary(result)

@@ -28,6 +28,8 @@ def command(
         return Outcome(code, *capsys.readouterr())
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "")  # which --address sets, so that it is put back
+    monkeypatch.delenv("RAY_ADDRESS")
     return run
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from command_line import IN_PROCESS, Command, only_object
+from ssm_metarl.storage.checkpoint import load_checkpoint
+from ssm_metarl.storage.run_folder import checkpoints
 
 NOISY = """
 import os
@@ -50,11 +52,12 @@ class Noisy(gymnasium.Env):
 """
 
 
-def run_noisy(folder: Path, *words: str, out: Any = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+def run_noisy(folder: Path, *words: str, **how: Any) -> subprocess.CompletedProcess[str]:
     (folder / "noisy.py").write_text(NOISY)
     command = [sys.executable, "-m", "ssm_metarl", *words, "--task", "noisy:Noisy", "--json"]
     environment = {**os.environ, "NOISY_LOG": str(folder / "log"), "XDG_STATE_HOME": str(folder / "state")}
-    return subprocess.run(command, cwd=folder, env=environment, stdout=out, stderr=subprocess.PIPE, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    return subprocess.run(command, cwd=folder, env=environment, text=True, **streams)
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
@@ -75,11 +78,22 @@ def test_an_answer_that_nobody_reads_ends_the_command(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        done = run_noisy(tmp_path, "train", "--iterations", "1", *IN_PROCESS, "--run-dir", "run", out=writing)
+        done = run_noisy(tmp_path, "train", "--iterations", "1", *IN_PROCESS, "--run-dir", "run", stdout=writing)
     finally:
         os.close(writing)
     assert done.returncode == 141
     assert "Traceback" not in done.stderr
+    assert load_checkpoint(checkpoints(tmp_path / "run")[-1]).progress["iteration"] == 1
+
+
+@pytest.mark.slow
+def test_what_is_said_to_a_closed_stderr_is_not_in_the_answer(tmp_path: Path) -> None:
+    """As under `2>&-`, in a shell."""
+    words = ["train", "--iterations", "2", *IN_PROCESS, "--run-dir", "run"]
+    done = run_noisy(tmp_path, *words, stderr=None, preexec_fn=lambda: os.close(2))
+    assert done.returncode == 0
+    assert only_object(done.stdout)["metrics"]["iteration"] == 2
+    assert load_checkpoint(checkpoints(tmp_path / "run")[-1]).progress["iteration"] == 2
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "metrics.jsonl"])
@@ -100,12 +114,11 @@ def test_a_full_disk_is_named_with_what_is_safe(
             count()
         path.write_bytes(content)
 
-    def write_event(log: Any, **content: Any) -> None:
-        if "summary" in content:
-            count()
+    def add(board: Any, metrics: Any, line: Any) -> None:
+        count()
 
     if file == "metrics.jsonl":
-        monkeypatch.setattr("ssm_metarl.distributed.train._RunLog._write_event", write_event)
+        monkeypatch.setattr("ssm_metarl.distributed.loggers.Board.add", add)
     else:
         monkeypatch.setattr("ssm_metarl.storage.checkpoint.write_new", write_new)
     outcome = command("train", "--iterations", "6", *IN_PROCESS, "--checkpoint-every", "1", "--run-dir", run)

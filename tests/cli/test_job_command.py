@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,13 @@ def test_the_status_of_a_run_is_read_where_the_run_is(tmp_path: Path, prefix: st
     population.store.commit({**read_state(tmp_path / "run"), "events_before": 0}, [race(1, won=True)])
     assert job_cli._progress(place) == (read_state(tmp_path / "run"), [race(1, won=True)], None)
     assert job_cli._progress("nowhere://bucket/run") == (None, [], None)
+
+
+def test_the_commands_of_job_load_what_takes_seconds_only_where_they_need_it() -> None:
+    """A shutdown is to end within seconds, and so is the program's help."""
+    program = (
+        "import sys, ssm_metarl.cli.main, ssm_metarl.cli.job; print(*sorted(set(sys.argv[1:]) & set(sys.modules)))"
+    )
+    heavy = ["torch", "ray.tune", "matplotlib", "pandas", "tensorboardX", "gradio"]
+    found = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"

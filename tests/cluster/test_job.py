@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from listening import assert_guarded, assert_on_loopback, assert_refused, listening, users_token
 from ssm_metarl.cli.main import main
 from ssm_metarl.distributed import jobs
 from ssm_metarl.storage.checkpoint import load_checkpoint
@@ -65,10 +66,18 @@ def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
 
 @pytest.fixture(scope="module")
 def started(home: Path) -> dict[str, Any]:
-    """A job that trains without end, some iterations after its start; the command that starts it is a process."""
+    """A job that trains without end, some iterations after its start; the command that starts it is a process.
+
+    Its shell has proxies that are dead, and Ray's tokens switched off.
+    """
     command = [sys.executable, "-m", "ssm_metarl", "job", "start", "--json", "--", *TRAIN]
-    result = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=300)
+    odd = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    shell = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"} | odd
+    result = subprocess.run(
+        command, cwd=home, env=shell | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
+    assert "it asks for the token that `ray get-auth-token` prints" in result.stderr
     answer: dict[str, Any] = json.loads(result.stdout)
     wait_for(lambda: (status(home)["metrics"] or {"iteration": 0})["iteration"] > 11)
     return answer
@@ -80,11 +89,20 @@ def test_a_job_outlives_the_command_that_started_it(home: Path, started: dict[st
     assert Path(started["run_dir"]).parent == home / "runs"
     assert [each["job"] for each in json.loads(job(home, "list", "--json"))] == [started["job"]]
     assert "iteration 1/100000" in job(home, "logs")
+
+
+def test_nobody_gets_in_at_a_head_or_its_job(started: dict[str, Any]) -> None:
+    """Every socket is on loopback, and an outsider without the token is refused even there."""
     head = jobs.recorded_head()
     assert head is not None
-    listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    port = int(head.dashboard.rpartition(":")[2])
-    assert {c.laddr.ip for c in listening if c.laddr.port == port} == {"127.0.0.1"}
+    first = psutil.Process(head.pid)
+    sockets = listening((first, *first.children(recursive=True)))
+    rpc = {"gcs_server", "raylet", "agent", "client server", "supervisor", "driver", "worker"}
+    assert {*rpc, "dashboard"} <= set(sockets)
+    assert_on_loopback(sockets)
+    for kind in rpc:
+        assert_refused(sockets, kind)
+    assert_guarded(sockets, users_token())
 
 
 def test_actors_and_calls_have_telling_names(home: Path, started: dict[str, Any]) -> None:
@@ -213,12 +231,19 @@ def _iteration(run: Path) -> int:
 
 
 def test_a_shutdown_ends_the_heads_processes_and_no_others(home: Path, started: dict[str, Any]) -> None:
+    """Within seconds, where no job has to end before."""
+    for each in json.loads(job(home, "list", "--json")):
+        if each["status"] == "RUNNING":
+            job(home, "stop", each["job"])
     head = jobs.recorded_head()
     assert head is not None
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     assert {"gcs_server", "raylet"} <= {process.name() for process in family}
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", "gcs_server raylet ray start"])
-    job(home, "shutdown")
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "ssm_metarl", "job", "shutdown"]
+    subprocess.run(command, cwd=home, check=True, timeout=60)
+    assert time.monotonic() - begin < 5.0
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()

@@ -29,6 +29,21 @@ def ray_starts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return starts
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_mode_of_the_users_counts_but_where_the_cluster_is_our_own(
+    monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    modes = []
+    monkeypatch.setattr(
+        cluster.authentication_token_setup,
+        "maybe_enable_token_auth_if_token_available",
+        lambda warn_if_disabled: modes.append(os.environ.get("RAY_AUTH_MODE")),
+    )
+    cluster.send_token(own=own)
+    assert modes == [None if own else "disabled"]
+
+
 @pytest.mark.parametrize(("num_workers", "cpus"), [(1, 2), (2, 3), (5, 6)])
 def test_a_ray_of_our_own_is_local_and_has_a_cpu_for_the_learner_and_each_worker(
     ray_starts: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], num_workers: int, cpus: int

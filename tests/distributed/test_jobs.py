@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,79 @@ def test_a_process_that_has_ended_is_not_waited_for_though_its_parent_never_look
     assert jobs._left([process, alive], timeout_s=0.0) == [alive]
     child.wait()
     assert jobs._left([process], timeout_s=0.0) == []
+
+
+def test_the_users_own_head_gets_the_token_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, record: Callable[[jobs.Head], Path]
+) -> None:
+    """It asks for it; whether another cluster does is the user's to know."""
+    sent = []
+    monkeypatch.setattr(jobs, "send_token", lambda *, own: sent.append(own))
+    record(jobs.Head(os.getpid(), psutil.Process().create_time(), "127.0.0.1:1", "http://127.0.0.1:9"))
+    for address in ("http://127.0.0.1:9", "http://127.0.0.1:19"):
+        with pytest.raises(jobs.JobError, match="nothing listens there"):
+            jobs.connect(address)
+    assert sent == [True, False]
+
+
+RAYLET = """
+import pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print(flush=True)
+time.sleep(100)
+"""
+HEAD = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+executable, raylet, asked = sys.argv[1:]
+for program in (raylet, "import time; print(flush=True); time.sleep(100)"):
+    child = subprocess.Popen([executable, "-c", program, asked], stdout=subprocess.PIPE)
+    child.stdout.readline()
+print(flush=True)
+time.sleep(100)
+"""
+"""A head whose raylet notes that it was asked to end, beside processes that end only when they are killed."""
+
+
+def test_a_head_ends_at_once_its_raylet_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[[jobs.Head], Path]
+) -> None:
+    """And Ray's record of this machine does not lead to it any more."""
+    (tmp_path / "raylet").symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "tmp" / "ray").mkdir(parents=True)
+    known = tmp_path / "tmp" / "ray" / "ray_current_cluster"
+    known.write_text("127.0.0.1:6379")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
+    asked = tmp_path / "asked"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEAD, str(tmp_path / "raylet"), RAYLET, str(asked)], stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    process.stdout.readline()
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+    assert len(family) == 3
+    head = jobs.Head(process.pid, family[0].create_time(), "127.0.0.1:6379", "http://127.0.0.1:2")
+    path, begin = record(head), time.monotonic()
+    jobs.end_head(head)
+    assert time.monotonic() - begin < 2.0
+    assert asked.exists()
+    assert jobs._left(family, timeout_s=0.0) == []
+    assert not path.exists()
+    assert not known.exists()
+    process.wait()
+
+
+def test_the_record_of_another_cluster_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp" / "ray").mkdir(parents=True)
+    known = tmp_path / "tmp" / "ray" / "ray_current_cluster"
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
+    jobs.forget_cluster("127.0.0.1:6379")  # where there is none
+    known.write_text("10.0.0.1:6379")
+    jobs.forget_cluster("127.0.0.1:6379")
+    assert known.read_text() == "10.0.0.1:6379"
 
 
 @pytest.fixture

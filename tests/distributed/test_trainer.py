@@ -161,7 +161,9 @@ def test_metrics_say_what_was_collected() -> None:
         assert (line["iteration"], line["env_steps"]) == (number + 1, env_steps)
         returns = [np.mean((stage.rewards * stage.valid).sum(1, dtype=float)) for stage in stages]
         assert line["details"]["return_by_step"] == pytest.approx(returns)
-        assert line["details"]["episode_length_by_step"] == pytest.approx([stage.valid.sum(1).mean() for stage in stages])
+        assert line["details"]["episode_length_by_step"] == pytest.approx(
+            [stage.valid.sum(1).mean() for stage in stages]
+        )
         assert (line["details"]["dropped_tasks"], line["timed_out_tasks"], line["invalid_episodes"]) == ([], 0, 0)
 
 
@@ -300,9 +302,15 @@ def test_learning_rates_of_the_config_win_over_those_of_the_checkpoint(tmp_path:
         trainer.load_checkpoint(path)
         changed = [trainer.step(), trainer.step()]
     assert [line["learning_rate"] for line in kept + changed] == [1e-3, 1e-3, 5e-3, 5e-3]
-    assert changed[0]["details"]["return_by_step"][0] == kept[0]["details"]["return_by_step"][0], "the checkpoint's policy acts"
-    assert changed[0]["details"]["return_by_step"][1] != kept[0]["details"]["return_by_step"][1], "the config's inner step"
-    assert changed[1]["details"]["return_by_step"][0] != kept[1]["details"]["return_by_step"][0], "the config's outer step"
+    assert changed[0]["details"]["return_by_step"][0] == kept[0]["details"]["return_by_step"][0], (
+        "the checkpoint's policy acts"
+    )
+    assert changed[0]["details"]["return_by_step"][1] != kept[0]["details"]["return_by_step"][1], (
+        "the config's inner step"
+    )
+    assert changed[1]["details"]["return_by_step"][0] != kept[1]["details"]["return_by_step"][0], (
+        "the config's outer step"
+    )
 
 
 def test_a_checkpoint_of_other_sizes_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ray import tune
 
 from builders import wait_until
 from scripted_trainers import MortalTrainer, ScriptedTrainer, write_faults
+from ssm_metarl.cli.console import log_said
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
 from ssm_metarl.storage.checkpoint import load_checkpoint
@@ -193,6 +194,18 @@ def test_the_best_is_an_ordinary_checkpoint_after_every_decision(
     result = scripted(tmp_path, resume=True)
     assert result.state["progress"]["finished"] == "2 cycles"
     assert exported[-1] == result.checkpoint
+
+
+@pytest.mark.slow
+def test_what_a_member_warns_of_is_said_on_the_terminal_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, as it comes, with the member's number; the same worker's next warning is heard, too."""
+    write_faults(tmp_path, {"member": 1, "when": "race", "kind": "warn", "times": 2})
+    with log_said():
+        scripted(tmp_path, cycles=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count("member 1: a worker has given no sign of life") == 2
 
 
 # --- Members that die -------------------------------------------------------------------------------------
