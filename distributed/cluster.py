@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import socket
@@ -14,15 +13,12 @@ from typing import Any
 
 import grpc
 import ray
-from ray._common.utils import reset_ray_address
-from ray._private import ray_constants, services
-from ray._private.authentication import authentication_token_setup
-from ray._private.utils import read_ray_address
 
 from ssm_metarl.config import available_cores
+from ssm_metarl.distributed import ray_shim
 from ssm_metarl.storage.atomic import replace_file
 
-ON_LOOPBACK = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+ON_LOOPBACK = {ray_shim.CLUSTERS_VARIABLE: "0"}
 """Environment of Ray's processes that keeps all of their sockets on loopback; without it Ray takes the address of a
 network for its own, and most of them listen on every address. It means that no other machine can join."""
 
@@ -98,26 +94,25 @@ def send_token(*, own: bool = False) -> None:
     """
     if own:
         os.environ.pop("RAY_AUTH_MODE", None)
-    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
-    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    ray_shim.enable_token()
 
 
 def forget_cluster(address: str) -> None:
     """Remove Ray's record of a cluster of this machine that has ended, to which "auto" would lead."""
     with suppress(OSError):
-        if read_ray_address() == address:
-            reset_ray_address()
+        if ray_shim.recorded_address() == address:
+            ray_shim.forget_address()
 
 
 def _only_on_loopback(address: str) -> bool:
     """Whether a cluster, that of this machine for "auto", listens on loopback alone, as those that are started here."""
     if address == "auto":
-        address = read_ray_address() or ""
+        address = ray_shim.recorded_address()
     host, _, port = address.rpartition(":")
     if host not in ("127.0.0.1", "localhost") or not port.isdigit():
         return False
     try:
-        with socket.create_connection((services.get_node_ip_address(), int(port)), timeout=2.0):
+        with socket.create_connection((ray_shim.node_address(), int(port)), timeout=2.0):
             return False
     except OSError:
         return True
@@ -127,12 +122,11 @@ def _only_on_loopback(address: str) -> bool:
 def _on_loopback() -> Iterator[None]:
     """While Ray is started or joined here, 127.0.0.1 is this machine's address, which Ray would replace otherwise."""
     before = {name: os.environ.get(name) for name in ON_LOOPBACK}
-    enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     os.environ.update(ON_LOOPBACK)
     try:
-        yield
+        with ray_shim.loopback_alone():
+            yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = enabled
         restore_environment(before)
 
 
@@ -151,7 +145,7 @@ def check_answers(address: str) -> None:
     Raises:
         ValueError: one sentence.
     """
-    place = (read_ray_address() or "") if address == "auto" else address.removeprefix("ray://")
+    place = ray_shim.recorded_address() if address == "auto" else address.removeprefix("ray://")
     if not place or ":" not in place or os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return  # Ray says at once what is wrong; and encrypted ports answer only to it
     try:

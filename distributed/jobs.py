@@ -37,6 +37,7 @@ from ssm_metarl.distributed.cluster import (
     restore_environment,
     send_token,
 )
+from ssm_metarl.distributed.ray_shim import server_version
 from ssm_metarl.storage.atomic import replace_file
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def _client(address: str) -> JobSubmissionClient:
     except (ConnectionError, RuntimeError, OSError, RayError) as error:
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise JobError(f"No Ray job server answers at {address}: {reason[0]}") from None
-    version = client._server_ray_version
+    version = server_version(client)
     if version != ray.__version__:
         raise JobError(
             f"The cluster at {address} runs Ray {version}, but this environment has {ray.__version__}: "

@@ -35,11 +35,7 @@ def test_a_mode_of_the_users_counts_but_where_the_cluster_is_our_own(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     modes = []
-    monkeypatch.setattr(
-        cluster.authentication_token_setup,
-        "maybe_enable_token_auth_if_token_available",
-        lambda warn_if_disabled: modes.append(os.environ.get("RAY_AUTH_MODE")),
-    )
+    monkeypatch.setattr(cluster.ray_shim, "enable_token", lambda: modes.append(os.environ.get("RAY_AUTH_MODE")))
     cluster.send_token(own=own)
     assert modes == [None if own else "disabled"]
 

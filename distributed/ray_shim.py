@@ -1,0 +1,61 @@
+"""Every private name of Ray that is used here; `tests/distributed/test_ray_shim.py` names one that a new Ray changed.
+
+Ray has no public way to say that a head listens on loopback alone, to send the token of this user to a cluster that is
+joined, or to read and remove its record of the cluster of this machine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ray._common.utils import reset_ray_address
+from ray._private import ray_constants, services
+from ray._private.authentication import authentication_token_setup
+from ray._private.utils import read_ray_address
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+CLUSTERS_VARIABLE: str = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+"""Environment variable that, at 0, makes a Ray that is started listen on loopback alone."""
+
+
+@contextmanager
+def loopback_alone() -> Iterator[None]:
+    """Meanwhile a Ray that this process starts listens on loopback alone; the variable is read when Ray is imported."""
+    enabled, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+
+
+def enable_token() -> None:
+    """Let this process send the token that it finds, and say nothing where there is none."""
+    logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def recorded_address() -> str:
+    """Address of the cluster of this machine that was started last, to which "auto" leads; empty without one."""
+    return read_ray_address() or ""
+
+
+def forget_address() -> None:
+    """Remove that record."""
+    reset_ray_address()
+
+
+def node_address() -> str:
+    """Address of this machine by which others reach it."""
+    address: str = services.get_node_ip_address()
+    return address
+
+
+def server_version(client: JobSubmissionClient) -> str:
+    """Version of Ray that a job server runs."""
+    version: str = client._server_ray_version
+    return version

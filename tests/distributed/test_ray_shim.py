@@ -1,0 +1,49 @@
+"""The one place with private names of Ray: that it is one, and that this version of Ray still has them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+import ssm_metarl
+
+PACKAGE = Path(ssm_metarl.__file__).parent
+SHIM = "distributed/ray_shim.py"
+
+NAMES = {
+    "ray._common.utils": ["reset_ray_address"],
+    "ray._private.ray_constants": ["ENABLE_RAY_CLUSTERS_ENV_VAR", "ENABLE_RAY_CLUSTER"],
+    "ray._private.services": ["get_node_ip_address"],
+    "ray._private.authentication.authentication_token_setup": ["maybe_enable_token_auth_if_token_available"],
+    "ray._private.utils": ["read_ray_address"],
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_this_ray_has_the_private_names(module: str) -> None:
+    found = importlib.import_module(module)
+    missing = [name for name in NAMES[module] if not hasattr(found, name)]
+    assert not missing, f"Ray changed {module}: it has no {', '.join(missing)} any more, which {SHIM} uses"
+
+
+def test_a_job_client_tells_its_servers_version() -> None:
+    source = Path(importlib.import_module("ray.dashboard.modules.dashboard_sdk").__file__ or "").read_text()
+    assert "self._server_ray_version" in source, f"Ray changed its job client: {SHIM} asks it for _server_ray_version"
+
+
+def private(module: str) -> bool:
+    return module.partition(".")[0] == "ray" and any(part.startswith("_") for part in module.split("."))
+
+
+def test_nothing_else_imports_what_is_private() -> None:
+    users = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if any(map(private, names)):
+                users.add(path.relative_to(PACKAGE).as_posix())
+    assert users == {SHIM}
