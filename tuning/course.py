@@ -99,7 +99,7 @@ class Running(Assessing):
             }
             outcome = yield tasks
             for contender in racing:
-                reports = outcome[members[contender]]
+                reports = _news(outcome[members[contender]], heard[members[contender]])
                 heard[members[contender]] += reports
                 if reports[-1].failure is not None:
                     race.fail(contender, reports[-1].failure)
@@ -139,7 +139,7 @@ class Running(Assessing):
             return
         name = self._name(done[-1].iteration)
         task = self._assignment(configs[winner], incumbent.checkpoint, iterations=done[-1].iterations, checkpoint=name)
-        reports = (yield {member: task})[member]
+        reports = _news((yield {member: task})[member], done)
         if reports[-1].failure is not None:  # its process is gone: the race is void
             self._account(losers=sum(steps))
             self.race = []
@@ -212,6 +212,15 @@ def better_ways(standing: Mapping[Challenge, float]) -> list[Challenge]:
     """Of the options that raced both ways, the change that stood better; none where both stood equal."""
     pairs = [(one, other) for one in standing for other in standing if one.option == other.option]
     return [one for one, other in pairs if standing[one] > standing[other]]
+
+
+def _news(reports: list[Report], heard: list[Report]) -> list[Report]:
+    """A round's reports without what a member repeats of earlier rounds, because its process died."""
+    done = heard[-1].iterations if heard else 0
+    for report in reports:
+        if report.iterations <= done:
+            report.returns, report.spent, report.assessed = None, 0, 0
+    return [report for report in reports if report.iterations > done or report.ended or report.failure is not None]
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,9 @@ class MemberTrainer(MetaTrainer):
         self._mean = count + 1, {name: old + share * (weights[name] - old) for name, old in (mean or weights).items()}
         if first and assignment.share:
             self._exchange.offer(assignment.share, self._collected.collected)
-        taken = sum(rollouts.num_steps for rollouts in self._given)
+        # The incumbent's, and counted with it, also where they had to be played again because its process is gone.
+        shared = self._collected.collected[: assignment.stages] if first and assignment.take else []
+        taken = sum(rollouts.num_steps for rollouts in shared)
         report = self._report
         report.returns = np.stack([np.nanmean(rollouts.returns(), 1) for rollouts in self._collected.collected])
         report.spent, self._given = self.env_steps - before - taken, ()
