@@ -187,6 +187,10 @@ def stand_in(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.old"
 
 
+BEGUN = frozenset(("run.json", "config.yaml", "schedule.json"))
+"""What a run writes before its first checkpoint."""
+
+
 def prepare_run(run: Path) -> None:
     """Make the folder of a new run.
 
@@ -201,11 +205,12 @@ def prepare_run(run: Path) -> None:
 
 
 def check_new(run: Path) -> None:
-    """Refuse a folder that is not empty, or a URI that became one.
+    """Refuse a folder that is not empty, or a URI that became one; one of a run that was killed as it began is as new.
 
     Raises:
         ValueError: it is.
     """
     refuse_mangled(run)
-    if run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir()):
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")} if run.is_dir() else set()
+    if names and not ("run.json" in names and names <= BEGUN):
         raise ValueError(f"{run} is not empty; resume the run in it, or choose another folder.")

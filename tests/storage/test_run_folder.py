@@ -17,7 +17,7 @@ from builders import (
 )
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import CheckpointError
-from ssm_metarl.storage.run_folder import checkpoints, mark_best, prune, resolve_checkpoint
+from ssm_metarl.storage.run_folder import check_new, checkpoints, mark_best, prune, resolve_checkpoint
 
 
 def names(run: Path) -> list[str]:
@@ -141,3 +141,15 @@ class TestRun:
         with pytest.raises(CheckpointError, match="checkpoint_000777 is not a complete checkpoint of"):
             mark_best(run, run / "checkpoint_000777", 1.0)
         assert not (run / "best.json").exists()
+
+
+def test_a_run_that_was_killed_as_it_began_can_begin_again(tmp_path: Path) -> None:
+    """It has a record, and nothing to resume from; a folder of a person's own is refused all the same."""
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match="is not empty"):
+        check_new(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    check_new(tmp_path)
+    (tmp_path / "checkpoint_000000").mkdir()
+    with pytest.raises(ValueError, match="is not empty"):
+        check_new(tmp_path)
