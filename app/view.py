@@ -268,7 +268,8 @@ def offer_models(
     @readable
     def offer(name: str | None) -> Any:
         names = [*before, *workspace.models()]
-        return gr.update(choices=names, value=name or next(iter(names), None))
+        # What is chosen stays out of the answer: a person may have chosen another one meanwhile.
+        return gr.update(choices=names) if name else gr.update(choices=names, value=next(iter(names), None))
 
     restored.then(offer, model, model, **POLL)
     tab.select(offer, model, model, **POLL)

@@ -32,6 +32,7 @@ from ssm_metarl.tuning import run as run_module
 from ssm_metarl.tuning.config import EvolveConfig
 from ssm_metarl.tuning.evolve import EvolutionFailure, EvolveResult, evolve
 from ssm_metarl.tuning.member_trainer import MemberTrainer
+from ssm_metarl.tuning.records import START
 from ssm_metarl.tuning.run import export_best
 from ssm_metarl.tuning.scheduler import RecursiveSelfImprovement
 from ssm_metarl.tuning.store import RunStore, read_state, request_rollback
@@ -429,7 +430,9 @@ def test_a_run_starts_from_a_checkpoint(tmp_path: Path) -> None:
     assert state["progress"]["finished"] == "1 cycle"
     begun = load_checkpoint(start).progress
     assert state["incumbent"]["path"][0][0] == begun["iteration"] == 2
-    assert min(record["env_steps"] for record in state["archive"].values()) > begun["env_steps"]
+    steps = {name: record["env_steps"] for name, record in state["archive"].items()}
+    assert steps.pop(START) == begun["env_steps"]
+    assert min(steps.values()) > begun["env_steps"]
 
 
 @pytest.mark.slow
