@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from listening import Sockets, assert_guarded, assert_on_loopback, assert_refused, listening, users_token
+from listening import Sockets, assert_guarded, assert_on_loopback, assert_refused, listening, status, users_token
 from ssm_metarl.distributed import cluster
 
 PROGRAM = """
@@ -60,7 +61,13 @@ def driver(home: Path) -> Iterator[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def sockets(driver: psutil.Process) -> Sockets:
-    return listening((driver, *driver.children(recursive=True)), driver=driver)
+    """Once the agent, which is the last to be ready, answers."""
+    for _ in range(60):
+        found = listening((driver, *driver.children(recursive=True)), driver=driver)
+        if any(status(port, "/api/version") == 401 for _, port in found.get("agent", [])):
+            break
+        time.sleep(1.0)
+    return found
 
 
 def test_every_socket_is_on_loopback(sockets: Sockets) -> None:
