@@ -32,11 +32,6 @@ def choose(page: Page, selector: str, value: str) -> None:
     box.press("Enter")
 
 
-def wait_for_value(page: Page, selector: str, words: str) -> None:
-    """Wait for a box to hold some words."""
-    page.wait_for_function("([at, words]) => document.querySelector(at)?.value.includes(words)", arg=[selector, words])
-
-
 def put(page: Page, label: str, value: object) -> None:
     """Type a number into a slider's or a number's box."""
     named = page.get_by_label(f"number input for {label}").locator("visible=true")

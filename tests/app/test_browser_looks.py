@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from browsing import WIDTHS, choose, in_sight, picture, put, tab, visit, wait_for_value
+from browsing import WIDTHS, choose, in_sight, picture, put, tab, visit
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -101,7 +101,7 @@ def test_a_message_goes_by_itself_and_covers_no_control(page: Page) -> None:
     page.get_by_role("button", name="Policy, replay and seed").click()
     put(page, "State variables (state_dim)", 7)
     page.locator("#train-command").evaluate("box => box.scrollIntoView({block: 'center'})")
-    wait_for_value(page, "#train-command textarea", "state_dim must be even")
+    assert "state_dim must be even" in page.locator("#train-command textarea").input_value()
     page.locator("#train-start").click()
     message = page.locator(".toast-body").first
     message.wait_for()
@@ -127,15 +127,18 @@ def test_runs_are_compared_and_forms_survive_a_reload(page: Page, site: str) -> 
 
     visit(page, site)
     assert page.get_by_label("number input for Number of tasks").first.input_value() == "17"
-    wait_for_value(page, "#evaluate-command textarea", "--num-tasks 17")
+    page.locator("#evaluate-command textarea").wait_for()
+    assert "--num-tasks 17" in page.locator("#evaluate-command textarea").input_value()
     tab(page, "Meta-training")
     assert page.get_by_label("number input for Iterations").input_value() == "77"
-    wait_for_value(page, "#train-command textarea", "train --task navigation-2d --algorithm promp --iterations 77")
+    assert "train --task navigation-2d --algorithm promp --iterations 77" in (
+        page.locator("#train-command textarea").input_value()
+    )
     tab(page, "Comparison")
     page.locator("#overlay img").wait_for()
     page.get_by_role("button", name="Measure on held-out tasks").click()
     page.locator("#aggregates th", has_text="held-out").wait_for()
-    wait_for_value(page, "#measure-command textarea", "--num-tasks 5")
+    assert "--num-tasks 5" in page.locator("#measure-command textarea").input_value()
 
 
 def test_an_idle_page_takes_next_to_nothing(page: Page, opened: tuple[str, int]) -> None:
