@@ -17,6 +17,7 @@ from rich.table import Table
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.statistics import confidence_interval, interquartile_mean, probability_of_improvement
 from ssm_metarl.cli.tables import interval_words
+from ssm_metarl.evaluation.groups import on_common_steps
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
 from ssm_metarl.storage.run_log import read_metrics
@@ -85,9 +86,8 @@ class Group:
 
     def mean(self) -> tuple[Array, Array, Array, Array]:
         """Steps that all runs have had, and over the runs the mean return at them with its 95 % interval, [G] each."""
-        first, last = max(run.steps[0] for run in self.runs), min(run.steps[-1] for run in self.runs)
-        steps = np.linspace(first, max(first, last), 200)
-        return steps, *confidence_interval(np.stack([np.interp(steps, run.steps, run.after) for run in self.runs]))
+        steps, returns = on_common_steps([(run.steps, run.after) for run in self.runs], points=200)
+        return steps, *confidence_interval(returns)
 
 
 def read_curve(name: str, run: Path) -> Curve:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -144,19 +145,42 @@ class TuneLogger:
             self._callback.on_experiment_end([self._trial])
 
 
-def open_loggers(loggers: Sequence[LoggerName | LoggerCallback], run: Path, iteration: int) -> list[RunLogger]:
-    """The loggers of a run.
+def tune_loggers(loggers: Sequence[LoggerName | LoggerCallback], run: Path) -> list[LoggerCallback | None]:
+    """The loggers of Ray Tune that are asked for; None stands for TensorBoard, which has its own.
 
     Args:
-        loggers: names, or loggers of Ray Tune.
-        run: the folder.
-        iteration: that was finished last.
+        loggers: names, or loggers of Ray Tune, not set up.
+        run: the folder, which need not be there yet.
 
     Raises:
         ValueError: an unknown name, or a package that is not installed; one sentence.
     """
-    callbacks = [each if isinstance(each, LoggerCallback) else tune_logger(each, run) for each in loggers]
-    return [Board(run, iteration) if each is None else TuneLogger(each, run) for each in callbacks]
+    return [each if isinstance(each, LoggerCallback) else tune_logger(each, run) for each in loggers]
+
+
+def open_loggers(
+    callbacks: Sequence[LoggerCallback | None], run: Path, iteration: int, config: TrainConfig
+) -> list[RunLogger]:
+    """Begin to log a run.
+
+    Args:
+        callbacks: see `tune_loggers`.
+        run: the folder.
+        iteration: that was finished last.
+        config: of the run.
+
+    Raises:
+        ValueError: a logger cannot start; one sentence. Those that were started have ended.
+    """
+    with ExitStack() as started:
+        opened: list[RunLogger] = []
+        for callback in callbacks:
+            logger: RunLogger = Board(run, iteration) if callback is None else TuneLogger(callback, run)
+            started.callback(logger.close)
+            logger.start(config)
+            opened.append(logger)
+        started.pop_all()
+    return opened
 
 
 def tune_logger(name: str, run: Path) -> LoggerCallback | None:
@@ -186,9 +210,11 @@ def tune_logger(name: str, run: Path) -> LoggerCallback | None:
     return CSVLoggerCallback() if name == "csv" else None
 
 
-def needs_ray(loggers: Sequence[LoggerName | LoggerCallback]) -> bool:
-    """Whether a logger runs in an actor: Weights & Biases does."""
-    return any(each == "wandb" or type(each).__name__ == "WandbLoggerCallback" for each in loggers)
+def needs_ray(callbacks: Sequence[LoggerCallback | None]) -> bool:
+    """Whether a logger runs in an actor: that of Weights & Biases does."""
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    return any(isinstance(each, WandbLoggerCallback) for each in callbacks)
 
 
 def _hyperparameter(value: Any) -> bool | int | float | str:

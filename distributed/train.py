@@ -21,7 +21,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Trainer
 from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.distributed.learner import check_device
-from ssm_metarl.distributed.loggers import LoggerName, needs_ray, open_loggers, tune_logger
+from ssm_metarl.distributed.loggers import LoggerName, needs_ray, open_loggers, tune_loggers
 from ssm_metarl.distributed.metrics import log_line
 from ssm_metarl.distributed.schedule import SCHEDULE, Schedule, schedule_file
 from ssm_metarl.distributed.signals import interrupts
@@ -93,12 +93,10 @@ def train(
             which the run reproduces the weights of evolve's incumbent. A run keeps its schedule, and is resumed with
             it. If evolve began with a checkpoint, `start` must be the same.
         resume_from: name of the checkpoint to resume from, where the newest is damaged; later ones are set aside.
-        loggers: where metrics go beside `metrics.jsonl`: "tensorboard", "csv", "wandb", "mlflow", or loggers of Ray
-            Tune, which take the run for a trial. "wandb" and "mlflow" follow their environment variables.
+        loggers: of metrics, beside `metrics.jsonl`: names of `LOGGERS`, or loggers of Ray Tune (the run is its trial).
 
     Raises:
-        RunInUse: another process is in the folder, or writes the copy.
-        StorageError: the copy cannot be written, or holds another run.
+        RunInUse, StorageError: another process has the folder or the copy; the copy is of another run, or not writable.
         ValueError: the folder is not empty or cannot be made, or has no run to resume; no storage is at the URI; or the
             schedule is damaged or does not fit.
         CheckpointError: the checkpoint to resume or to start from is damaged or of other sizes.
@@ -106,9 +104,7 @@ def train(
     """
     begin, run = time.perf_counter(), Path(run_dir)
     check_device(config.machine.device)
-    for each in loggers:
-        if isinstance(each, str):
-            tune_logger(each, run)
+    callbacks = tune_loggers(loggers, run)
     copy = RunCopy(run, mirror) if isinstance(mirror, str) else mirror
     result: TrainResult | None = None
     with ExitStack() as held:
@@ -127,22 +123,35 @@ def train(
                 prepare_run(run)
                 if copy:
                     copy.open(resume=False)
-            write_record(run)
-            if not resume:
-                given = {"start": start and str(start), "schedule": schedule and str(schedule)}
-                begun = {name: value for name, value in given.items() if value}
-                save_options(run / CONFIG, "train", {**config.to_dict(), **begun})
-            if distribution is None:
-                remember(run, config.task)
-            if distribution is None and names_code(config.task):
-                for hint in () if resume else new_hints(config.task, config.task_options, config.task_ranges):
-                    _log.warning(hint)
+            _begin(config, run, start, resume, distribution, schedule)
             assert lock is not None
-            result = _train(setup, run, lock, copy, on_iteration, distribution, schedule, loggers)
+            result = _train(setup, run, lock, copy, on_iteration, distribution, schedule, callbacks)
         finally:
             if copy and copy is not mirror:
                 copy.close(WAIT if result is not None and result.signal is None else WAIT_INTERRUPTED)
     return replace(result, seconds=time.perf_counter() - begin)
+
+
+def _begin(
+    config: TrainConfig,
+    run: Path,
+    start: str | Path | None,
+    resume: bool,
+    distribution: TaskDistribution | None,
+    schedule: str | Path | None,
+) -> None:
+    """Note a run in its folder and with this user; a new one with its options, and hints on a foreign environment."""
+    write_record(run)
+    if distribution is None:
+        remember(run, config.task)
+    if resume:
+        return
+    given = {"start": start and str(start), "schedule": schedule and str(schedule)}
+    begun = {name: value for name, value in given.items() if value}
+    save_options(run / CONFIG, "train", {**config.to_dict(), **begun})
+    if distribution is None and names_code(config.task):
+        for hint in new_hints(config.task, config.task_options, config.task_ranges):
+            _log.warning(hint)
 
 
 @dataclass(frozen=True)
@@ -199,14 +208,14 @@ def _train(
     on_iteration: Callable[[dict[str, Any]], None] | None,
     distribution: TaskDistribution | None,
     schedule: str | Path | None,
-    loggers: Sequence[LoggerName | LoggerCallback],
+    callbacks: Sequence[LoggerCallback | None],
 ) -> TrainResult:
     """Train in a folder that is held."""
     config, plan, first, last = setup.config, setup.plan, setup.first, setup.last
     machine, kind = config.machine, trainer_class(config)
     if schedule is not None and not last:
         replace_file(run / SCHEDULE, schedule_file(schedule).read_bytes())
-    start_ray(machine.num_workers, always=kind.always_ray or needs_ray(loggers))
+    start_ray(machine.num_workers, always=kind.always_ray or needs_ray(callbacks))
     trainer = kind.of_run(config, distribution)
     metrics: dict[str, Any] = {}
     checkpoint = last
@@ -221,7 +230,7 @@ def _train(
         saved = trainer.meta_iteration
         with (
             interrupts("The iteration is being finished") as interrupted,
-            _RunLog(run, saved, config, loggers) as log,
+            _RunLog(run, saved, config, callbacks) as log,
         ):
             while trainer.meta_iteration < config.experience.iterations and not interrupted:
                 if plan and (changes := plan.changes.get(trainer.meta_iteration)):
@@ -256,19 +265,17 @@ class _RunLog:
         run: the folder.
         iteration: of the checkpoint that the run resumes from; what was logged after it is taken back.
         config: of the run.
-        loggers: see `train`.
+        callbacks: the other loggers, see `tune_loggers`.
     """
 
     def __init__(
-        self, run: Path, iteration: int, config: TrainConfig, loggers: Sequence[LoggerName | LoggerCallback]
+        self, run: Path, iteration: int, config: TrainConfig, callbacks: Sequence[LoggerCallback | None]
     ) -> None:
         path = run / "metrics.jsonl"
         self._window = config.machine.checkpoint_every
         self.recent = cut_metrics(path, iteration)[-self._window :]
+        self._loggers = open_loggers(callbacks, run, iteration, config)
         self._lines = path.open("a")
-        self._loggers = open_loggers(loggers, run, iteration)
-        for logger in self._loggers:
-            logger.start(config)
 
     def __enter__(self) -> _RunLog:
         return self

@@ -52,10 +52,12 @@ class Group:
     Attributes:
         name: of the group.
         runs: at least one.
+        missing: folders of runs that were not evaluated, which no statistic counts.
     """
 
     name: str
     runs: Sequence[Run]
+    missing: Sequence[Path] = ()
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -74,25 +76,42 @@ def read_group(words: str) -> Group:
         words: a run's folder, or one that holds runs; with NAME= before it, under that name.
 
     Raises:
-        ValueError: there is no run that was evaluated; one sentence.
+        ValueError: there is no run that was evaluated, or one whose return is no number; one sentence.
         CheckpointError: a file of a run is damaged.
     """
     name, _, place = words.rpartition("=")
     folder = Path(place)
     found = [folder] if (folder / METRICS).is_file() else sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
-    runs = [run for run in map(_read_run, found) if run is not None]
+    evaluated = [folder for folder in found if (folder / EVALUATION).is_file()]
+    runs = [_read_run(folder) for folder in evaluated]
     if not runs:
         raise ValueError(f"{folder} holds no run that was evaluated: a run of train has {METRICS} and {EVALUATION}.")
-    return Group(name or folder.resolve().name, runs)
+    return Group(name or folder.resolve().name, runs, [folder for folder in found if folder not in evaluated])
 
 
-def _read_run(folder: Path) -> Run | None:
-    evaluation = read_evaluation(folder / EVALUATION)
-    if evaluation is None:
-        return None
-    lines = read_metrics(folder)
+def _read_run(folder: Path) -> Run:
+    evaluation, lines = read_evaluation(folder / EVALUATION), read_metrics(folder)
+    assert evaluation is not None
+    score = float(evaluation["return"][-1])
+    if not np.isfinite(score):  # to leave it out would count the better runs alone
+        raise ValueError(f"{folder} cannot be compared: its evaluation has no return.")
     steps, returns = ([line["env_steps"] for line in lines], [line["return_by_step"][-1] for line in lines])
-    return Run(folder, evaluation["task"], float(evaluation["return"][-1]), np.array(steps), np.array(returns, float))
+    return Run(folder, evaluation["task"], score, np.array(steps), np.array(returns, float))
+
+
+def on_common_steps(curves: Sequence[tuple[Array, Array]], points: int = POINTS) -> tuple[Array, Array]:
+    """Curves at the steps that all of them have.
+
+    Args:
+        curves: steps [E] and values [E] of each of R curves.
+        points: number of steps G.
+
+    Returns:
+        Steps [G] and values [R, G], interpolated.
+    """
+    first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    grid = np.linspace(first, max(first, last), points)
+    return grid, np.stack([np.interp(grid, steps, values) for steps, values in curves])
 
 
 def resampled(
@@ -191,9 +210,7 @@ def _improvement(
 
 def _curve(group: Group, rng: np.random.Generator) -> dict[str, list[float]]:
     """IQM over runs of training returns after adaptation, by environment steps that all of them have."""
-    first, last = max(run.steps[0] for run in group.runs), min(run.steps[-1] for run in group.runs)
-    steps = np.linspace(first, max(first, last), POINTS)
-    returns = np.stack([np.interp(steps, run.steps, run.returns) for run in group.runs])
+    steps, returns = on_common_steps([(run.steps, run.returns) for run in group.runs])
     middle = np.array([interquartile_mean(column) for column in returns.T])
     low, high = middle, middle
     if len(returns) > 1:

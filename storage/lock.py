@@ -14,8 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,36 +99,43 @@ def _boot() -> str:
 
 
 _held: dict[str, tuple[int, RunLock, int]] = {}  # thread, lock and number of its holds, by folder
-_guard = threading.RLock()  # a hold that is garbage may be let go of within it
+_guard = threading.Lock()
 
 
-@contextmanager
-def hold(run: Path) -> Iterator[RunLock]:
+class hold:
     """Keep other processes out of a run's folder, which is made where it is not there.
 
-    A thread may hold it several times, and lets go with the last.
+    A thread may hold it several times, and lets go with the last. Garbage lets nothing go: a collection may stop any
+    thread at any place, where the guard would be waited for without end.
+
+    Args:
+        run: the folder.
 
     Raises:
         RunInUse: one is in it.
         ValueError: the folder cannot be made.
     """
-    run = Path(run)
-    key = os.path.realpath(run)
-    with _guard:
-        if key not in _held:
-            _held[key] = threading.get_ident(), RunLock(run), 0
-        thread, lock, count = _held[key]
-        if count and thread != threading.get_ident():
-            raise RunInUse(f"{run} is in use by another thread of this process.")
-        _held[key] = thread, lock, count + 1
-    try:
-        yield lock
-    finally:
+
+    def __init__(self, run: Path) -> None:
+        self._run = Path(run)
+        self._key = os.path.realpath(run)
+
+    def __enter__(self) -> RunLock:
         with _guard:
-            count = _held[key][2] - 1
-            _held[key] = thread, lock, count
-            if not count:
-                del _held[key]
+            if self._key not in _held:
+                _held[self._key] = threading.get_ident(), RunLock(self._run), 0
+            thread, lock, count = _held[self._key]
+            if count and thread != threading.get_ident():
+                raise RunInUse(f"{self._run} is in use by another thread of this process.")
+            _held[self._key] = thread, lock, count + 1
+            return lock
+
+    def __exit__(self, *failure: object) -> None:
+        with _guard:
+            thread, lock, count = _held[self._key]
+            _held[self._key] = thread, lock, count - 1
+            if count == 1:
+                del _held[self._key]
                 lock.release()
 
 

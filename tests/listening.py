@@ -108,10 +108,15 @@ def assert_refused(sockets: Sockets, kind: str) -> None:
     assert answers <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}, (kind, answers)
 
 
-def assert_guarded(sockets: Sockets, token: str) -> None:
+def assert_guarded(sockets: Sockets, token: str, kinds: set[str]) -> None:
     """What speaks HTTP asks for the token, or tells figures alone.
 
     The dashboard's empty page and the metrics are open on loopback; whatever starts or shows work is not.
+
+    Args:
+        sockets: of the processes.
+        token: of their user.
+        kinds: of processes that must have asked for it.
     """
     guarded = set()
     for kind, port in [(kind, port) for kind, addresses in sockets.items() for _, port in addresses]:
@@ -126,4 +131,4 @@ def assert_guarded(sockets: Sockets, token: str) -> None:
             assert status(port, path, Authorization="Bearer guessed") == 403, (kind, port, path)
             assert status(port, path, Authorization=f"Bearer {token}") not in (401, 403), (kind, port, path)
         guarded.add(kind)
-    assert guarded >= {"dashboard", "agent"}, guarded
+    assert guarded >= kinds, guarded

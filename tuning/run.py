@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,27 +84,39 @@ def open_run(
     config = config.replace(lr_schedule="constant")  # there is no last iteration, at which a schedule could end
     store = RunStore(folder, mirror)
     if resume:
-        store.pull()
-        return Run(folder, config, family, Population.resume(store, reference, **_changes(folder, config, rules)))
+        with _closed_on_failure(store):
+            store.pull()
+            return Run(folder, config, family, Population.resume(store, reference, **_changes(folder, config, rules)))
     spec = config.policy_spec(family)
     checkpoint = None if start is None else with_critic(load_checkpoint(resolve_checkpoint(start)), spec)
     if checkpoint and checkpoint.spec != spec:
         raise ValueError(f"The policy of {start} does not have the sizes asked for, or the spaces of {family.name!r}.")
     prepare_run(folder)
-    store.create()
-    kept = {name: value for name, value in rules.to_dict().items() if name != "race"}
-    begun = {} if start is None else {"start": str(start)}
-    save_options(folder / CONFIG, "evolve", {**config.to_dict(), **kept, **begun})
-    if checkpoint:
-        write_folder(below(store.archive, START), lambda place: save_checkpoint(place, checkpoint))
-    population = Population(rules, config.to_dict(), reference, store, START if checkpoint else None)
-    if checkpoint:
-        progress = checkpoint.progress
-        population.incumbent.iteration = int(progress["iteration"])
-        population.incumbent.env_steps = int(progress["env_steps"])
-        population.incumbent.path[0][0] = population.incumbent.iteration
-    population.commit()
-    return Run(folder, config, family, population)
+    with _closed_on_failure(store):
+        store.create()
+        kept = {name: value for name, value in rules.to_dict().items() if name != "race"}
+        begun = {} if start is None else {"start": str(start)}
+        save_options(folder / CONFIG, "evolve", {**config.to_dict(), **kept, **begun})
+        if checkpoint:
+            write_folder(below(store.archive, START), lambda place: save_checkpoint(place, checkpoint))
+        population = Population(rules, config.to_dict(), reference, store, START if checkpoint else None)
+        if checkpoint:
+            progress = checkpoint.progress
+            population.incumbent.iteration = int(progress["iteration"])
+            population.incumbent.env_steps = int(progress["env_steps"])
+            population.incumbent.path[0][0] = population.incumbent.iteration
+        population.commit()
+        return Run(folder, config, family, population)
+
+
+@contextmanager
+def _closed_on_failure(store: RunStore) -> Iterator[None]:
+    """Let other processes into a run that could not be opened."""
+    try:
+        yield
+    except BaseException:
+        store.close()
+        raise
 
 
 def _changes(run: Path, config: TrainConfig, rules: EvolveConfig) -> dict[str, Any]:

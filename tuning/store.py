@@ -16,7 +16,6 @@ import os
 import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -60,7 +59,6 @@ class RunStore:
         self._copy = RunCopy(self.folder.parent, mirror, NOT_COPIED, REQUESTS) if isinstance(mirror, str) else mirror
         self.archive = join(self._copy.uri, "rsi/checkpoints") if self._copy else str(self.folder / "checkpoints")
         self._held = ExitStack()
-        weakref.finalize(self, _let_go, self._copy if self._own_copy else None, self._held)
         self.checkpoints = self.folder / "checkpoints"
         self._requests = self.folder / "requests"
         self._state = self.folder / "state.json"
@@ -114,8 +112,16 @@ class RunStore:
     def finish(self) -> None:
         """Wait a stated time for the copy at the URI, and let other processes in."""
         self.push()
+        self.close(WAIT)
+
+    def close(self, wait: float = 0.0) -> None:
+        """Let other processes in.
+
+        Args:
+            wait: seconds that the copy at the URI has to become complete.
+        """
         if self._copy and self._own_copy:
-            self._copy.close(WAIT)
+            self._copy.close(wait)
         self._held.close()
 
     def load(self) -> dict[str, Any]:
@@ -187,13 +193,6 @@ class RunStore:
             log.write("".join(json.dumps(event) + "\n" for event in events))
             log.flush()
             os.fsync(log.fileno())
-
-
-def _let_go(copy: RunCopy | None, held: ExitStack) -> None:
-    """Let other processes into a run that nobody finished."""
-    if copy:
-        copy.close(0.0)
-    held.close()
 
 
 def read_state(run: Path) -> dict[str, Any]:

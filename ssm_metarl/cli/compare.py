@@ -32,6 +32,8 @@ def show_groups(groups: Sequence[Group], out: Path | None) -> dict[str, Any]:
     """Print the table of some groups, and write the page where one is asked for; returns the numbers."""
     found = compare_groups(groups)
     console.print(groups_table(found))
+    for folder in [folder for group in groups for folder in group.missing]:
+        say(f"{folder} was not evaluated, and is left out.")
     if out is not None:
         say(f"Report: {write_report(found, out)}")
     return found

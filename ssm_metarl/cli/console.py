@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ssm_metarl.distributed.signals import hang_up
 
@@ -62,6 +63,26 @@ class _Stderr(io.TextIOBase):
 console = Console(file=_Stderr())  # type: ignore[arg-type]
 
 _answers: list[TextIO] = []
+
+
+def progress_bar(*words: str) -> Progress:
+    """A bar of iterations on the terminal, without effect where there is none.
+
+    Args:
+        words: fields of its tasks that are shown, too.
+    """
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{word}]}}") for word in words),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=False,  # it goes to stderr
+    )
 
 
 def say(line: str) -> None:

@@ -10,10 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from ssm_metarl.cli.compare import show_groups
-from ssm_metarl.cli.console import answer, console, say
+from ssm_metarl.cli.console import answer, progress_bar, say
 from ssm_metarl.cli.options import Train
 from ssm_metarl.cli.parsing import kept_options
 from ssm_metarl.config import available_cores
@@ -46,7 +44,7 @@ def run_seeds(options: Train, folder: Path) -> int:
     assert isinstance(number, int)
     together = max(available_cores() // (1 + number), 1)
     waiting, running, codes = list(options.seeds), dict[int, subprocess.Popen[bytes]](), dict[int, int]()
-    with _progress() as progress, interrupts("The iterations are being finished") as interrupted:
+    with progress_bar() as progress, interrupts("The iterations are being finished") as interrupted:
         total = options.config.experience.iterations
         bars = {seed: progress.add_task(f"seed {seed}", total=total, start=False) for seed in options.seeds}
         told = False
@@ -74,7 +72,6 @@ def _start(options: Train, run: Path, seed: int, num_workers: int) -> subprocess
     words += ["--learner-threads", "1"] if not num_workers else []
     words += ["--address", options.address] if options.address else []
     words += ["--resume"] if options.resume and run.is_dir() and checkpoints(run) else []
-    run.parent.mkdir(parents=True, exist_ok=True)
     with (run.parent / f"seed-{seed}.log").open("ab") as log:
         # In a session of its own: Ctrl-C at the terminal is passed on once, by this process.
         return subprocess.Popen(
@@ -103,17 +100,3 @@ def _end(options: Train, folder: Path, codes: dict[int, int], number: int | None
         say(f"Interrupted; resume with: train --resume --run-dir {folder} --seeds {' '.join(map(str, options.seeds))}")
         return 128 + number
     return 1 if failed else 0
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        redirect_stdout=False,
-    )

@@ -8,9 +8,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from ssm_metarl.cli.console import RUNS, answer, console, say
+from ssm_metarl.cli.console import RUNS, answer, console, progress_bar, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
 from ssm_metarl.cli.parsing import copy_of, kept_options
@@ -20,7 +18,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import auto_workers
 from ssm_metarl.distributed.learner import check_device
 from ssm_metarl.distributed.loggers import Board
-from ssm_metarl.distributed.train import train
+from ssm_metarl.distributed.train import TrainResult, train
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.lock import hold
 from ssm_metarl.storage.options_file import CONFIG, save_options
@@ -104,7 +102,7 @@ def run_train(options: Train) -> int:
 
 
 def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy | None, held: ExitStack) -> int:
-    with _progress() as progress:
+    with progress_bar("returns", "speed") as progress:
         bar = progress.add_task(config.task, total=config.experience.iterations, returns="", speed="")
 
         def show(metrics: dict[str, Any]) -> None:
@@ -149,24 +147,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
     if result.signal is None and not result.metrics:
         count = config.experience.iterations
         say(f"Nothing is left to train: the run has its {count} iterations; --iterations N asks for more.")
-    if result.signal is None:
-        console.print(f"Evaluating on {options.eval_tasks} held-out tasks …")
-        report = evaluate_checkpoint(
-            result.checkpoint,
-            num_tasks=options.eval_tasks,
-            seed=config.experience.seed,
-            num_workers=config.machine.num_workers,
-            trust_checkpoint_code=True,  # this process wrote it
-        ).summary()
-        summary["evaluation"] = report
-        (run_dir / "evaluation.json").write_text(json.dumps(summary["evaluation"], indent=1))
-        console.print(evaluation_table(summary["evaluation"]))
-    if (run_dir / "metrics.jsonl").stat().st_size:
-        pictures = plot_run(run_dir, config.task)
-        summary["pictures"] = [str(path) for path in pictures]
-        if "tensorboard" in options.log and "evaluation" in summary:
-            with closing(Board(run_dir, int(result.checkpoint.name.rpartition("_")[2]))) as board:
-                board.add_results(summary["evaluation"], pictures)
+    summary |= _results(options, config, result)
     complete = copy_end(copy, summary, result.signal is not None)
     say(f"Checkpoint: {result.checkpoint}")
     for path in summary.get("pictures", []):
@@ -179,17 +160,24 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
     return 0 if complete else 1
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[returns]}"),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        redirect_stdout=False,  # it goes to stderr
-    )
+def _results(options: Train, config: TrainConfig, result: TrainResult) -> dict[str, Any]:
+    """Evaluate the run, unless it was interrupted, and draw it; returns what the summary says of both."""
+    run_dir, found = result.run_dir, dict[str, Any]()
+    if result.signal is None:
+        console.print(f"Evaluating on {options.eval_tasks} held-out tasks …")
+        found["evaluation"] = evaluate_checkpoint(
+            result.checkpoint,
+            num_tasks=options.eval_tasks,
+            seed=config.experience.seed,
+            num_workers=config.machine.num_workers,
+            trust_checkpoint_code=True,  # this process wrote it
+        ).summary()
+        (run_dir / "evaluation.json").write_text(json.dumps(found["evaluation"], indent=1))
+        console.print(evaluation_table(found["evaluation"]))
+    if (run_dir / "metrics.jsonl").stat().st_size:
+        pictures = plot_run(run_dir, config.task)
+        found["pictures"] = [str(path) for path in pictures]
+        if "tensorboard" in options.log and "evaluation" in found:
+            with closing(Board(run_dir, int(result.checkpoint.name.rpartition("_")[2]))) as board:
+                board.add_results(found["evaluation"], pictures)
+    return found

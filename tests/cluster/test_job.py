@@ -102,7 +102,7 @@ def test_nobody_gets_in_at_a_head_or_its_job(started: dict[str, Any]) -> None:
     assert_on_loopback(sockets)
     for kind in rpc:
         assert_refused(sockets, kind)
-    assert_guarded(sockets, users_token())
+    assert_guarded(sockets, users_token(), {"dashboard", "agent"})
 
 
 def test_actors_and_calls_have_telling_names(home: Path, started: dict[str, Any]) -> None:

@@ -92,10 +92,14 @@ def test_a_folder_of_runs_is_a_group(tmp_path: Path) -> None:
     found = read_group(str(tmp_path / "many"))
     assert found.name == "many"
     assert found.scores("cartpole").tolist() == [3.0, 1.0, 2.0]
+    assert found.missing == [tmp_path / "many" / "seed-7"]
     alone = read_group(f"one={tmp_path / 'many' / 'seed-1'}")
     assert (alone.name, alone.scores("cartpole").tolist()) == ("one", [1.0])
     with pytest.raises(ValueError, match="holds no run that was evaluated"):
         read_group(str(tmp_path / "many" / "seed-7"))
+    write(tmp_path / "lost", float("nan"))
+    with pytest.raises(ValueError, match="lost cannot be compared: its evaluation has no return"):
+        read_group(str(tmp_path / "lost"))
     (tmp_path / "many" / "seed-0" / "evaluation.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"evaluation\.json is damaged"):
         read_group(str(tmp_path / "many"))

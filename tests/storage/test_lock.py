@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -141,6 +142,27 @@ def test_a_process_that_stood_still_learns_that_another_took_over(
         with pytest.raises(RunInUse, match=re.escape("on elsewhere since 2026-01-01 00:00:00. This process stood")):
             lock.check()
     assert (tmp_path / ".lease.json").exists(), "the other's stays"
+
+
+def test_what_is_collected_meanwhile_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection in another thread, such as the one that a lock begins, may meet a forgotten hold."""
+    forgotten = ExitStack()
+    forgotten.enter_context(hold(tmp_path / "forgotten"))
+    circle: list[object] = [forgotten]
+    circle.append(circle)
+    del forgotten, circle
+    ended = []
+
+    def take(lock: RunLock) -> None:
+        other = threading.Thread(target=gc.collect, daemon=True)
+        other.start()
+        other.join(10)
+        ended.append(not other.is_alive())
+
+    monkeypatch.setattr(RunLock, "_take", take)
+    with hold(tmp_path / "run"):
+        assert ended == [True]
+    hold(tmp_path / "forgotten").__exit__()
 
 
 def test_of_two_that_take_over_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
