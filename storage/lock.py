@@ -105,8 +105,8 @@ _guard = threading.Lock()
 class hold:
     """Keep other processes out of a run's folder, which is made where it is not there.
 
-    A thread may hold it several times, and lets go with the last. Garbage lets nothing go: a collection may stop any
-    thread at any place, where the guard would be waited for without end.
+    A thread may hold it several times, and lets go with the last. A forgotten hold lasts as long as the folder or the
+    process: a collection, which may stop any thread at any place, would wait for the guard without end.
 
     Args:
         run: the folder.
@@ -122,17 +122,19 @@ class hold:
 
     def __enter__(self) -> RunLock:
         with _guard:
-            if self._key not in _held:
+            if self._key not in _held or not (self._run / _LOCK).exists():  # the folder was deleted
                 _held[self._key] = threading.get_ident(), RunLock(self._run), 0
-            thread, lock, count = _held[self._key]
-            if count and thread != threading.get_ident():
+            thread, self._lock, count = _held[self._key]
+            if thread != threading.get_ident():
                 raise RunInUse(f"{self._run} is in use by another thread of this process.")
-            _held[self._key] = thread, lock, count + 1
-            return lock
+            _held[self._key] = thread, self._lock, count + 1
+            return self._lock
 
     def __exit__(self, *failure: object) -> None:
         with _guard:
-            thread, lock, count = _held[self._key]
+            thread, lock, count = _held.get(self._key, (0, None, 0))
+            if lock is not self._lock:
+                return
             _held[self._key] = thread, lock, count - 1
             if count == 1:
                 del _held[self._key]

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -162,7 +163,17 @@ def test_what_is_collected_meanwhile_waits_for_nothing(tmp_path: Path, monkeypat
     monkeypatch.setattr(RunLock, "_take", take)
     with hold(tmp_path / "run"):
         assert ended == [True]
-    hold(tmp_path / "forgotten").__exit__()
+
+
+def test_a_folder_that_was_deleted_is_held_anew(tmp_path: Path) -> None:
+    forgotten = hold(tmp_path / "run")
+    forgotten.__enter__()
+    shutil.rmtree(tmp_path / "run")
+    with hold(tmp_path / "run"), hold(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lease.json").exists()
+        forgotten.__exit__()
+        assert (tmp_path / "run" / ".lease.json").exists()
+    assert not (tmp_path / "run").exists(), "made for the lock alone"
 
 
 def test_of_two_that_take_over_one_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
