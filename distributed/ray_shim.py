@@ -1,7 +1,7 @@
 """Every private name of Ray that is used here; `tests/distributed/test_ray_shim.py` names one that a new Ray changed.
 
 Ray has no public way to say that a head listens on loopback alone, to send the token of this user to a cluster that is
-joined, or to read and remove its record of the cluster of this machine.
+joined, to read and remove its record of the cluster of this machine, or to name one of RLlib's workers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import ray
 from ray._common.utils import reset_ray_address
 from ray._private import ray_constants, services
 from ray._private.authentication import authentication_token_setup
@@ -18,6 +19,7 @@ from ray._private.utils import read_ray_address
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+    from ray.rllib.env.env_runner_group import EnvRunnerGroup
 
 CLUSTERS_VARIABLE: str = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Environment variable that, at 0, makes a Ray that is started listen on loopback alone."""
@@ -53,6 +55,11 @@ def node_address() -> str:
     """Address of this machine by which others reach it."""
     address: str = services.get_node_ip_address()
     return address
+
+
+def kill_env_runner(group: EnvRunnerGroup, worker: int) -> None:
+    """End the process of one of RLlib's workers; Ray starts another."""
+    ray.kill(group._worker_manager.actors()[worker], no_restart=False)
 
 
 def server_version(client: JobSubmissionClient) -> str:

@@ -6,10 +6,7 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from ssm_metarl.distributed.worker import WorkerHandle
+from typing import Any, Literal, Protocol
 
 FIRST_SILENCE, LEAST_SILENCE = 300.0, 60.0
 """Seconds without a sign of life after which a worker is replaced: before any worker has played, and at least later."""
@@ -24,6 +21,20 @@ SampleTimeout = float | Literal["auto"] | None
 """See `MachineConfig.sample_timeout_s`."""
 
 _log = logging.getLogger(__name__)
+
+
+class Watched(Protocol):
+    """A worker: its name, and the id of its process."""
+
+    @property
+    def name(self) -> str:
+        """As a sentence names it."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """0: not known."""
+        ...
 
 
 @dataclass
@@ -47,21 +58,23 @@ class Watch:
 
     Args:
         timeout: `MachineConfig.sample_timeout_s`.
+        first: seconds without a sign of life that are too many before any worker has given one.
 
     Attributes:
         bounds_calls: whether `timeout` is one of whole calls.
     """
 
-    def __init__(self, timeout: SampleTimeout) -> None:
+    def __init__(self, timeout: SampleTimeout, first: float = FIRST_SILENCE) -> None:
         self.timeout: Any = timeout
+        self._first = first
         self.bounds_calls = isinstance(timeout, int | float)
         self._longest: float | None = None
 
     def _silence(self) -> float:
         """Seconds without a sign of life that are too many."""
-        return FIRST_SILENCE if self._longest is None else max(LEAST_SILENCE, SILENCES * self._longest)
+        return self._first if self._longest is None else max(LEAST_SILENCE, SILENCES * self._longest)
 
-    def lives(self, part: Part, worker: WorkerHandle) -> None:
+    def lives(self, part: Part, worker: Watched) -> None:
         """The worker gave a sign of life."""
         now = time.perf_counter()
         if part.told:
@@ -76,7 +89,7 @@ class Watch:
             return bool(now - part.since >= self.timeout)
         return self.timeout is not None and now - part.alive >= self._silence()
 
-    def tell(self, part: Part, worker: WorkerHandle) -> None:
+    def tell(self, part: Part, worker: Watched) -> None:
         """Warn of a silence, once."""
         now, silence = time.perf_counter(), self._silence()
         if part.told or now - part.alive < WARNING * silence:
@@ -87,7 +100,8 @@ class Watch:
             end = f"; it is replaced when its call takes {self.timeout:g} s"
         else:
             end = "" if self.timeout is None else f"; it is replaced after {silence:.0f} s"
-        _log.warning("%s (process %d) has given no sign of life since %s%s.", worker.name, worker.pid, clock, end)
+        name = f"{worker.name} (process {worker.pid})" if worker.pid else worker.name
+        _log.warning("%s has given no sign of life since %s%s.", name, clock, end)
 
     def seconds(self, parts: Collection[Part]) -> float | None:
         """Seconds until one of these parts wants to be looked after."""

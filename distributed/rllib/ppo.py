@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
-from ray.rllib.execution.rollout_ops import synchronous_parallel_sample
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     LEARNER_RESULTS,
@@ -27,6 +26,7 @@ from ssm_metarl.algorithms.registry import SCHEDULES
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.learner import resolve_device
 from ssm_metarl.distributed.rllib.env import SLOTS, TaskEnv
+from ssm_metarl.distributed.rllib.sampling import Sampler
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tasks import TaskDistribution
 
@@ -41,6 +41,7 @@ class EpisodicPPO(PPO):
 
     finished: Sequence[Mapping[str, Any]] = ()
     seconds: Mapping[str, float] = {}
+    _sampler: Sampler | None = None
 
     @property
     def ssm(self) -> SSMPolicy:
@@ -64,13 +65,9 @@ class EpisodicPPO(PPO):
     def training_step(self) -> None:
         """Sample, update, send the weights: as the method of PPO, with RLlib's own parts."""
         begin = time.perf_counter()
-        episodes, found = synchronous_parallel_sample(
-            worker_set=self.env_runner_group,
-            max_env_steps=self.config.total_train_batch_size,
-            sample_timeout_s=self.config.sample_timeout_s,
-            _uses_new_env_runners=True,
-            _return_metrics=True,
-        )
+        if self._sampler is None:
+            self._sampler = Sampler(self.env_runner_group, self.restore_env_runners)
+        episodes, found = self._sampler(self.config.total_train_batch_size)
         self.metrics.aggregate(found, key=ENV_RUNNER_RESULTS)
         self.finished = [episode.get_infos(-1) for episode in episodes if episode.is_done]
         good = [episode for episode in episodes if not (episode.is_done and episode.get_infos(-1).get("error"))]
@@ -141,7 +138,6 @@ def ppo_config(
         num_env_runners=machine.num_workers,
         num_envs_per_env_runner=slots,
         gym_env_vectorize_mode="vector_entry_point",
-        sample_timeout_s=None,  # RLlib's minute would throw away what a slower worker has collected
     )
     rllib.learners(num_learners=0, num_gpus_per_learner=int(resolve_device(machine.device).startswith("cuda")))
     rllib.training(

@@ -86,12 +86,12 @@ class PolicyGradientTrainer:
         if len(errors) > INVALID_EPISODES_ALLOWED * len(ppo.finished):
             share = f"{len(errors)} of {len(ppo.finished)} episodes"
             raise EnvironmentFailure(f"{share} were lost; the first error:\n{errors[0]}")
-        steps = int(results[ENV_RUNNER_RESULTS].get(NUM_ENV_STEPS_SAMPLED, 0))
+        steps = np.nan_to_num(results[ENV_RUNNER_RESULTS].get(NUM_ENV_STEPS_SAMPLED, 0))
         if not steps:
             raise RuntimeError("No worker returned an episode.")
         done = self.meta_iteration / self.train_config.experience.iterations
         self.meta_iteration += 1
-        self.env_steps += steps
+        self.env_steps += int(steps)
         learned = results[LEARNER_RESULTS][DEFAULT_MODULE_ID]
         # Where there are more workers than episodes in an iteration, none may have ended yet.
         played = {of: [float(np.mean([infos[of] for infos in finished] or np.nan))] for of in ("return", "length")}

@@ -217,6 +217,7 @@ def test_parameters_of_tasks_that_have_none_are_refused(cartpole: Path) -> None:
         adapt_checkpoint(cartpole, {"direction": 1}, distribution=Numbered())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_over_workers_the_result_is_the_same(cartpole: Path) -> None:
     options, config = AdaptOptions(test_episodes=2, kl_bound=0.01), EvaluationConfig(steps=2, episodes=2, num_tasks=4)

@@ -125,6 +125,7 @@ def test_pictures_are_drawn_whatever_backend_the_shell_names(tmp_path: Path, tra
 # --- Terminals that are gone ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_gone_checkpoints_and_ends(tmp_path: Path) -> None:
     """`train 2>&1 | head -1`, and that head has read enough."""
     run = start(tmp_path, *TRAIN, stderr=subprocess.STDOUT)

@@ -302,6 +302,7 @@ def test_a_worker_killed_between_calls_is_no_trouble(pool: Pool, for_good: bool)
     assert after[1] != processes[1]
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_every_worker_is_dropped_after_three_and_named(pool: Pool) -> None:
     tasks, weights = draw(FAULTY, 6), shared_weights(NAVIGATION)
     expected = in_process(FAULTY, NAVIGATION, weights, tasks)
@@ -327,6 +328,7 @@ def test_who_has_lost_all_tasks_says_so_and_goes_on_with_others(pool: Pool, monk
     assert_equal(collect(pool, weights, tasks), in_process(FAULTY, NAVIGATION, weights, tasks))
 
 
+@pytest.mark.slow
 def test_a_task_that_takes_too_long_alone_is_missing(ray_session: None) -> None:
     tasks, weights = draw(FAULTY, 4), shared_weights(NAVIGATION)
     expected = in_process(FAULTY, NAVIGATION, weights, tasks)
@@ -373,6 +375,7 @@ def test_a_worker_that_stands_still_is_told_and_replaced_and_nothing_is_missing(
     assert replaced.endswith("is replaced.")
 
 
+@pytest.mark.slow
 def test_a_slow_worker_gives_signs_of_life(
     pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -35,6 +35,13 @@ def test_a_job_client_tells_its_servers_version() -> None:
     assert "self._server_ray_version" in source, f"Ray changed its job client: {SHIM} asks it for _server_ray_version"
 
 
+def test_a_group_of_rllib_has_the_workers_actors() -> None:
+    source = Path(importlib.import_module("ray.rllib.env.env_runner_group").__file__ or "").read_text()
+    manager = importlib.import_module("ray.rllib.utils.actor_manager").FaultTolerantActorManager
+    assert "self._worker_manager = FaultTolerantActorManager" in source, f"Ray changed its workers: see {SHIM}"
+    assert callable(manager.actors)
+
+
 def private(module: str) -> bool:
     return module.partition(".")[0] == "ray" and any(part.startswith("_") for part in module.split("."))
 

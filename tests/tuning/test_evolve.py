@@ -127,6 +127,7 @@ def test_the_state_and_the_log_are_strict_json(undisturbed: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
+@pytest.mark.slow
 def test_a_tuner_of_ones_own_ends_by_itself(undisturbed: Path, tmp_path: Path) -> None:
     """And decides as `evolve` does."""
     config = TrainConfig.for_task("navigation-2d", **SCRIPTED)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,6 +190,34 @@ def test_few_episodes_many_minibatches_no_memory_and_workers_are_possible(sizes:
         after = trainer.weights()
         for name in ("policy.bias", "value.bias"):
             assert (after[name] != before[name]).all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.timeout(240)
+def test_a_worker_that_stands_still_is_told_and_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = PolicyGradientTrainer(config(num_workers=2, iterations=400))
+    monkeypatch.setattr("ssm_metarl.distributed.watch.LEAST_SILENCE", 15.0)
+    monkeypatch.setattr("ssm_metarl.distributed.watch.SILENCES", 0.0)
+    try:
+        first = trainer.step()
+        assert trainer._ppo
+        assert trainer._ppo._sampler
+        process = trainer._ppo._sampler._pids[2]
+        os.kill(process, signal.SIGSTOP)
+        second = trainer.step()  # the other one plays all of it
+        last = second
+        while trainer._ppo._sampler._pids[2] == process:  # Ray is starting another
+            last = trainer.step()
+    finally:
+        trainer.stop()
+    assert [line["restarts"] for line in (first, second, last)] == [0, 0, 1]
+    assert 400 <= second["env_steps"] - first["env_steps"] < 600
+    told = f"RLlib's worker 2 (process {process}) has given no sign of life since "
+    assert any(line.startswith(told) for line in caplog.messages)
+    assert "RLlib's worker 2 is replaced." in caplog.messages
 
 
 @pytest.mark.usefixtures("ray_session")
