@@ -83,7 +83,7 @@ class Running(Assessing):
             return
         heard: Outcome = {member: [] for member in members}
         self._show_race(race, members, challenges, rounds, heard)
-        # In its first round all play alike: where that can be handed on, the incumbent plays it alone.
+        # In its first round all play alike: where that can be handed on, the incumbent plays it alone at first.
         number, racing = 1, [INCUMBENT] if share else list(race.left)
         while True:
             tasks = {
@@ -103,8 +103,12 @@ class Running(Assessing):
                 heard[members[contender]] += reports
                 if reports[-1].failure is not None:
                     race.fail(contender, reports[-1].failure)
-                elif number > 1:
-                    race.add(contender, self._scores(heard[members[contender]], rounds[contender], configs[contender]))
+                else:
+                    scores = self._scores(heard[members[contender]], configs[contender])
+                    if race.first[contender] is None:
+                        race.begin(contender, np.concatenate(scores[: rounds[contender]]))
+                    if number > 1:
+                        race.add(contender, np.concatenate(scores[-rounds[contender] :]))
             for contender in [each for each in race.left if self.statuses[members[each]] == Status.GONE]:
                 race.fail(contender, "its process is gone")  # while it had nothing to do
             if race.failed[INCUMBENT] and self.statuses[members[INCUMBENT]] == Status.GONE:  # the race is void
@@ -202,10 +206,10 @@ class Running(Assessing):
         """Name of a checkpoint; what a run wrote before it went back is not written over."""
         return f"iteration_{iteration:06d}_{self.progress.assignments:06d}"
 
-    def _scores(self, reports: list[Report], count: int, config: Mapping[str, Any]) -> Array:
-        """Returns by task of a round's meta-iterations."""
+    def _scores(self, reports: list[Report], config: Mapping[str, Any]) -> list[Array]:
+        """Returns by task of each meta-iteration."""
         returns = [report.returns for report in reports if report.returns is not None]
-        return np.concatenate([task_scores(each, config["step_weights"]) for each in returns[-count:]])
+        return [task_scores(each, config["step_weights"]) for each in returns]
 
 
 def better_ways(standing: Mapping[Challenge, float]) -> list[Challenge]:

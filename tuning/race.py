@@ -35,6 +35,10 @@ class RaceRule:
         win_of_more: that it must be further ahead for each challenger beyond two.
         spread: factor of the standard errors over tasks. Policies of equal worth drift apart from iteration to
             iteration, which differences over tasks within an iteration do not show.
+        lasting: share of a challenger's lead in the first round that the scored ones must still show on average; the
+            incumbent leaves only where it did not shrink at all. In the first round nobody has learnt with other
+            options yet: a lead there is the options' own, such as that of a longer inner step. Where it shrinks, the
+            policy learns less with them.
     """
 
     rounds: int = 3
@@ -44,12 +48,14 @@ class RaceRule:
     win: float = 1.3
     win_of_more: float = 0.25
     spread: float = 1.5
+    lasting: float = 0.6
 
     def __post_init__(self) -> None:
         check_count("rounds", self.rounds, 1)
         for name in ("drop_first", "drop", "win", "spread"):
             check_number(name, getattr(self, name), above=0.0)
         check_number("win_of_more", self.win_of_more, low=0.0)
+        check_number("lasting", self.lasting, low=0.0)
         for value in self.behind:
             check_number("behind", value, low=0.0)
 
@@ -66,6 +72,7 @@ class Race:
     """Scores and decisions of one race:
 
         race = Race(contenders=3, rule)
+        for contender in race.left: race.begin(contender, returns)
         for each scored round:
             for contender in race.left: race.add(contender, returns)
             race.decide()                       # drops who is behind
@@ -82,6 +89,7 @@ class Race:
         check_count("contenders", contenders, 2)
         self.rule, self.paired = rule or RaceRule(), paired
         self.scores: list[list[Array]] = [[] for _ in range(contenders)]
+        self.first: list[Array | None] = [None] * contenders
         self.left = list(range(contenders))
         self.dropped: list[Dropped] = []
         self.failed = [False] * contenders
@@ -96,6 +104,15 @@ class Race:
         """Whether nothing is left to find out: one is left, the incumbent is beaten, or all rounds are done."""
         beaten = INCUMBENT not in self.left and not self.failed[INCUMBENT]
         return len(self.left) == 1 or beaten or self.rounds >= self.rule.rounds
+
+    def begin(self, contender: int, scores: Array) -> None:
+        """Take a contender's first round, in which only its options differ; without it, all count as equal there.
+
+        Args:
+            contender: its number.
+            scores: [M], as for `add`.
+        """
+        self.first[contender] = np.asarray(scores, np.float64)
 
     def add(self, contender: int, scores: Array) -> None:
         """Take a contender's round.
@@ -125,6 +142,8 @@ class Race:
         bound = self.rule.drop_first if first else self.rule.drop
         behind = self.rule.behind[0 if first else 1]
         for contender in [other for other in self.left if other != leader]:
+            if contender == INCUMBENT and not self.lasts(leader, 1.0):
+                continue  # a lead that shrinks is looked at to the end
             z = self.z(leader, contender)
             loses = contender != INCUMBENT and INCUMBENT in self.left and self.z(INCUMBENT, contender) > behind
             if z > bound or loses:
@@ -132,9 +151,9 @@ class Race:
         return self.dropped[before:]
 
     def leader(self) -> int:
-        """The contender left with the best mean; of equal ones the first."""
-        means = {contender: self.mean(contender) for contender in self.left}
-        return max(self.left, key=lambda contender: means[contender])
+        """The contender left with the best mean, of those whose lead lasts; of equal ones the first."""
+        means = {each: self.mean(each) for each in self.left if self.lasts(each, self.rule.lasting)}
+        return max(means or self.left, key=lambda contender: means.get(contender, -math.inf))
 
     def winner(self) -> int:
         """Who goes on: the leader if it is clearly better than the incumbent or the incumbent has left, else it."""
@@ -147,11 +166,25 @@ class Race:
         """Whether a challenger was clearly better than the incumbent as long as both were in the race."""
         # The best of many is ahead by chance more often than the best of two.
         wanted = self.rule.win + self.rule.win_of_more * max(len(self.scores) - 3, 0)
-        return bool(self.scores[contender]) and self.z(contender, INCUMBENT) >= wanted
+        if not self.scores[contender] or not self.lasts(contender, self.rule.lasting):
+            return False
+        return self.z(contender, INCUMBENT) >= wanted
+
+    def lasts(self, contender: int, share: float) -> bool:
+        """Whether so much of a challenger's lead of the first round is there in the scored ones that both were in."""
+        begun, control = self.first[contender], self.first[INCUMBENT]
+        if begun is None or control is None or contender == INCUMBENT:
+            return True
+        rounds = min(len(self.scores[contender]), len(self.scores[INCUMBENT]))
+        leads = [
+            _mean(one) - _mean(other)
+            for one, other in zip(self.scores[contender][:rounds], self.scores[INCUMBENT][:rounds], strict=True)
+        ]
+        return not leads or float(np.mean(leads)) >= share * (_mean(begun) - _mean(control))
 
     def mean(self, contender: int) -> float:
         """Mean return over tasks and rounds; −∞ where there is none."""
-        rounds = [np.nanmean(scores) for scores in self.scores[contender] if np.isfinite(scores).any()]
+        rounds = [_mean(scores) for scores in self.scores[contender] if np.isfinite(scores).any()]
         return float(np.mean(rounds)) if rounds else -math.inf
 
     def z(self, one: int, other: int) -> float:
@@ -190,6 +223,10 @@ def z_score(one: Sequence[Array], other: Sequence[Array], spread: float = 1.0, p
     if total == 0.0 or math.isinf(variance):
         return 0.0
     return total / (spread * math.sqrt(variance)) if variance else math.copysign(math.inf, total)
+
+
+def _mean(scores: Array) -> float:
+    return float(np.nanmean(scores)) if np.isfinite(scores).any() else -math.inf
 
 
 def task_scores(returns: Array, weights: Sequence[float] | None = None) -> Array:

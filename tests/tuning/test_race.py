@@ -163,6 +163,32 @@ def test_a_challenger_leaves_that_is_behind_the_incumbent(z: float, left: list[i
     assert race.dropped == [Dropped(1, "1.1 standard errors behind")][: 2 - len(left)]
 
 
+@pytest.mark.parametrize(
+    ("later", "left", "winner"), [((5.1,), [1], 1), ((4.9, 1.2), [0, 1], 1), ((4.9, 1.0), [0, 1], INCUMBENT)]
+)
+def test_a_lead_that_was_there_before_anyone_had_learnt_must_last(
+    later: tuple[float, ...], left: list[int], winner: int
+) -> None:
+    """At least six tenths of it, of 5; where it shrinks, the incumbent stays to the end."""
+    race = Race(2, STRICT)
+    for contender, lead in ((0, 0.0), (1, 5.0)):
+        race.begin(contender, ahead(lead))
+    play(race, *([np.zeros(4), ahead(lead)] for lead in later))
+    assert race.left == left
+    assert race.over
+    assert race.winner() == winner
+    assert race.is_ahead(1) == bool(winner)
+
+
+def test_who_leads_at_first_alone_does_not_lead() -> None:
+    race = Race(3, STRICT)
+    for contender, lead in ((0, 0.0), (1, 5.0), (2, 0.0)):
+        race.begin(contender, ahead(lead))
+    play(race, [np.zeros(4), ahead(1.4), ahead(1.2)])
+    assert race.leader() == 2
+    assert race.left == [0, 1, 2]
+
+
 def test_later_less_is_enough() -> None:
     race = Race(2, RaceRule(rounds=3, spread=1.0, behind=(1.0, 0.5)))
     play(race, [np.zeros(4), ahead(-0.6)])
@@ -265,6 +291,7 @@ def test_unpaired_scores_may_differ_in_number() -> None:
         ({"win": math.nan}, "win must be"),
         ({"spread": 0.0}, "spread must be"),
         ({"behind": (-1.0, 0.0)}, "behind must be a number at least 0"),
+        ({"lasting": -0.1}, "lasting must be a number at least 0"),
     ],
 )
 def test_impossible_rules_are_refused(changes: dict[str, Any], match: str) -> None:
@@ -304,9 +331,19 @@ FAMILIES = pytest.mark.parametrize(
 TASKS, RACES = 20, 400
 
 
-def simulated_race(noise: Noise, gains: list[float], rng: np.random.Generator) -> int:
-    """The winner of a race whose challengers are better by `gains` at its end, and by less before."""
+def simulated_race(
+    noise: Noise, gains: list[float], rng: np.random.Generator, lead: tuple[float, ...] | None = None
+) -> int:
+    """The winner of a race whose challengers are better by `gains` at its end, and by less before.
+
+    Args:
+        lead: of the first challenger in the first round and the scored ones, beside that.
+    """
     race = Race(1 + len(gains))
+    if lead:
+        for contender in race.left:
+            own = noise.differences[0] / math.sqrt(2) * rng.normal(size=TASKS)
+            race.begin(contender, own + (lead[0] if contender == 1 else 0.0))
     while not race.over:
         number = race.rounds
         deviation = noise.differences[number]
@@ -314,6 +351,7 @@ def simulated_race(noise: Noise, gains: list[float], rng: np.random.Generator) -
         drift = math.sqrt((noise.excess**2 - 1) / (2 * TASKS)) * deviation * rng.normal(size=1 + len(gains))
         for contender in list(race.left):
             gain = gains[contender - 1] * (number + 1) / len(noise.differences) if contender else 0.0
+            gain += lead[number + 1] if lead and contender == 1 else 0.0
             own = deviation / math.sqrt(2) * rng.normal(size=TASKS)
             race.add(contender, ease[0] + ease[1:] + drift[contender] + gain + own)
         race.decide()
@@ -335,6 +373,16 @@ def test_what_is_better_is_mostly_accepted(noise: Noise, challengers: int) -> No
     rng = np.random.default_rng(1)
     gains = [noise.level] + [0.0] * (challengers - 1)
     assert np.mean([simulated_race(noise, gains, rng) == 1 for _ in range(RACES)]) >= 0.9
+
+
+@FAMILIES
+@pytest.mark.parametrize(("later", "rate"), [((0.68, 0.24, 0.4), (0.0, 0.2)), ((1.0, 1.0, 1.0), (0.9, 1.0))])
+def test_a_lead_of_the_options_alone_must_last(noise: Noise, later: tuple[float, ...], rate: tuple[float, ...]) -> None:
+    """One of two deviations of the level: it shrinks as cartpole's with a step four times as long, or lasts."""
+    rng = np.random.default_rng(3)
+    lead = 2 * noise.level * np.array([1.0, *later])
+    won = [simulated_race(noise, [0.0, 0.0], rng, tuple(lead)) == 1 for _ in range(RACES)]
+    assert rate[0] <= np.mean(won) <= rate[1]
 
 
 @FAMILIES
