@@ -33,7 +33,6 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import MANIFEST, Checkpoint
-from ssm_metarl.storage.run_folder import checkpoints
 from ssm_metarl.storage.run_log import CARD, EVALUATION, read_card, read_evaluation
 
 SPLITS = ["test", "shifted-test", "validation", "shifted", "train"]
@@ -168,13 +167,13 @@ def describe(workspace: Workspace, name: str) -> str:
 
 
 def own_evaluation(checkpoint: Path) -> dict[str, Any] | None:
-    """The evaluation of the checkpoint's run, if it is of this checkpoint: it is made of a run's last one, at its end.
+    """The evaluation of the checkpoint's run, if it is of this checkpoint: it is made of the one that a run ends with.
 
     Raises:
         CheckpointError: it is damaged or foreign.
     """
     evaluation = read_evaluation(checkpoint.parent / EVALUATION)
-    if evaluation is None or checkpoints(checkpoint.parent)[-1:] != [checkpoint]:
+    if evaluation is None or evaluation.get("checkpoint") != checkpoint.name:
         return None
     since, made = ((path.lstat().st_mtime) for path in (checkpoint / MANIFEST, checkpoint.parent / EVALUATION))
     return evaluation if made >= since else None

@@ -176,7 +176,7 @@ def table_html(table: Table) -> str:
         pairs = zip(columns, cells, strict=True)
         rows.append(
             f"<tr{marked}>"
-            + "".join(f'<td class="{column.justify}">{text_html(cell)}</td>' for column, cell in pairs)
+            + "".join(f'<td class="{column.justify}">{_lines(cell)}</td>' for column, cell in pairs)
             + "</tr>"
         )
     title = f"<caption>{text_html(table.title)}</caption>" if table.title else ""
@@ -184,6 +184,10 @@ def table_html(table: Table) -> str:
     # Wide tables scroll sideways: with the keyboard, too, once they have the focus.
     body = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{body}</div>{legend}'
+
+
+def _lines(cell: object) -> str:
+    return text_html(cell).replace("\n", "<br>")
 
 
 def facts_html(facts: Mapping[str, object]) -> str:

@@ -141,7 +141,7 @@ def _begin(
     schedule: str | Path | None,
 ) -> None:
     """Note a run in its folder and with this user; a new one with its options, and hints on a foreign environment."""
-    write_record(run)
+    write_record(run, iterations=config.experience.iterations)
     if distribution is None:
         remember(run, config.task)
     if resume:

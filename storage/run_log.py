@@ -47,9 +47,10 @@ EVALUATION_FORM = record(
         "episode_length": list_of(any_number, 1),
         "num_tasks": whole(1),
     },
+    {"checkpoint": text},
     others=True,
 )
-"""Of `Evaluation.summary()`."""
+"""Of `Evaluation.summary()`; a run's own also names its "checkpoint"."""
 
 _INTERVAL = record({"value": any_number, "ci_low": maybe(number()), "ci_high": maybe(number())}, others=True)
 

@@ -17,11 +17,14 @@ from ssm_metarl.storage.run_folder import checkpoints, resolve_checkpoint
 RECORD = "run.json"
 """File of a run's identity and of the options that its checkpoints do not hold."""
 
-_FORM = record({"id": text}, {"eval_tasks": whole(1), "log": list_of(text), "copy": text}, others=True)
+_FORM = record(
+    {"id": text}, {"iterations": whole(1), "eval_tasks": whole(1), "log": list_of(text), "copy": text}, others=True
+)
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """A run's identity, "id", "eval_tasks" and the place of its "copy"; empty where nothing was written.
+    """What a run keeps, empty where nothing was written: "id", and where it has them "iterations", how many it is to
+    have, "eval_tasks", "log", and the place of its "copy".
 
     Raises:
         CheckpointError: the file is damaged.

@@ -45,7 +45,7 @@ def contenders() -> list[dict[str, Any]]:
         ("outer_lr", 0.0001, -35.0, -1.2, "1.2 standard errors behind"),
     ]
     names = ("option", "value", "return", "z", "reason")
-    same = {"iterations": 3, "status": "challenger", "curve": [0.2, 0.3, 0.4]}
+    same = {"iterations": 2, "of": 3, "status": "challenger", "curve": [0.2, 0.3, 0.4]}
     return [{**same, **dict(zip(names, each, strict=True)), "member": member} for member, each in enumerate(values)]
 
 

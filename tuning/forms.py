@@ -77,6 +77,7 @@ _CONTENDER = record(
         "reason": text,
         "curve": list_of(number()),
     },
+    {"of": whole(1)},
     others=True,
 )
 

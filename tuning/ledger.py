@@ -217,6 +217,7 @@ class Ledger:
                 "option": challenges[contender - 1].option if contender else None,
                 "value": challenges[contender - 1].after if contender else None,
                 "iterations": len(race.scores[contender]) * rounds[contender],
+                "of": race.rule.rounds * rounds[contender],
                 "return": None if not race.scores[contender] else finite(race.mean(contender)),
                 "z": None if not contender or not race.scores[contender] else finite(race.z(contender, INCUMBENT)),
                 "reason": reasons.get(contender, ""),

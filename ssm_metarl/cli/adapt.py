@@ -13,7 +13,7 @@ from ssm_metarl.cli.console import RUNS, answer, console
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Adapt
 from ssm_metarl.cli.plots import plot_task
-from ssm_metarl.cli.tables import interval_words, parameter_words
+from ssm_metarl.cli.tables import decimals, interval_words, parameter_words
 from ssm_metarl.evaluation.adapt import TaskReport, adapt_checkpoint
 from ssm_metarl.storage.checkpoint import save_checkpoint
 
@@ -63,20 +63,21 @@ def _show(summary: Mapping[str, Any]) -> None:
     replayed = [f"{count:.1f}" for count in summary["effective_replay_episodes"]]
     console.print(f"Task: {parameter_words(summary['parameters'])}", markup=False, highlight=False, soft_wrap=True)
     table = Table(title=f"{summary['task']}: {summary['mode']} adaptation")
+    digits = decimals(*summary["curve"], summary["before"]["return"], summary["after"]["return"])
     headings = ["step", "return of its own episodes"]
     headings += ["effective replayed episodes"] if any(summary["effective_replay_episodes"]) else []
     for heading in headings:
         table.add_column(heading, justify="right")
     for step, value in enumerate(summary["curve"]):
         mark = " (best)" if step == summary["best_step"] else ""
-        table.add_row(str(step), f"{value:.2f}{mark}", *(["", *replayed][step : step + 1] if len(headings) > 2 else []))
+        table.add_row(
+            str(step), f"{value:.{digits}f}{mark}", *(["", *replayed][step : step + 1] if len(headings) > 2 else [])
+        )
     console.print(table)
     before, after = summary["before"], summary["after"]
-    interval = interval_words(after, 2)
+    interval = interval_words(after, digits)
     cost = f"{summary['environment_steps']} environment steps, {summary['seconds']:.1f} s"
-    console.print(
-        f"Fresh episodes: {before['return']:.2f} before, {after['return']:.2f} ({interval}) after; {cost}.",
-        highlight=False,
-    )
+    first, last = (f"{each['return']:.{digits}f}" for each in (before, after))
+    console.print(f"Fresh episodes: {first} before, {last} ({interval}) after; {cost}.", highlight=False)
     if summary["best_step"] == 0 and len(summary["curve"]) > 1:
         console.print("No step did better on its own episodes: the policy is the meta-trained one.")

@@ -15,7 +15,7 @@ def run_evaluate(options: Evaluate) -> int:
     """Carry out `evaluate`; returns the exit code."""
     if options.modes:
         report = compare_modes(options.checkpoint, options.modes, config=options.config).summary()
-        console.print(modes_table(report))
+        console.print(modes_table(report, console.width))
     else:
         report = evaluate_checkpoint(options.checkpoint, options.config).summary()
         console.print(evaluation_table(report))

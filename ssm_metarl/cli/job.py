@@ -7,14 +7,16 @@ import json
 import re
 import secrets
 import shlex
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +25,7 @@ from ssm_metarl.cli.console import answer
 from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus
 from ssm_metarl.cli.parsing import Line, parse
 from ssm_metarl.cli.population import population_view
+from ssm_metarl.cli.tables import change_words
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import jobs
 from ssm_metarl.distributed.cluster import WAY_IN
@@ -30,8 +33,12 @@ from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.storage.mirror import Mirror
 from ssm_metarl.storage.run_folder import resolve_checkpoint
 from ssm_metarl.storage.run_log import read_metrics
+from ssm_metarl.storage.run_record import read_record
 from ssm_metarl.storage.uri import below, is_uri, shown
 from ssm_metarl.tuning.store import NOT_COPIED, RunStore, read_state
+
+PACE = 10
+"""Iterations from whose time that of the rest is told."""
 
 
 def run_job(options: JobCommand, command: Sequence[str], console: Console) -> int:
@@ -188,17 +195,21 @@ def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
     if as_json:
         answer(json.dumps(views))
         return 0
-    table = Table()
-    for heading in ("job", "status", "started", "command"):
-        table.add_column(heading, overflow="fold")
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, expand=True)
+    for heading in ("job", "status", "started"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)  # what is left of the line
     for view in views:
-        table.add_row(view["job"], view["status"], view["started"] or "", view["command"])
+        table.add_row(view["job"], view["status"], (view["started"] or "")[5:16], view["command"])
     console.print(table)
     return 0
 
 
 def _progress(place: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]], dict[str, Any] | None]:
-    """State and decisions of a self-improving run, or else the last iteration, as far as this machine can read it."""
+    """State and decisions of a self-improving run, or else the last iteration, as far as this machine can read it.
+
+    The last iteration also has "of" and "eta_s", the iterations of the run and about how long the rest takes.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder if is_uri(place) else place)
         try:
@@ -213,7 +224,11 @@ def _progress(place: str) -> tuple[dict[str, Any] | None, list[dict[str, Any]], 
 def _last_metrics(run: Path) -> dict[str, Any] | None:
     """Of the last iteration of a run; None before the first."""
     try:
-        return read_metrics(run)[-1]
+        lines = read_metrics(run)
+        done = int(lines[-1]["iteration"])
+        total = max(int(read_record(run).get("iterations", done)), done)
+        pace = statistics.median(line["seconds"]["total"] for line in lines[-PACE:])
+        return {**lines[-1], "of": total, "eta_s": pace * (total - done)}
     except CheckpointError:
         raise
     except ValueError:
@@ -233,5 +248,7 @@ def _status(view: dict[str, Any], as_json: bool, console: Console) -> int:
         console.print(population_view(state, events))
     if metrics is not None:
         before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
-        console.print(f"iteration {metrics['iteration']}: return {before:.1f} → {after:.1f}", highlight=False)
+        done, words = f"iteration {metrics['iteration']} of {metrics['of']}", f"return {change_words(before, after)}"
+        eta = f", ETA {timedelta(seconds=round(metrics['eta_s']))}" if metrics["eta_s"] and not view["ended"] else ""
+        console.print(f"{done}: {words}{eta}", highlight=False)
     return 0

@@ -27,15 +27,21 @@ if TYPE_CHECKING:
     from ssm_metarl.tuning.evolve import EvolveResult  # loads Ray Tune, which the commands of `job` can do without
 
 HEADINGS = dict(
-    zip(METRICS, ("average\nreturn", "adaptation\nspeed", "generali-\nsation", "meta-\nefficiency", "\nstability"))
+    zip(METRICS, ("average\nreturn", "adapt.\nspeed", "general-\nisation", "meta-\nefficiency", "\nstability"))
 )
 """Of the metrics, in two lines each."""
 
 LINES = 5
 """Decisions below the live view, the last ones."""
 
-WIDTH = 78
+WIDTH = 58
 """Characters of a line of options."""
+
+COMPACT: Any = {"box": box.SIMPLE_HEAD, "padding": (0, 0), "pad_edge": False, "show_edge": False}
+"""Of tables that fit 60 columns."""
+
+BAR = 20
+"""Columns of a bar of progress."""
 
 Values = Mapping[str, Any]
 
@@ -98,8 +104,8 @@ def population_view(state: Values, events: Sequence[Values]) -> RenderableType:
     parts: list[RenderableType] = [incumbent_table(state)]
     if state["live"]["race"]:
         parts.append(race_table(state))
-    elif not state["progress"]["finished"]:
-        parts.append(_stretch_bar(state))
+    if not state["progress"]["finished"]:
+        parts.append(_phase_bar(state))
     parts.append(Text(spent_words(state)))
     parts += [Text(decision_line(event), overflow="ellipsis", no_wrap=True) for event in events[-LINES:]]
     return Group(*parts)
@@ -108,9 +114,9 @@ def population_view(state: Values, events: Sequence[Values]) -> RenderableType:
 def incumbent_table(state: Values) -> Table:
     """The policy that is handed over: its five metrics with intervals over tasks, their composite, and its options."""
     live, known = state["live"], _assessed(state)
-    before_after = "" if live["returns"] is None else f", return {_arrow(live['returns'][0], live['returns'][-1])}"
+    before_after = "" if live["returns"] is None else f", {_arrow(live['returns'][0], live['returns'][-1])}"
     title = f"{state['base']['task']}: incumbent at iteration {live['iteration']}{before_after}"
-    table = Table(title=title, caption="\n".join(option_lines(state)), box=box.SIMPLE_HEAD, title_style="bold")
+    table = Table(title=title, caption="\n".join(option_lines(state)), title_style="bold", **COMPACT)
     for name in METRICS:
         table.add_column(HEADINGS[name], justify="right", no_wrap=True)
     table.add_column("\ncomposite", justify="right", no_wrap=True)
@@ -125,19 +131,18 @@ def incumbent_table(state: Values) -> Table:
 def race_table(state: Values) -> Table:
     """The contenders of a race: what each changes, how far it is, and why it left."""
     cycle, total = state["progress"]["cycle"] + 1, state["config"]["cycles"]
-    table = Table(title=f"Race {cycle}{f' of {total}' if total else ''}", box=box.SIMPLE_HEAD, title_style="bold")
+    table = Table(title=f"Race {cycle}{f' of {total}' if total else ''}", title_style="bold", **COMPACT)
     table.add_column("contender", no_wrap=True)
     for heading in ("iterations", "return", "z"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
     before = state["incumbent"]["config"]
     for entry in state["live"]["race"]:
         option = entry["option"]
         name = "incumbent" if option is None else f"{option} {_arrow(before[option], entry['value'])}"
         score = "–" if entry["return"] is None else f"{entry['return']:.2f}"
         z = "–" if entry["z"] is None else f"{entry['z']:+.1f}"
-        dropped = f"left: {entry['reason']}" if entry["reason"] else ""
-        table.add_row(name, str(entry["iterations"]), score, z, dropped, style="dim" if dropped else None)
+        name += f"\n  left: {entry['reason']}" if entry["reason"] else ""
+        table.add_row(name, str(entry["iterations"]), score, z, style="dim" if entry["reason"] else None)
     return table
 
 
@@ -151,6 +156,12 @@ def phase_words(state: Values) -> str:
         return f"race {progress['cycle'] + 1}: {left} of {len(live['race'])} contenders left"
     done, length = stretch_progress(state)
     return f"{progress['phase']}: {done} of {length} iterations"
+
+
+def race_progress(state: Values) -> tuple[int, int]:
+    """Scored meta-iterations of the contenders that are left in a race, and how many they are at most."""
+    left = [entry for entry in state["live"]["race"] if not entry["reason"]]
+    return sum(entry["iterations"] for entry in left), sum(entry.get("of", 1) for entry in left)
 
 
 def stretch_progress(state: Values) -> tuple[int, int]:
@@ -276,12 +287,15 @@ def _assessed(state: Values) -> Values | None:
     return best if best and best["metrics"] else None
 
 
-def _stretch_bar(state: Values) -> RenderableType:
-    """How far the stretch is, and when it ends."""
-    (done, length), pace = stretch_progress(state), state["live"].get("pace")
-    eta = "" if pace is None else f"ETA {timedelta(seconds=round(pace * (length - done)))}"
+def _phase_bar(state: Values) -> RenderableType:
+    """How far the race or the stretch is, and when it ends; an assessment only that it goes on."""
+    race = bool(state["live"]["race"])
+    (done, length), pace = race_progress(state) if race else stretch_progress(state), state["live"].get("pace")
+    assesses = not race and done >= length
+    eta = "" if race or assesses or pace is None else f"ETA {timedelta(seconds=round(pace * (length - done)))}"
     grid = Table.grid(padding=(0, 1))
-    grid.add_row(phase_words(state), ProgressBar(length, done, width=30), eta)
+    bar = ProgressBar(None if assesses else length, done, width=BAR, pulse=assesses)
+    grid.add_row("assessment" if assesses else phase_words(state), bar, eta)
     return grid
 
 

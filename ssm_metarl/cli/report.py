@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ssm_metarl.cli.tables import interval_words
+from ssm_metarl.cli.tables import decimals, interval_words
 from ssm_metarl.storage.atomic import replace_file
 
 _COLOURS = ("#0b6fa4", "#c0392b", "#27ae60", "#8e44ad", "#e67e22", "#16a085", "#7f8c8d")
@@ -46,7 +46,8 @@ def groups_table(found: Mapping[str, Any]) -> Table:
 
 def _rows(found: Mapping[str, Any]) -> list[list[str]]:
     rows = []
-    digits = 3 if found["normalised"] else 2
+    known = [group["mean"]["value"] for group in found["groups"].values()]
+    digits = 3 if found["normalised"] else decimals(*known)
     for name, group in found["groups"].items():
         row = [name, str(group["runs"])]
         row += [f"{group[key]['value']:.{digits}f} ({interval_words(group[key], digits)})" for key in ("iqm", "mean")]

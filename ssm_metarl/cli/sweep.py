@@ -16,6 +16,7 @@ from ssm_metarl.cli.console import answer, console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Sweep, Train
 from ssm_metarl.cli.parsing import Line, option_names
+from ssm_metarl.cli.tables import decimals
 from ssm_metarl.config import OPTIONS, TrainConfig
 from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.storage.options_file import read_options, save_options
@@ -162,8 +163,9 @@ def _table(results: ResultGrid, names: list[str]) -> Table:
     for column in (*names, "iterations", "return after adaptation"):
         table.add_column(column, justify="right")
     rows = [each for each in results if each.metrics and math.isfinite(each.metrics.get(METRIC, math.nan))]
+    digits = decimals(*((each.metrics or {})[METRIC] for each in rows))
     for each in sorted(rows, key=lambda each: -(each.metrics or {})[METRIC])[:SHOWN]:
         metrics, config = each.metrics or {}, each.config or {}
         values = [f"{config[name]:.3g}" if isinstance(config[name], float) else str(config[name]) for name in names]
-        table.add_row(*values, str(metrics["training_iteration"]), f"{metrics[METRIC]:.2f}")
+        table.add_row(*values, str(metrics["training_iteration"]), f"{metrics[METRIC]:.{digits}f}")
     return table

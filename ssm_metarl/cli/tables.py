@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 
@@ -14,17 +16,32 @@ def parameter_words(parameters: Any) -> str:
     return json.dumps(json.loads(json.dumps(parameters), parse_float=lambda text: float(f"{float(text):.4g}")))
 
 
-def modes_table(report: Mapping[str, Any]) -> Table:
-    """The modes of adaptation side by side; `ModeComparison.summary()` as a table."""
-    table = Table(title=_title(report))
-    gain = f"gain over {report['compared_with']}"
-    table.caption = "in brackets 95 % intervals over tasks"
-    for column in ("mode", "IQM", "mean", gain, "P(better)", "unchanged", "steps/task"):
-        table.add_column(column, justify="right")
-    for mode, row in report["modes"].items():
-        cells = [f"{row[name]['value']:.2f} ({interval_words(row[name], 2)})" for name in ("iqm", "mean", "gain")]
-        more = (f"{row['probability_of_improvement']:.2f}", f"{row['unchanged_tasks']:.0%}")
-        table.add_row(mode, *cells, *more, f"{row['environment_steps_per_task']:.0f}")
+NARROW = 80
+"""Columns of a terminal below which a table leaves out what is of less use."""
+
+
+def modes_table(report: Mapping[str, Any], width: int | None = None) -> Table:
+    """The modes of adaptation side by side; `ModeComparison.summary()` as a table.
+
+    Args:
+        report: the summary.
+        width: columns of the terminal; None: as many as it takes.
+    """
+    narrow = width is not None and width < NARROW
+    table = Table(title=_title(report), box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.caption = f"gain over {report['compared_with']}; steps: of the environment, a task; below: 95 % over tasks"
+    numbers = ("iqm", "gain") if narrow else ("iqm", "mean", "gain")
+    rest = ("P(better)", "steps") if narrow else ("P(better)", "unchanged", "steps")
+    for column in ("mode", *("IQM" if name == "iqm" else name for name in numbers), *rest):
+        table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
+    rows = report["modes"]
+    digits = decimals(*(row[name]["value"] for row in rows.values() for name in numbers))
+    for mode, row in rows.items():
+        intervals = [interval_words(row[name], digits).replace(" ", "") for name in numbers]
+        cells = [f"{row[name]['value']:.{digits}f}\n{words}" for name, words in zip(numbers, intervals, strict=True)]
+        unchanged = () if narrow else (f"{row['unchanged_tasks']:.0%}",)
+        better, steps = f"{row['probability_of_improvement']:.2f}", f"{row['environment_steps_per_task']:.0f}"
+        table.add_row(mode, *cells, better, *unchanged, steps)
     return table
 
 
@@ -33,11 +50,24 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=_title(report))
     for column in ("inner steps", "return", "95 % over tasks", "episode length"):
         table.add_column(column, justify="right")
+    digits = decimals(*report["return"])
     rows = zip(report["return"], report["ci_low"], report["ci_high"], report["episode_length"], strict=True)
     for step, (mean, low, high, length) in enumerate(rows):
-        interval = interval_words({"ci_low": low, "ci_high": high}, 2)
-        table.add_row(str(step), f"{mean:.2f}", interval, f"{length:.1f}")
+        interval = interval_words({"ci_low": low, "ci_high": high}, digits)
+        table.add_row(str(step), f"{mean:.{digits}f}", interval, f"{length:.1f}")
     return table
+
+
+def decimals(*values: float | None) -> int:
+    """Digits after the point with which the greatest of some numbers has four significant ones: 0 to 4."""
+    most = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
+    return min(max(3 - math.floor(math.log10(most)), 0), 4) if most else 2
+
+
+def change_words(before: float, after: float) -> str:
+    """Two returns with an arrow between them."""
+    digits = decimals(before, after)
+    return f"{before:.{digits}f} → {after:.{digits}f}"
 
 
 def interval_words(values: Mapping[str, float | None], digits: int) -> str:

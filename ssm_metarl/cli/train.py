@@ -13,7 +13,7 @@ from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
 from ssm_metarl.cli.parsing import copy_of, kept_options
 from ssm_metarl.cli.plots import plot_run
-from ssm_metarl.cli.tables import evaluation_table
+from ssm_metarl.cli.tables import change_words, decimals, evaluation_table
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import auto_workers
 from ssm_metarl.distributed.learner import check_device
@@ -117,7 +117,8 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
             rate = steps / metrics["seconds"]["total"] / 1000
             speed = f"{rate:.{0 if rate > 10 else 1}f}k steps/s" if steps else ""
-            returns = f"return {before:.1f} → {after:.1f}" if config.meta.inner_steps else f"return {after:.1f}"
+            adapts = config.meta.inner_steps
+            returns = f"return {change_words(before, after) if adapts else f'{after:.{decimals(after)}f}'}"
             if restarts := metrics.get("restarts"):
                 speed += f" · {restarts} worker{'s' * (restarts > 1)} restarted"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
@@ -172,7 +173,8 @@ def _results(options: Train, config: TrainConfig, result: TrainResult) -> dict[s
             num_workers=config.machine.num_workers,
             trust_checkpoint_code=True,  # this process wrote it
         ).summary()
-        (run_dir / "evaluation.json").write_text(json.dumps(found["evaluation"], indent=1))
+        named = {"checkpoint": result.checkpoint.name, **found["evaluation"]}
+        (run_dir / "evaluation.json").write_text(json.dumps(named, indent=1))
         console.print(evaluation_table(found["evaluation"]))
     if (run_dir / "metrics.jsonl").stat().st_size:
         pictures = plot_run(run_dir, config.task)

@@ -139,7 +139,7 @@ def test_a_card_has_the_evaluation_of_its_own_checkpoint_alone(workspace: Worksp
     """A run writes one at its end, of its last checkpoint; its card is of the best one."""
     run = workspace.folder("one")
     values = {"return": [-9.5], "ci_low": [None], "ci_high": [None], "episode_length": [10.0]}
-    evaluation = {"task": "navigation-2d", "split": "test", "num_tasks": 4, **values}
+    evaluation = {"task": "navigation-2d", "split": "test", "num_tasks": 4, "checkpoint": "checkpoint_000002", **values}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     best = {"checkpoint": "checkpoint_000002", "return": -1.0}
     (run / "best.json").write_text(json.dumps(best))

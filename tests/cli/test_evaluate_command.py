@@ -53,6 +53,7 @@ def test_evaluating_a_checkpoint_again_gives_what_training_ended_with(command: C
     command("--iterations", "2", *IN_PROCESS, "--seed", "7", "--run-dir", tmp_path / "run")
     ended = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     outcome = command("evaluate", tmp_path / "run" / "checkpoint_000002", "--num-tasks", "3", "--seed", "7", "--json")
+    assert ended.pop("checkpoint") == "checkpoint_000002"
     assert {**only_object(outcome.out), "seconds": 0} == {**ended, "seconds": 0}
 
 

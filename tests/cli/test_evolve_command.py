@@ -162,14 +162,15 @@ def test_a_run_of_an_older_version_is_one_sentence(fresh: Path, capsys: pytest.C
     assert "is of format 1, but this version of ssm-metarl reads" in err.replace("\n", " ")
 
 
-def shown(what: Any) -> list[str]:
-    """Lines of a terminal of 80 columns."""
+def shown(what: Any, width: int = 80) -> list[str]:
+    """Lines of a terminal of so many columns."""
     text = io.StringIO()
-    Console(file=text, width=80).print(what)
+    Console(file=text, width=width).print(what)
     return text.getvalue().splitlines()
 
 
-def test_the_view_fits_a_terminal(fresh: Path) -> None:
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_view_fits_a_terminal(fresh: Path, width: int) -> None:
     state = read_state(fresh)
     base = state["base"] | {"state_dim": 256, "hidden_dim": 256, "outer_lr": 0.00012345, "discount": 0.98765}
     state["base"], state["incumbent"]["config"] = base, {**base, "outer_lr": 0.012345, "inner_lr": 1.23456}
@@ -178,11 +179,13 @@ def test_the_view_fits_a_terminal(fresh: Path) -> None:
     state["archive"], state["progress"]["best"] = {"a": record}, "a"
     state["live"] |= {"returns": [-123.4, -56.7], "iteration": 12345, "spent": 1_234_567, "pace": 61.0, "left": 1}
     state["progress"] |= {"phase": "stretch", "left": 4, "length": 4}
-    lines = shown(population_view(state, [event("stretch", "continued", metrics=metrics, intervals={}, curve=[])] * 9))
+    lines = shown(
+        population_view(state, [event("stretch", "continued", metrics=metrics, intervals={}, curve=[])] * 9), width
+    )
     assert not any("…" in line for line in lines)
     assert len(lines) <= 24
     text = "\n".join(lines)
-    assert "incumbent at iteration 12345, return -123 → -56.7" in text
+    assert "incumbent at iteration 12345, -123 → -56.7" in text
     assert text.count("0.10–0.23") == len(METRICS)
     assert "outer_lr 0.000123 → 0.0123" in text
     assert "stretch: 3 of 4 iterations" in text
@@ -190,13 +193,18 @@ def test_the_view_fits_a_terminal(fresh: Path) -> None:
     assert "spent 1.23 M environment steps" in text
     assert text.count("level 0.123 after a stretch, composite 0.123") == 5
     state["live"]["race"] = contenders()
-    assert "stretch: " not in "\n".join(shown(population_view(state, [])))
+    text = "\n".join(shown(population_view(state, []), width))
+    assert "stretch: " not in text
+    assert "race 1: 2 of 3 contenders left" in text
+    state["live"] |= {"race": [], "left": 0}
+    assert "assessment" in "\n".join(shown(population_view(state, []), width))
 
 
-def test_a_race_says_who_left_and_why(fresh: Path) -> None:
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_race_says_who_left_and_why(fresh: Path, width: int) -> None:
     state = read_state(fresh)
     state["live"]["race"] = contenders()
-    lines = shown(race_table(state))
+    lines = shown(race_table(state), width)
     assert not any("…" in line for line in lines)
     assert any("Race 1 of 6" in line for line in lines)
     (won,) = (line for line in lines if "outer_lr 0.001 → 0.01" in line)
@@ -204,7 +212,7 @@ def test_a_race_says_who_left_and_why(fresh: Path) -> None:
     assert "left" not in won
     (lost,) = (line for line in lines if "outer_lr 0.001 → 0.0001" in line)
     assert "-1.2" in lost
-    assert "left: 1.2 standard" in lost
+    assert lines[lines.index(lost) + 1].strip() == "left: 1.2 standard errors behind"
 
 
 def test_an_unassessed_incumbent_has_dashes(fresh: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from evolved import fresh_run, race
 from ssm_metarl.cli import job as job_cli
 from ssm_metarl.cli.main import main
 from ssm_metarl.distributed import jobs
+from ssm_metarl.storage.run_record import write_record
 from ssm_metarl.tuning.store import read_state
 
 pytestmark = pytest.mark.usefixtures("no_cluster")
@@ -104,7 +107,13 @@ def test_the_status_of_a_run_is_read_where_the_run_is(tmp_path: Path, prefix: st
     line = {"env_steps": 10, "return_by_step": [1.0], "seconds": {"total": 1.0}}
     lines = [json.dumps({**line, "iteration": number}) + "\n" for number in (1, 2)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines))
-    assert job_cli._progress(place) == (None, [], {**line, "iteration": 2})
+    assert job_cli._progress(place) == (None, [], {**line, "iteration": 2, "of": 2, "eta_s": 0.0})
+    write_record(tmp_path / "run", iterations=10)
+    assert job_cli._progress(place)[2] == {**line, "iteration": 2, "of": 10, "eta_s": 8.0}
+    view = dict.fromkeys(("job", "command", "run_dir", "started", "ended", "message")) | {"status": "RUNNING"}
+    text = io.StringIO()
+    job_cli._status({**view, "run_dir": place}, as_json=False, console=Console(file=text, width=80))
+    assert "iteration 2 of 10: return 1.000 → 1.000, ETA 0:00:08" in text.getvalue()
     population = fresh_run(tmp_path / "run")
     population.store.commit({**read_state(tmp_path / "run"), "events_before": 0}, [race(1, won=True)])
     assert job_cli._progress(place) == (read_state(tmp_path / "run"), [race(1, won=True)], None)
@@ -119,3 +128,17 @@ def test_the_commands_of_job_load_what_takes_seconds_only_where_they_need_it() -
     heavy = ["torch", "ray.tune", "matplotlib", "pandas", "tensorboardX", "gradio"]
     found = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
     assert found.stdout == "\n"
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_job_is_a_line(width: int) -> None:
+    long = {"job": "raysubmit_AbCdEfGhIjKlMnOp", "status": "SUCCEEDED", "started": "2026-11-30 11:22:33"}
+    short = {"job": "raysubmit_0123456789abcdef", "status": "RUNNING", "started": None, "command": "evolve"}
+    text = io.StringIO()
+    views = [{**long, "command": "train --task navigation-2d --run-dir " + "a" * 99}, short]
+    job_cli._list(views, as_json=False, console=Console(file=text, width=width))
+    _, _, first, second, *_ = (line for line in text.getvalue().splitlines() if line.strip())
+    assert first.split()[:5] == ["raysubmit_AbCdEfGhIjKlMnOp", "SUCCEEDED", "11-30", "11:22", "train"]
+    assert first.rstrip().endswith("…")
+    assert len(first) <= width
+    assert second.split() == ["raysubmit_0123456789abcdef", "RUNNING", "evolve"]
