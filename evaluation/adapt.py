@@ -32,6 +32,8 @@ class TaskReport:
         policy: the adapted policy.
         checkpoint: the adapted policy's, of the same run; without an optimiser's state.
         before, after: fresh episodes of the meta-trained and of the adapted policy, with common random numbers.
+        family: of the task.
+        original: the meta-trained policy's checkpoint.
     """
 
     task: str
@@ -42,6 +44,8 @@ class TaskReport:
     checkpoint: Checkpoint
     before: Rollouts
     after: Rollouts
+    family: TaskDistribution
+    original: Checkpoint
 
     def summary(self) -> dict[str, Any]:
         """JSON values: the adaptation curve on the task's own episodes, its cost, and fresh returns with intervals."""
@@ -118,4 +122,15 @@ def adapt_checkpoint(
             policy=adapted.numpy_weights(),
             optimizer={},
         )
-        return TaskReport(subject.family.name, task, mode, adaptation, adapted, checkpoint, before, after)
+        return TaskReport(
+            subject.family.name,
+            task,
+            mode,
+            adaptation,
+            adapted,
+            checkpoint,
+            before,
+            after,
+            subject.family,
+            subject.checkpoint,
+        )

@@ -13,7 +13,6 @@ import numpy as np
 
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Collect
-from ssm_metarl.distributed.cluster import check_resources, start_ray
 from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.evaluation.config import EvaluationConfig
@@ -58,7 +57,6 @@ def open_subject(
         difference = difference or f"its critic reads {policy.spec.task_size} numbers of a task"
         raise ValueError(f"The policy cannot play {family.name!r}: {difference}.")
     start_ray(config.num_workers)
-    check_resources(config.num_workers)
     with Pool(
         family,
         policy.spec,
@@ -67,6 +65,15 @@ def open_subject(
         name=f"ssm-metarl/evaluate/{time.time_ns()}",
     ) as pool:
         yield Subject(policy, checkpoint, trained, family, pool)
+
+
+def start_ray(num_workers: int) -> None:
+    """Have Ray, with processors for so many workers; without any, it is not even loaded."""
+    if num_workers:
+        from ssm_metarl.distributed import cluster
+
+        cluster.start_ray(num_workers)
+        cluster.check_resources(num_workers)
 
 
 def sample_tasks(family: TaskDistribution, config: EvaluationConfig) -> list[Task]:

@@ -12,9 +12,10 @@ from rich.table import Table
 from ssm_metarl.cli.console import RUNS, answer, console
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Adapt
-from ssm_metarl.cli.plots import plot_task
+from ssm_metarl.cli.plots import plot_task, write_video
 from ssm_metarl.cli.tables import decimals, interval_words, parameter_words
 from ssm_metarl.evaluation.adapt import TaskReport, adapt_checkpoint
+from ssm_metarl.evaluation.film import check_video, film_report
 from ssm_metarl.storage.checkpoint import save_checkpoint
 
 
@@ -26,12 +27,16 @@ def run_adapt(options: Adapt) -> int:
         ValueError: bad input, in one sentence.
     """
     out = options.out
+    check_video(options.video)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder.")
     report = adapt_checkpoint(
         options.checkpoint, options.params, mode=options.mode, options=options.adaptation, config=options.config
     )
+    films = film_report(report, options.config.seed) if options.video else {}  # first: it may be refused
     summary = write_report(report, out or Path(RUNS) / run_name(report.task, f"adapt-{options.mode}"))
+    if options.video:
+        summary["pictures"].append(str(write_video(films, options.video)))
     _show(summary)
     for path in summary["pictures"]:
         console.print(f"Picture: {path}", markup=False, highlight=False, soft_wrap=True)

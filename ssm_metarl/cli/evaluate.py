@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import json
 
-from ssm_metarl.cli.console import answer, console
+from ssm_metarl.cli.console import answer, console, say
 from ssm_metarl.cli.options import Evaluate
 from ssm_metarl.cli.tables import evaluation_table, modes_table
+from ssm_metarl.evaluation.adapt import adapt_checkpoint
 from ssm_metarl.evaluation.compare import compare_modes
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.evaluation.film import check_video, film_report
 
 
 def run_evaluate(options: Evaluate) -> int:
     """Carry out `evaluate`; returns the exit code."""
+    check_video(options.video)
     if options.modes:
         report = compare_modes(options.checkpoint, options.modes, config=options.config).summary()
         console.print(modes_table(report, console.width))
     else:
         report = evaluate_checkpoint(options.checkpoint, options.config).summary()
         console.print(evaluation_table(report))
+    if options.video:
+        from ssm_metarl.cli.plots import write_video  # matplotlib's
+
+        films = film_report(adapt_checkpoint(options.checkpoint, config=options.config), options.config.seed)
+        say(f"Video: {write_video(films, options.video)}")
     if options.json:
         answer(json.dumps(report))
     return 0

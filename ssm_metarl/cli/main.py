@@ -26,8 +26,6 @@ from ssm_metarl.cli.options import (
     Train,
 )
 from ssm_metarl.cli.parsing import Line, parse
-from ssm_metarl.distributed.jobs import JobError
-from ssm_metarl.distributed.pool import EnvironmentFailure
 from ssm_metarl.distributed.signals import loading
 from ssm_metarl.storage.contents import CheckpointError
 
@@ -67,15 +65,23 @@ def main(arguments: Sequence[str] | None = None, *, end: Callable[[int], int] = 
     except (ValueError, CheckpointError) as error:
         complain(error)
         return 2
-    except (EnvironmentFailure, FloatingPointError, JobError, OSError) as error:
-        complain(error)
-        return 1
     except KeyboardInterrupt:
         return end(128 + signal.SIGINT)
     except SystemExit as ended:
         if ended.code == signal.SIGTERM:  # from the handler that ray.init leaves behind
             return end(128 + signal.SIGTERM)
         raise
+    except _failures() as error:
+        complain(error)
+        return 1
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What ends a command that was asked for rightly; looked up when something has failed, for it loads Ray."""
+    from ssm_metarl.distributed.jobs import JobError
+    from ssm_metarl.distributed.pool import EnvironmentFailure
+
+    return EnvironmentFailure, FloatingPointError, JobError, OSError
 
 
 def _command(options: Any) -> Callable[[Any], int]:

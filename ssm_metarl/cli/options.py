@@ -127,6 +127,7 @@ class Evaluate:
     Attributes:
         checkpoint: a checkpoint's folder, a run's for its best checkpoint, either one's URI, or pretrained:NAME.
         modes: of adaptation (see adapt); the others are compared with the first.
+        video: an animated GIF of the first of the tasks before and after adaptation, where its environment renders.
         config: which tasks, how and where.
         address: of a Ray cluster to join; by default RAY_ADDRESS, else Ray starts in this process.
         json: print one JSON object.
@@ -135,6 +136,7 @@ class Evaluate:
     checkpoint: tyro.conf.Positional[Place]
     config: EvaluationConfig
     modes: tuple[Mode, ...] = ()
+    video: Folder | None = None
     address: str | None = None
     json: bool = False
 
@@ -155,6 +157,7 @@ class Adapt:
         adaptation: what the mode has beside.
         address: of a Ray cluster to join; by default RAY_ADDRESS, else Ray starts in this process.
         out: folder of the results, new or empty; by default a new one in runs.
+        video: an animated GIF before and after, where the environment renders.
         json: print one JSON object.
     """
 
@@ -167,6 +170,7 @@ class Adapt:
     mode: Mode = "standard"
     address: str | None = None
     out: Folder | None = None
+    video: Folder | None = None
     json: bool = False
 
 

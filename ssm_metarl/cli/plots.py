@@ -17,6 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.cli.tables import decimals
+from ssm_metarl.evaluation.film import Film
 from ssm_metarl.storage.run_log import EVALUATION, read_evaluation, read_metrics
 from ssm_metarl.tasks.cartpole import MAX_ANGLE, MAX_POSITION, TIME_STEP
 from ssm_metarl.tuning.metrics import METRICS, composite
@@ -37,6 +39,9 @@ _LEGEND: Mapping[str, Mapping[str, Any]] = {
 # Of an animation: two panels side by side, in pixels, drawn larger and then reduced, which smooths the edges.
 _WIDTH, _HEIGHT, _SCALE = 380, 280, 2
 _GROUND, _METRE, _CART = 222, 68, 0.25  # the ground's place in a panel, pixels a metre, and a cart's height in metres
+VIDEO_WIDTH, VIDEO_BAR = 320, 24
+"""Pixels of a film's greatest width, and of the line above it."""
+
 _STRIDE, _PAUSE = 3, 10  # steps a frame, and frames for which the end of an episode is held
 
 
@@ -352,6 +357,34 @@ def _animation(before: Rollouts, after: Rollouts, summary: Mapping[str, Any], pa
     indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     milliseconds = round(1000 * TIME_STEP * _STRIDE)
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=milliseconds, loop=0)
+    return path
+
+
+def write_video(films: Mapping[str, Film], path: Path) -> Path:
+    """Films side by side as an animated GIF; the shorter one holds its last frame.
+
+    Args:
+        films: by title.
+        path: of the GIF, written over.
+    """
+    count = max(len(film.frames) for film in films.values())
+    height, width, _ = next(iter(films.values())).frames[0].shape
+    scale = min(1.0, VIDEO_WIDTH / width)
+    size, frames = (round(width * scale), round(height * scale)), list[Image.Image]()
+    for number in range(count):
+        frame = Image.new("RGB", (size[0] * len(films), size[1] + VIDEO_BAR), "white")
+        draw = ImageDraw.Draw(frame)
+        for panel, (title, film) in enumerate(films.items()):
+            at = min(number, len(film.frames) - 1)
+            frame.paste(Image.fromarray(film.frames[at]).resize(size), (panel * size[0], VIDEO_BAR))
+            words = f"{title}: return {film.returns[at]:.{decimals(*film.returns)}f}"
+            draw.text(((panel + 0.5) * size[0], VIDEO_BAR / 2), words, "black", _font(7), anchor="mm")
+        frames.append(frame)
+    indexed = [frame.quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]
+    milliseconds = max(round(1000 * film.seconds), 20)  # what readers of GIFs play at least
+    hold = [milliseconds] * (count - 1) + [1500]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=hold, loop=0)
     return path
 
 

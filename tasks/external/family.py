@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ssm_metarl.checks import check_count
 from ssm_metarl.core import ReferenceReturns, Task, TaskDistribution
+from ssm_metarl.tasks.external.importing import one_line
 from ssm_metarl.tasks.external.lending import Kept, LentVectorEnv, PolicyEnv, close_all, own_horizon
 from ssm_metarl.tasks.external.reading import check_interface
 from ssm_metarl.tasks.external.spaces import action_space, vector_space
@@ -73,6 +74,23 @@ class AdaptedFamily(TaskDistribution, abc.ABC):
         made = self._policy_env(task)
         made.assign(task)
         return made.env
+
+    def filmed(self, task: Task) -> PolicyEnv:
+        """A new environment that renders pictures, as the policy meets it, and plays a task; the caller closes it.
+
+        Raises:
+            ValueError: its constructor takes no `render_mode`, or it cannot be made with "rgb_array"; one sentence.
+        """
+        renders = copy.copy(self)
+        renders._constructor = {**self._constructor, "render_mode": "rgb_array"}
+        try:
+            made = renders._policy_env(task)
+        except Exception as error:
+            raise ValueError(
+                f"{self.name} cannot render pictures (render_mode='rgb_array'): {one_line(error)}"
+            ) from error
+        made.assign(task)
+        return made
 
     def _for_policy(self, env: gymnasium.Env[Any, Any], assign: Any, *, again: bool) -> PolicyEnv:
         """An environment as the policy meets it."""

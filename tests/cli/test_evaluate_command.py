@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,10 @@ def test_plot_names_the_pictures_that_it_drew(command: Command, trained: Path) -
     assert outcome.code == 0
     assert outcome.out.splitlines() == [str(trained / "learning_curve.png")]
     (trained / "learning_curve.png").unlink()
+
+
+def test_without_workers_ray_is_not_loaded() -> None:
+    program = "import sys; from ssm_metarl.cli.main import main; main(sys.argv[1:]); print('ray' in sys.modules)"
+    words = ["evaluate", "pretrained:cartpole", "--num-tasks", "1", "--episodes", "1", "--steps", "0"]
+    found = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"

@@ -128,6 +128,9 @@ def test_the_commands_of_job_load_what_takes_seconds_only_where_they_need_it() -
     heavy = ["torch", "ray.tune", "matplotlib", "pandas", "tensorboardX", "gradio"]
     found = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
     assert found.stdout == "\n"
+    program = program.replace(", ssm_metarl.cli.job", "")
+    found = subprocess.run([sys.executable, "-c", program, "ray", *heavy], capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"
 
 
 @pytest.mark.parametrize("width", [80, 60])
