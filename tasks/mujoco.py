@@ -34,7 +34,6 @@ from ssm_metarl.tasks.registry import load_extra
 
 HORIZON = 200  # MAML's
 THREADS_VARIABLE = "SSM_METARL_MUJOCO_THREADS"
-START_NOISE = 0.1
 
 Floats = NDArray[np.float64]
 
@@ -54,6 +53,9 @@ class Robot:
         hidden: how many coordinates, the first ones, are not observed: where the robot is on the floor.
         control_cost: weight of the squared actions in the reward.
         frame_skip: simulator steps of one environment step.
+        start_noise: of an episode's first coordinates, uniform up to this; of its velocities the deviation of normal
+            noise, or with `uniform_velocities` uniform, too.
+        uniform_velocities: see there.
     """
 
     file: str
@@ -63,6 +65,8 @@ class Robot:
     hidden: int
     control_cost: float
     frame_skip: int = 5
+    start_noise: float = 0.1
+    uniform_velocities: bool = False
 
     @property
     def observation_space(self) -> Box:
@@ -118,13 +122,13 @@ class MujocoEnv(BatchedEnv):
     def __init__(self, parameters: dict[str, Floats], horizon: int, threads: int) -> None:
         num_envs, robot = len(next(iter(parameters.values()))), self.robot
         self._parameters = parameters
-        super().__init__(robot.observation_space, robot.action_space, num_envs, horizon)
+        super().__init__(self.space(robot), robot.action_space, num_envs, horizon)
         mujoco = importlib.import_module("mujoco")
         rollout = importlib.import_module("mujoco.rollout")
         model = load_model(robot.file)
         threads = min(threads, num_envs)
         self._rollout = rollout.Rollout(nthread=0 if threads == 1 else threads)
-        self._models = [model] * num_envs
+        self._models = self._own_models(model)
         self._data = [mujoco.MjData(model) for _ in range(threads)]
         self._control_spec = int(mujoco.mjtState.mjSTATE_CTRL)
         self._step_time = model.opt.timestep * robot.frame_skip
@@ -139,13 +143,26 @@ class MujocoEnv(BatchedEnv):
         self._controls = np.zeros((num_envs, robot.frame_skip, robot.actuators))
         self._no_warm_start = np.zeros((num_envs, robot.velocities))
 
+    @staticmethod
+    def space(robot: Robot) -> Box:
+        """Of one observation."""
+        return robot.observation_space
+
+    def _own_models(self, model: Any) -> list[Any]:
+        """The model of each slot, all of the sizes of `model`."""
+        return [model] * self.num_envs
+
+    def _contact_cost(self) -> Floats | float:
+        """Cost of the contact forces at the end of a step, [N]."""
+        return 0.0
+
     @abc.abstractmethod
     def _judge(self, velocity: Floats, cost: Floats) -> tuple[Floats, NDArray[np.bool_]]:
         """Rewards [N] and terminated [N] of a step.
 
         Args:
             velocity: [N, hidden], m/s, the mean over the step of each coordinate on the floor.
-            cost: [N], of the controls.
+            cost: [N], of the controls and of contacts.
         """
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -153,14 +170,17 @@ class MujocoEnv(BatchedEnv):
         self._rollout.close()
 
     def _start(self, slots: NDArray[np.intp]) -> None:
-        sizes = self.robot.positions, self.robot.velocities
-        noise = np.empty((len(slots), sum(sizes)))
-        for row, slot in zip(noise, slots.tolist(), strict=True):
+        sizes, noise = (self.robot.positions, self.robot.velocities), self.robot.start_noise
+        away = np.empty((len(slots), sum(sizes)))
+        for row, slot in zip(away, slots.tolist(), strict=True):
             generator = self._generator(slot)
-            row[: sizes[0]] = generator.uniform(-START_NOISE, START_NOISE, sizes[0])
-            row[sizes[0] :] = START_NOISE * generator.standard_normal(sizes[1])
+            row[: sizes[0]] = generator.uniform(-noise, noise, sizes[0])
+            if self.robot.uniform_velocities:
+                row[sizes[0] :] = generator.uniform(-noise, noise, sizes[1])
+            else:
+                row[sizes[0] :] = noise * generator.standard_normal(sizes[1])
         self._state[slots, 0] = 0.0
-        self._state[slots, 1:] = self._initial + noise
+        self._state[slots, 1:] = self._initial + away
 
     def _advance(self, actions: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         clipped = actions.astype(np.float32, copy=False).clip(_LOW, _HIGH)
@@ -181,7 +201,7 @@ class MujocoEnv(BatchedEnv):
         )
         self._state[:] = self._substeps[:, -1]
         velocity = (self._place - place) / self._step_time
-        rewards, terminated = self._judge(velocity, self.robot.control_cost * squares)
+        rewards, terminated = self._judge(velocity, self.robot.control_cost * squares + self._contact_cost())
         # MuJoCo sets an unstable simulation back, and its clock with it.
         rewards[self._time - time < 0.9 * self._step_time] = np.nan
         return rewards.astype(np.float32), terminated
@@ -261,7 +281,7 @@ class MujocoFamily(TaskDistribution):
             self.threads = check_count(THREADS_VARIABLE, number, 1)
         else:
             self.threads = check_count("threads", threads, 1)
-        self.observation_space = self.robot.observation_space
+        self.observation_space = self.environment.space(self.robot)
         self.action_space = self.robot.action_space
 
     def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> MujocoEnv:
