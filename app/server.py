@@ -75,18 +75,21 @@ def theme() -> gr.Theme:
     )
 
 
-def launch(page: gr.Blocks, host: str, port: int, names: Collection[str] = ()) -> None:
+def launch(page: gr.Blocks, host: str, port: int, names: Collection[str] = ()) -> int:
     """Serve the page from threads of this process, and return.
 
     Args:
         page: see `build`.
-        host, port: to listen on.
+        host, port: to listen on; 0: a free port.
         names: other names of this machine by which a browser may ask, see `HostCheck`.
+
+    Returns:
+        The port.
 
     Raises:
         ValueError: the port is taken, or the address is not one of this machine.
     """
-    _check_free(host, port)
+    port = _free_port(host, port)
     page.launch(
         server_name=host,
         server_port=port,
@@ -101,6 +104,7 @@ def launch(page: gr.Blocks, host: str, port: int, names: Collection[str] = ()) -
         theme=theme(),
         css_paths=Path(__file__).with_name("page.css"),
     )
+    return port
 
 
 def serve(
@@ -109,7 +113,7 @@ def serve(
     """Open the page and serve it until interrupted; jobs that it started continue.
 
     Args:
-        host, port: to listen on.
+        host, port: to listen on; 0: a free port.
         runs: parent of the run folders, made where it is not there.
         address: of the job server, see `distributed.jobs.connect`.
         say: prints a line.
@@ -120,7 +124,7 @@ def serve(
     """
     runs.mkdir(parents=True, exist_ok=True)
     page = build(Workspace(runs.resolve(), address))
-    launch(page, host, port, names)
+    port = launch(page, host, port, names)
     say(f"The page is at http://{host}:{port} (Ctrl-C ends it; jobs continue, and `job shutdown` ends them).")
     if not is_loopback(host):
         say("Whoever reaches this address can start work on this machine: there is no password.")
@@ -130,11 +134,12 @@ def serve(
         page.close(verbose=False)
 
 
-def _check_free(host: str, port: int) -> None:
+def _free_port(host: str, port: int) -> int:
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
+            return int(probe.getsockname()[1])
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(f"The page cannot listen on {host}:{port}: {reason}. Choose another --port.") from None

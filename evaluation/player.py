@@ -77,6 +77,12 @@ class Player:
         self._ended = np.zeros(0, np.int64)
         self._inputs = np.zeros((1, 0, spec.input_size), np.float32)
 
+    def __repr__(self) -> str:
+        spec = self.spec
+        actions = f"actions of {' and '.join(map(str, spec.heads))} values" if spec.discrete else "numbers as actions"
+        kind = actions if spec.discrete else f"{spec.action_size} {actions}"
+        return f"<Player of {self._trained.task}: {spec.observation_size} observed numbers, {kind}>"
+
     def reset(self) -> None:
         """Forget everything: the next `act` begins an episode in every slot. Their number may change."""
         self._num_episodes = None

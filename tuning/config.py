@@ -25,8 +25,8 @@ class EvolveConfig:
         warm_up: meta-iterations before the first race.
         stretch: meta-iterations after the first race that no challenger won; after each further one half as many
             again, up to sixteen times as many. After a race that one won, the next race comes at once.
-        losers_share: of all environment steps that may go into the losers of races: in full where no challenger won,
-            half where one won by little, and a quarter where it won clearly.
+        losers_share: of all environment steps that may go into the losers of races: in full where no challenger won, a
+            quarter where one won by little, and nothing where it won clearly.
         race: when a contender leaves a race, and what a challenger must show to win it.
         mean_iterations: meta-iterations over which the running mean of weights reaches back.
         assess_share: of all environment steps that may go into assessments.

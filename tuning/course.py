@@ -22,8 +22,8 @@ LONGEST = 16
 """A stretch is at most as many times as long as the first one."""
 
 
-CLEAR = 3.0
-"""z by which a challenger must win for its race to have nearly paid for itself."""
+CLEAR, BARE = 3.0, 0.25
+"""z by which a challenger must win for its race to have paid for itself, and the share of losers charged below it."""
 
 
 class Running(Assessing):
@@ -157,7 +157,7 @@ class Running(Assessing):
         self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead], better_ways(standing))
         longest = LONGEST * self.config.stretch
         progress.length = self.config.stretch if won else min(int(1.5 * progress.length + 0.5), longest)
-        charge = 1.0 if won is None else 0.25 if race.z(winner, INCUMBENT) >= CLEAR else 0.5
+        charge = 1.0 if won is None else 0.0 if race.z(winner, INCUMBENT) >= CLEAR else BARE
         progress.spent["charged"] += round(charge * (sum(steps) - steps[winner]))
         self._account(losers=sum(steps) - steps[winner])
         if won:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def _fit(scheduler: RecursiveSelfImprovement, run: Path, interrupted: list[int])
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     folder = run / "rsi" / "tune"
     shutil.rmtree(folder, ignore_errors=True)  # of the process before: nothing in it is read again
+    warnings.filterwarnings("ignore", "Consider boosting PBT", UserWarning)  # members are reused: see MemberTrainer
     tuner = Tuner(
         scheduler.trainable,
         param_space=scheduler.param_space,

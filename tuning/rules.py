@@ -9,6 +9,7 @@ import numpy as np
 
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.seeds import Branch, seed_for
+from ssm_metarl.tuning.config import EvolveConfig
 from ssm_metarl.tuning.incumbent import LATEST
 from ssm_metarl.tuning.ledger import Ledger
 from ssm_metarl.tuning.metrics import metric_intervals, metrics
@@ -21,8 +22,11 @@ ENDLESS = 60
 SIZE_ROUND = 2
 """Meta-iterations of a round in a race about sizes, whose effect takes longer to show."""
 
-ROUNDS = 2
-"""Rounds that a challenger stays in a race, as a rule."""
+ROUNDS = 3
+"""Meta-iterations that a challenger costs a race, as a rule."""
+
+FEWEST = 2
+"""Challengers of a race, an option in both directions, unless the run has fewer or an option has just won."""
 
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
@@ -176,19 +180,27 @@ class Rules(Ledger):
 
     def _races(self) -> bool:
         """Whether there is to be another race, and there are steps for it and for the winner to go on."""
-        config, spent = self.config, self.progress.spent
+        config = self.config
         if not config.mutate or 0 < config.cycles <= self.progress.cycle or len(self._alive()) < 2:
             return False
         challengers = self._challengers()
         iterations = config.race.rounds + 1 + challengers + config.stretch
-        whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
-        purse = config.losers_share * whole - spent["charged"]
-        return self._affordable() > iterations and purse > ROUNDS * challengers * self._iteration_steps()
+        return self._affordable() > iterations and challengers > 0
 
     def _challengers(self) -> int:
-        """Of the next race: the first looks at the most promising options in both directions, later ones at fewer."""
-        wanted = self.config.proposals if not self.progress.cycle else (self.config.proposals + 1) // 2
-        return min(wanted, len(self._alive()) - 1)
+        """Of the next race, as many as what losers may still cost allows; 0: it allows no race.
+
+        The first race looks at the most promising options in both directions, later ones at fewer.
+        """
+        config, spent, each = self.config, self.progress.spent, ROUNDS * self._iteration_steps()
+        wanted = config.proposals if not self.progress.cycle else (config.proposals + 1) // 2
+        wanted = min(wanted, len(self._alive()) - 1)
+        whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
+        purse = config.losers_share * whole - spent["charged"]
+        count = min(wanted, int(purse / each)) if each else wanted
+        # What has just won is tried the same way alone.
+        fewest = 1 if any(tally.direction for tally in self.options.tallies.values()) else FEWEST
+        return count if count >= min(fewest, wanted) else 0
 
     def _sizes(self) -> bool:
         """Whether the policy's sizes may move: the last stretches were flat, and there are steps for a longer race."""
@@ -200,6 +212,18 @@ class Rules(Ledger):
         costs = [count * cost(config) / cost(configs[0]) for count, config in zip(rounds, configs)]
         alike = [each > int(configs[0]["inner_steps"]) for each in stages]  # who takes over the whole first iteration
         return sum(cost * (self.config.race.rounds + 1) for cost in costs) - sum(map(int, alike))
+
+
+def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
+    """Environment steps that a run must have for its first race.
+
+    Args:
+        rules: of the run.
+        iteration_steps: environment steps of a meta-iteration.
+    """
+    challengers = min(FEWEST, rules.proposals)
+    losers = ROUNDS * challengers / rules.losers_share if rules.losers_share else 0.0
+    return max(losers, rules.warm_up + rules.race.rounds + 1 + challengers + rules.stretch) * iteration_steps
 
 
 def cost(config: Mapping[str, Any]) -> int:

@@ -67,7 +67,7 @@ def write_report(report: TaskReport, out: Path) -> dict[str, Any]:
 def _show(summary: Mapping[str, Any]) -> None:
     replayed = [f"{count:.1f}" for count in summary["effective_replay_episodes"]]
     console.print(f"Task: {parameter_words(summary['parameters'])}", markup=False, highlight=False, soft_wrap=True)
-    table = Table(title=f"{summary['task']}: {summary['mode']} adaptation")
+    table = Table(title=f"{summary['task']}\n{summary['mode']} adaptation")
     digits = decimals(*summary["curve"], summary["before"]["return"], summary["after"]["return"])
     headings = ["step", "return of its own episodes"]
     headings += ["effective replayed episodes"] if any(summary["effective_replay_episodes"]) else []

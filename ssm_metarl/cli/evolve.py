@@ -17,8 +17,10 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.storage.run_copy import RunCopy
 from ssm_metarl.tasks import names_code
 from ssm_metarl.tasks.external.hints import new_hints
+from ssm_metarl.tuning.config import EvolveConfig
 from ssm_metarl.tuning.evolve import EvolutionFailure, evolve
 from ssm_metarl.tuning.records import Decision
+from ssm_metarl.tuning.rules import least_budget
 from ssm_metarl.tuning.store import NOT_COPIED, REQUESTS, RunStore, request_rollback
 
 
@@ -44,6 +46,8 @@ def _run_evolve(options: Evolve, config: TrainConfig, run_dir: Path, copy: RunCo
     if not options.resume and names_code(config.task):
         for hint in new_hints(config.task, config.task_options, config.task_ranges):
             say(hint)
+    if not options.resume and (words := room_words(rules, config)):
+        say(words)
     with PopulationView(run_dir, console):
         result = evolve(config, rules, run_dir, start=options.start, resume=options.resume, mirror=copy)
     summary = evolution_summary(result)
@@ -67,6 +71,20 @@ def _run_evolve(options: Evolve, config: TrainConfig, run_dir: Path, copy: RunCo
     if not complete:
         return 1
     return 0 if finished and (not events or events[-1]["decision"] != Decision.FAILED) else 1
+
+
+def room_words(rules: EvolveConfig, config: TrainConfig) -> str:
+    """A sentence where a budget may have no room for a race."""
+    experience, meta = config.experience, config.meta
+    episodes = experience.meta_batch * experience.episodes * experience.trial_episodes * (meta.inner_steps + 1)
+    steps = episodes * config.family().horizon
+    needed = least_budget(rules, steps)
+    if not rules.mutate or not 0 < rules.budget < needed:
+        return ""
+    return (
+        f"The budget may have no room for a race: at up to {steps:,} environment steps an iteration the first takes "
+        f"{needed:,.0f}. A smaller --meta-batch or fewer --episodes take less."
+    )
 
 
 def run_rollback(options: Rollback) -> int:

@@ -238,7 +238,7 @@ class App:
 
     Attributes:
         host: address to listen on; whoever reaches it can start work on this machine.
-        port: to listen on.
+        port: to listen on; 0: a free one.
         storage: parent of the run folders; the page reads and writes nothing else.
         address: of the job server of a cluster, such as http://head:8265; by default RAY_API_SERVER_ADDRESS,
             RAY_ADDRESS, or a head of this machine, started with the first job.

@@ -114,8 +114,8 @@ def population_view(state: Values, events: Sequence[Values]) -> RenderableType:
 def incumbent_table(state: Values) -> Table:
     """The policy that is handed over: its five metrics with intervals over tasks, their composite, and its options."""
     live, known = state["live"], _assessed(state)
-    before_after = "" if live["returns"] is None else f", {_arrow(live['returns'][0], live['returns'][-1])}"
-    title = f"{state['base']['task']}: incumbent at iteration {live['iteration']}{before_after}"
+    before_after = "" if live["returns"] is None else f", return {_arrow(live['returns'][0], live['returns'][-1])}"
+    title = f"{state['base']['task']}\nincumbent at iteration {live['iteration']}{before_after}"
     table = Table(title=title, caption="\n".join(option_lines(state)), title_style="bold", **COMPACT)
     for name in METRICS:
         table.add_column(HEADINGS[name], justify="right", no_wrap=True)
@@ -155,7 +155,8 @@ def phase_words(state: Values) -> str:
         left = sum(not entry["reason"] for entry in live["race"])
         return f"race {progress['cycle'] + 1}: {left} of {len(live['race'])} contenders left"
     done, length = stretch_progress(state)
-    return f"{progress['phase']}: {done} of {length} iterations"
+    phase = Phase.STRETCH if progress["phase"] == Phase.RACE else progress["phase"]  # a race was due, and not possible
+    return f"{phase}: {done} of {length} iterations"
 
 
 def race_progress(state: Values) -> tuple[int, int]:
@@ -207,7 +208,9 @@ def evolution_summary(result: EvolveResult) -> dict[str, Any]:
         "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
         "cycle": progress["cycle"],
         "finished": progress["finished"],
-        "best": None if best is None else {key: best[key] for key in keys} | {"composite": composite(best["metrics"])},
+        "best": None
+        if best is None
+        else {key: best[key] for key in keys} | {"composite": composite(best["metrics"]) if best["metrics"] else None},
         "options": {name: config[name] for name in state["config"]["evolve"]},
         "sizes": {name: config[name] for name in SIZES},
         "accepted": decisions[Decision.ACCEPTED],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_metarl.cli.compare import show_groups
-from ssm_metarl.cli.console import answer, progress_bar, say
+from ssm_metarl.cli.console import answer, console, progress_bar, say
 from ssm_metarl.cli.options import Train
 from ssm_metarl.cli.parsing import kept_options
 from ssm_metarl.config import available_cores
@@ -62,6 +62,8 @@ def run_seeds(options: Train, folder: Path) -> int:
                 progress.update(bars[seed], completed=_iterations(folder / f"seed-{seed}"))
                 if (code := process.poll()) is not None:
                     codes[seed] = code
+                    if not console.is_terminal:
+                        say(f"seed {seed}: {_iterations(folder / f'seed-{seed}')} of {total} iterations")
                     del running[seed]
     return _end(options, folder, codes, interrupted[0] if interrupted else None)
 

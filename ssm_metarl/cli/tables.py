@@ -59,9 +59,9 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
 
 
 def decimals(*values: float | None) -> int:
-    """Digits after the point with which the greatest of some numbers has four significant ones: 0 to 4."""
+    """Digits after the point that numbers of a scale bear: none from 1000 on, one from 100, two from 1, up to four."""
     most = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
-    return min(max(3 - math.floor(math.log10(most)), 0), 4) if most else 2
+    return sum(most < bound for bound in (1000.0, 100.0, 1.0, 0.1)) if most else 2
 
 
 def change_words(before: float, after: float) -> str:

@@ -123,7 +123,9 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
                 speed += f" · {restarts} worker{'s' * (restarts > 1)} restarted"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
             if not console.is_terminal:
-                console.print(f"iteration {metrics['iteration']}/{config.experience.iterations}: {returns} {speed}")
+                console.print(
+                    f"iteration {metrics['iteration']}/{config.experience.iterations}: {returns} {speed}".rstrip()
+                )
 
         show.steps = None  # type: ignore[attr-defined]
         result = train(

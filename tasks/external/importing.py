@@ -41,10 +41,13 @@ def _offered(owner: Any) -> list[str]:
 
 def import_module(module: str, directory: str) -> types.ModuleType:
     """Import from the Python path, else from a directory, which then joins the path."""
+    if module.endswith(".py"):
+        raise ValueError(f"A module is named without .py: {module.removesuffix('.py')}, not {module}.")
     top = module.partition(".")[0]
     if top not in sys.modules and importlib.util.find_spec(top) is None:
         if importlib.machinery.PathFinder.find_spec(top, [directory]) is None:
-            raise ValueError(f"There is no module {top!r}, neither installed nor in {directory}.")
+            place = f"neither installed nor in {directory}; go where it is, or set PYTHONPATH"
+            raise ValueError(f"There is no module {top!r}, {place}.")
         sys.path.append(directory)
     try:
         return importlib.import_module(module)

@@ -185,7 +185,7 @@ def test_the_view_fits_a_terminal(fresh: Path, width: int) -> None:
     assert not any("…" in line for line in lines)
     assert len(lines) <= 24
     text = "\n".join(lines)
-    assert "incumbent at iteration 12345, -123 → -56.7" in text
+    assert "incumbent at iteration 12345, return -123 → -56.7" in text
     assert text.count("0.10–0.23") == len(METRICS)
     assert "outer_lr 0.000123 → 0.0123" in text
     assert "stretch: 3 of 4 iterations" in text

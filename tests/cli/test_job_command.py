@@ -113,7 +113,7 @@ def test_the_status_of_a_run_is_read_where_the_run_is(tmp_path: Path, prefix: st
     view = dict.fromkeys(("job", "command", "run_dir", "started", "ended", "message")) | {"status": "RUNNING"}
     text = io.StringIO()
     job_cli._status({**view, "run_dir": place}, as_json=False, console=Console(file=text, width=80))
-    assert "iteration 2 of 10: return 1.000 → 1.000, ETA 0:00:08" in text.getvalue()
+    assert "iteration 2 of 10: return 1.00 → 1.00, ETA 0:00:08" in text.getvalue()
     population = fresh_run(tmp_path / "run")
     population.store.commit({**read_state(tmp_path / "run"), "events_before": 0}, [race(1, won=True)])
     assert job_cli._progress(place) == (read_state(tmp_path / "run"), [race(1, won=True)], None)

@@ -25,8 +25,8 @@ def lines(table: Table, width: int) -> list[str]:
     [
         ((475.21, -3.0), 1),
         ((-12.3,), 2),
-        ((9.99,), 3),
-        ((0.5, None), 4),
+        ((9.99,), 2),
+        ((0.5, None), 3),
         ((0.001,), 4),
         ((1234.5,), 0),
         ((12345.6,), 0),
@@ -34,7 +34,7 @@ def lines(table: Table, width: int) -> list[str]:
         ((None, float("nan")), 2),
     ],
 )
-def test_the_greatest_number_has_four_significant_digits(values: tuple[float | None, ...], digits: int) -> None:
+def test_the_scale_decides_the_digits(values: tuple[float | None, ...], digits: int) -> None:
     assert decimals(*values) == digits
 
 
