@@ -33,15 +33,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 @pytest.fixture(scope="module")
 def served(workspace: Workspace) -> Iterator[tuple[str, Any]]:
     """Address of the page, and the page."""
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Workspace, "jobs", lambda self: [])
         patch.setattr(Workspace, "start", lambda *_: pytest.fail("a job was started"))
         patch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-        probe.close()
         page = server.build(workspace)
-        server.launch(page, "127.0.0.1", port)
+        port = server.launch(page, "127.0.0.1", 0)
         yield f"http://127.0.0.1:{port}/", page
         page.close(verbose=False)
 

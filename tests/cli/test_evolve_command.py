@@ -15,11 +15,19 @@ from rich.console import Console
 from builders import PNG
 from evolved import contenders, event, fresh_run, race
 from ssm_metarl.cli import plots
+from ssm_metarl.cli.evolve import room_words
 from ssm_metarl.cli.main import main
 from ssm_metarl.cli.options import Evolve
 from ssm_metarl.cli.parsing import parse
 from ssm_metarl.cli.plots import plot_evolution
-from ssm_metarl.cli.population import PopulationView, decisions_table, incumbent_table, population_view, race_table
+from ssm_metarl.cli.population import (
+    PopulationView,
+    decisions_table,
+    incumbent_table,
+    phase_words,
+    population_view,
+    race_table,
+)
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
 from ssm_metarl.storage.checkpoint import load_checkpoint, load_policy
@@ -213,6 +221,22 @@ def test_a_race_says_who_left_and_why(fresh: Path, width: int) -> None:
     (lost,) = (line for line in lines if "outer_lr 0.001 → 0.0001" in line)
     assert "-1.2" in lost
     assert lines[lines.index(lost) + 1].strip() == "left: 1.2 standard errors behind"
+
+
+def test_a_race_that_did_not_take_place_is_not_told(fresh: Path) -> None:
+    """Where none is possible, the incumbent trains alone in its stead."""
+    state = read_state(fresh)
+    state["progress"] |= {"phase": "race", "left": 3, "length": 3}
+    state["live"] |= {"left": 1}
+    assert phase_words(state) == "stretch: 2 of 3 iterations"
+
+
+def test_a_budget_without_room_for_a_race_is_told() -> None:
+    config = TrainConfig.for_task("navigation-2d", meta_batch=10, episodes=5)  # up to 10,000 steps an iteration
+    said = room_words(EvolveConfig(budget=2e5), config)
+    assert "at up to 10,000 environment steps an iteration the first takes 300,000." in said
+    for rules in ({"budget": 3e5}, {"budget": 0.0}, {"budget": 2e5, "mutate": False}):
+        assert room_words(EvolveConfig(**rules), config) == ""
 
 
 def test_an_unassessed_incumbent_has_dashes(fresh: Path) -> None:

@@ -74,6 +74,22 @@ def test_bad_values_are_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ("own", "own.py is here: name what is in it, too, as own:CLASS."),
+        ("own.py", "own.py is here: name what is in it, too, as own:CLASS."),
+        ("own.py:Line", "A module is named without .py: own, not own.py."),
+        ("elsewhere:Line", "; go where it is, or set PYTHONPATH."),
+    ],
+)
+def test_a_module_that_is_named_in_part_is_told(command: Command, tmp_path: Path, task: str, sentence: str) -> None:
+    (tmp_path / "own.py").write_text("")
+    outcome = command("--task", task)
+    assert outcome.code == 2
+    assert sentence in outcome.err
+
+
+@pytest.mark.parametrize(
     ("arguments", "named"),
     [
         ("--iner-lr 0.1", "--inner-lr"),

@@ -89,6 +89,13 @@ def test_a_player_takes_the_rollout_loops_actions_bit_by_bit(
         actions = player.act(one(observations), one(rewards), one(terminated), one(truncated))
 
 
+def test_a_player_says_what_it_plays() -> None:
+    assert repr(load_player("pretrained:cartpole")) == ("<Player of cartpole: 4 observed numbers, actions of 2 values>")
+    assert repr(load_player("pretrained:navigation-2d")) == (
+        "<Player of navigation-2d: 2 observed numbers, 2 numbers as actions>"
+    )
+
+
 def test_a_slot_that_begins_another_trial_forgets_and_the_others_do_not() -> None:
     spec = make_spec(discrete=True, memory_slots=2)
     player, fresh = (player_for(spec, deterministic=True) for _ in range(2))

@@ -23,8 +23,10 @@ from simulated import (
     skill_of,
 )
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.tuning.course import BARE, CLEAR
 from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.records import Decision, Phase
+from ssm_metarl.tuning.rules import least_budget
 
 ITERATION = 20 * 4 * 2 * EPISODE_STEPS
 """Environment steps of a meta-iteration of the simulated incumbent."""
@@ -329,3 +331,25 @@ def test_a_run_of_the_old_rules_is_refused_in_one_sentence(tmp_path: Path) -> No
     (tmp_path / "rsi" / "state.json").write_text('{"format": 1, "generation": 3, "trials": [], "events": []}')
     with pytest.raises(ValueError, match=r"state\.json is of format 1, but this version .* reads 2\.$"):
         resumed(population)
+
+
+@pytest.mark.parametrize(("iterations", "challengers"), [(29, []), (40, [2]), (50, [3]), (200, [4])])
+def test_the_first_race_has_as_many_challengers_as_losers_may_cost(
+    tmp_path: Path, iterations: int, challengers: list[int]
+) -> None:
+    """A fifth of the budget, three meta-iterations each, and an option in both directions at least."""
+    rules = {"budget": iterations * ITERATION, "cycles": 0, "proposals": 4}
+    population = drive(new_population(tmp_path, **rules), World())
+    races = events(population, phase=Phase.RACE)
+    assert [len(race["changes"]) for race in races[:1]] == challengers
+    assert (least_budget(population.config, ITERATION) > rules["budget"]) == (not challengers)
+
+
+@pytest.mark.parametrize(("own", "clear"), [(0.01, True), (0.05, False)])
+def test_losers_of_a_race_that_was_won_cost_little(tmp_path: Path, own: float, clear: bool) -> None:
+    population = drive(new_population(tmp_path, cycles=1, proposals=2, stretch=1), World(own=own))
+    (race,) = events(population, phase=Phase.RACE)
+    assert race["decision"] == Decision.ACCEPTED
+    won = max(contender["z"] for contender in race["contenders"] if contender["option"])
+    assert (won >= CLEAR) == clear
+    assert population.progress.spent["charged"] == round((0.0 if clear else BARE) * race["losers"])
