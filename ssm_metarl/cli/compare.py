@@ -35,5 +35,5 @@ def show_groups(groups: Sequence[Group], out: Path | None) -> dict[str, Any]:
     for folder in [folder for group in groups for folder in group.missing]:
         say(f"{folder} was not evaluated, and is left out.")
     if out is not None:
-        say(f"Report: {write_report(found, out)}")
+        say(f"Report: {write_report(found, groups, out)}")
     return found

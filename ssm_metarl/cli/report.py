@@ -5,16 +5,20 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import date
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
+import ssm_metarl
 from ssm_metarl.cli.tables import decimals, interval_words
+from ssm_metarl.evaluation.groups import Group
 from ssm_metarl.storage.atomic import replace_file
 
 _COLOURS = ("#0b6fa4", "#c0392b", "#27ae60", "#8e44ad", "#e67e22", "#16a085", "#7f8c8d")
@@ -25,7 +29,7 @@ _STYLE = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding
 
 _WORDS = {
     "Aggregates": "Score of a run: mean return on held-out tasks after adaptation. Intervals of 95 %, from a bootstrap "
-    "over runs within each task.",
+    "over runs within each task, widened for few runs as Student's t is.",
     "Sample efficiency": "Return after adaptation on training tasks: interquartile mean over runs, with an interval.",
     "Performance profile": "Share of runs with a score above a threshold.",
 }
@@ -58,11 +62,12 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def write_report(found: Mapping[str, Any], path: Path) -> Path:
-    """A page without anything outside of it: table and pictures.
+def write_report(found: Mapping[str, Any], groups: Sequence[Group], path: Path) -> Path:
+    """A page without anything outside of it: table, pictures, and what it was made of.
 
     Args:
         found: of `compare_groups`.
+        groups: that were compared.
         path: of the page.
     """
     pictures = {"Aggregates": _aggregates(found)}
@@ -79,6 +84,9 @@ def write_report(found: Mapping[str, Any], path: Path) -> Path:
     ]
     for title, figure in pictures.items():
         parts.append(f"<h2>{title}</h2><p>{_WORDS[title]}</p><img alt='{title}' src='{_embedded(figure)}'>")
+    runs = [f"{group.name}: {', '.join(str(run.folder) for run in group.runs)}" for group in groups]
+    made = f"ssm-metarl {ssm_metarl.__version__}, {date.today().isoformat()}"
+    parts += [f"<p>{html.escape(line)}</p>" for line in (*runs, made)]
     replace_file(path, "\n".join([*parts, "</html>\n"]).encode())
     return path
 
@@ -118,10 +126,11 @@ def _curves(found: Mapping[str, Any]) -> Figure:
     figure, axes = _figure()
     for (name, group), colour in zip(found["groups"].items(), cycle(_COLOURS)):
         curve = group["curve"]
-        steps = [step / 1e6 for step in curve["steps"]]
+        steps = curve["steps"]
         axes.plot(steps, curve["iqm"], color=colour, label=f"{name} ({group['runs']})")
         axes.fill_between(steps, curve["low"], curve["high"], color=colour, alpha=0.2, linewidth=0)
-    axes.set(xlabel="environment steps (millions)", ylabel="return after adaptation")
+    axes.set(xlabel="environment steps", ylabel="return after adaptation")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend(frameon=False)
     return figure
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ssm_metarl
 from ssm_metarl.cli.main import main
 from ssm_metarl.evaluation.groups import Group, Run, compare_groups, read_group, resampled
 from ssm_metarl.storage.documents import CheckpointError
@@ -121,6 +122,8 @@ def test_the_command_prints_numbers_and_writes_a_page(tmp_path: Path, capsys: py
     assert "&lt;two&gt;" in text
     assert "<two>" not in text
     assert "http" not in text, "nothing is loaded from elsewhere"
+    assert f"ssm-metarl {ssm_metarl.__version__}, " in text
+    assert str(tmp_path / "one" / "seed-2") in text
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
