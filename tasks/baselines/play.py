@@ -24,7 +24,7 @@ from ssm_metarl.tasks.baselines.bandit import UCB1, ClairvoyantBandit, FiniteHor
 from ssm_metarl.tasks.baselines.navigation import ClairvoyantNavigation, StayPut
 from ssm_metarl.tasks.baselines.noisy_cartpole import KalmanRegulator
 from ssm_metarl.tasks.baselines.policy import BaselinePolicy, Floats, Trials, Uniform
-from ssm_metarl.tasks.baselines.tabular_mdp import PSRL, ClairvoyantTabular, GreedyTabular
+from ssm_metarl.tasks.baselines.tabular_mdp import PSRL, ClairvoyantTabular, GreedyTabular, OptimisticTabular
 
 BASELINE_POLICIES: Mapping[str, Mapping[str, Callable[[Trials], BaselinePolicy]]] = {
     "navigation-2d": {"stay-put": StayPut, "clairvoyant": ClairvoyantNavigation},
@@ -38,6 +38,7 @@ BASELINE_POLICIES: Mapping[str, Mapping[str, Callable[[Trials], BaselinePolicy]]
     "tabular-mdp": {
         "psrl": PSRL,
         "psrl-prior-0": functools.partial(PSRL, prior_mean=0.0),
+        "optimistic": OptimisticTabular,
         "greedy": GreedyTabular,
         "clairvoyant": ClairvoyantTabular,
     },

@@ -84,6 +84,40 @@ class PSRL(TabularBaseline):
         self._successors[(*where, observations.argmax(axis=-1))] += ~starts
 
 
+class OptimisticTabular(PSRL):
+    """Plans at every step, with rewards above their posterior means while there is time to gain from what they show.
+
+        mean + c · deviation · sqrt(share of the trial's episodes that are left),    next states as expected
+
+    Args:
+        trials: what is played.
+        optimism: c.
+
+    Source: a Bayesian upper confidence bound (Kaufmann et al. 2012), which here falls with the horizon that is left.
+    """
+
+    def __init__(self, trials: Trials, optimism: float = 1.0) -> None:
+        super().__init__(trials)
+        self._optimism, self._ended = optimism, 0
+
+    def act(self, observations: Observations) -> Actions:
+        """See `BaselinePolicy.act`."""
+        self._states = observations.argmax(axis=-1)
+        plan, _ = backward_induction(*self.beliefs(), self.family.horizon - self._step)
+        return plan[0, self.rows, self._states]
+
+    def beliefs(self) -> tuple[Floats, Floats]:
+        """Means with the bonus."""
+        precision, left = 1.0 + self._visits, 1.0 - self._ended / self.trials.episodes
+        means = self._sums / precision + self._optimism * np.sqrt(left / precision)
+        return means, self._successors / self._successors.sum(axis=-1, keepdims=True)
+
+    def learn(self, actions: Actions, rewards: Floats, observations: Observations, starts: NDArray[np.bool_]) -> None:
+        """See `BaselinePolicy.learn`."""
+        super().learn(actions, rewards, observations, starts)
+        self._ended += self._step == 0
+
+
 class GreedyTabular(PSRL):
     """Takes in every state the action of the highest mean reward by PSRL's posterior; it plans and explores nothing.
 

@@ -183,6 +183,8 @@ def test_order_of_the_bandit_players() -> None:
         ("psrl-prior-0", 10, 138.1, 3.0),  # 138.1 and 408.8 in Duan et al. 2016
         ("psrl-prior-0", 25, 408.8, 6.0),
         ("greedy", 10, 159.2, 3.0),  # 4,000 MDPs in a loop of its own
+        ("optimistic", 10, 162.7, 3.0),  # as another implementation measured it
+        ("optimistic", 25, 463.0, 8.0),
     ],
 )
 def test_players_of_tabular_mdps(player: str, episodes: int, figure: float, tolerance: float) -> None:
