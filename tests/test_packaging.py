@@ -75,3 +75,22 @@ def test_the_wheel_is_complete(tmp_path: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert names == package_files()
+
+
+def test_prose_has_lines_of_120_characters() -> None:
+    """But for tables, code and generated pages."""
+    root = Path(ssm_metarl.__file__).parents[1]
+    pages = [
+        *(root / "docs").rglob("*.md"),
+        *(root / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    ]
+    long = []
+    for page in pages:
+        if page.parent.name == "results":
+            continue
+        code = False
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            code ^= line.lstrip().startswith("```")
+            if len(line) > 120 and not code and not line.lstrip().startswith(("|", "![", "<")):
+                long.append(f"{page.relative_to(root)}:{number}")
+    assert long == []
