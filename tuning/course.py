@@ -34,6 +34,7 @@ class Running(Assessing):
         progress = self.progress
         while not self.finished:
             self._apply_requests()
+            self._cool()
             if progress.left:
                 yield from self._stretch()
             elif not self._affordable() or 0 < self.config.cycles <= progress.cycle:
@@ -47,7 +48,8 @@ class Running(Assessing):
     def _stretch(self) -> Course:
         """The incumbent trains alone: a checkpoint after every leg, and an assessment at the end."""
         progress, incumbent = self.progress, self.incumbent
-        leg = max(min(progress.left, int(incumbent.config["checkpoint_every"]), self._affordable()), 1)
+        longest = min(int(incumbent.config["checkpoint_every"]), self._affordable(), self._until_cooler())
+        leg = max(min(progress.left, longest), 1)
         name = self._name(incumbent.iteration + leg)
         reports = yield from self._alone(iterations=leg, checkpoint=name)
         if reports[-1].failure is not None:
@@ -119,6 +121,10 @@ class Running(Assessing):
                 race.decide()
             self._show_race(race, members, challenges, rounds, heard)
             if not race.left or (race.over and (number > 1 or race.left == [INCUMBENT])):
+                break
+            # Episodes of a policy that learns to survive grow longer, and rounds with them.
+            steps = [sum(report.spent for report in heard[member]) for member in members]
+            if number > 1 and sum(steps) - steps[race.leader()] > self._purse():
                 break
             number, racing = number + 1, list(race.left)
         yield from self._end_race(race, members, challenges, configs, heard)

@@ -127,6 +127,7 @@ _PROGRESS = record(
         "seconds": map_of(number(low=0.0)),
         "finished": maybe(text),
     },
+    {"cooled": whole()},
     others=True,
 )
 
@@ -175,6 +176,7 @@ _OF_DECISION: Mapping[str, Form] = {
     Decision.CONTINUED: record(
         {"metrics": _ALL_METRICS, "intervals": _INTERVALS, "curve": list_of(number())}, others=True
     ),
+    Decision.COOLED: record({"before": number(above=0.0), "after": number(above=0.0)}, others=True),
     Decision.ROLLED_BACK: record({"checkpoint": text, "reason": text}, others=True),
     Decision.REFUSED: record({"reason": text}, others=True),
     Decision.FAILED: record({"member": whole(), "reason": text}, others=True),

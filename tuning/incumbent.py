@@ -66,12 +66,13 @@ class Progress:
         left: meta-iterations left of the stretch.
         length: meta-iterations of the next stretch.
         flat: stretches in a row that brought no improvement.
+        cooled: how often the learning rate was halved because the budget runs out.
         best: the record that is handed over.
         failures: in a row: until something is decided without one.
         collapses: in a row: until a stretch ends without one.
         assignments: made so far.
         spent: environment steps: "total", "losers", "assessments", and "charged", what counts against `losers_share`:
-            those of losers where no challenger won, half of them where one won, and a quarter where it won clearly.
+            those of losers where no challenger won, a quarter of them where one won, and nothing where it won clearly.
         seconds: by what they went into, of all members.
         finished: why the run ended.
     """
@@ -81,6 +82,7 @@ class Progress:
     left: int = 0
     length: int = 0
     flat: int = 0
+    cooled: int = 0
     best: str | None = None
     failures: int = 0
     collapses: int = 0

@@ -28,6 +28,9 @@ ROUNDS = 3
 FEWEST = 2
 """Challengers of a race, an option in both directions, unless the run has fewer or an option has just won."""
 
+COOLING = (0.7, 0.8, 0.9)
+"""Shares of the budget at which the incumbent's learning rate is halved, and from the first of which no race begins."""
+
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
 
@@ -106,8 +109,36 @@ class Rules(Ledger):
         incumbent.config, incumbent.checkpoint = {**record.config, **seed}, record.name
         incumbent.iteration, incumbent.env_steps = record.iteration, record.env_steps
         incumbent.path, incumbent.latest = [*(list(change) for change in record.path), [record.iteration, seed]], []
+        self.progress.cooled = 0  # its learning rate is that of then
         self.progress.best = record.name
         self._log(Phase.STRETCH, Decision.ROLLED_BACK, record=record, reason=reason)
+
+    def _cool(self) -> None:
+        """Halve the incumbent's learning rate where the budget runs out.
+
+        A rate that wins races lets a policy learn fast, and at the end swing around what it has learnt.
+        """
+        due = sum(self.progress.spent["total"] >= share for share in self._cooling())
+        if due > self.progress.cooled:
+            incumbent, before = self.incumbent, float(self.incumbent.config["outer_lr"])
+            low = self.config.bounds.get("outer_lr", (OPTIONS["outer_lr"].low,))[0]
+            after = max(before * 0.5 ** (due - self.progress.cooled), min(low, before))
+            incumbent.config = {**incumbent.config, "outer_lr": after}
+            incumbent.path.append([incumbent.iteration, {"outer_lr": after}])
+            self.progress.cooled = due
+            self._log(Phase.STRETCH, Decision.COOLED, before=before, after=after)
+            self._boundary()
+
+    def _cooling(self) -> list[float]:
+        """Environment steps at which the learning rate is halved; none without a budget, or where it may not move."""
+        config = self.config
+        moves = config.mutate and config.budget and "outer_lr" in config.evolve
+        return [share * config.budget for share in COOLING] if moves else []
+
+    def _until_cooler(self) -> int:
+        """Meta-iterations until then."""
+        each, left = self._iteration_steps(), self._cooling()[self.progress.cooled :]
+        return max(int((left[0] - self.progress.spent["total"]) / each + 0.5), 1) if left and each else 1 << 30
 
     def _apply_requests(self) -> None:
         """Go back to the checkpoint that a person asked for last."""
@@ -183,6 +214,9 @@ class Rules(Ledger):
         config = self.config
         if not config.mutate or 0 < config.cycles <= self.progress.cycle or len(self._alive()) < 2:
             return False
+        cooling = self._cooling()
+        if cooling and self.progress.spent["total"] >= cooling[0]:
+            return False
         challengers = self._challengers()
         iterations = config.race.rounds + 1 + challengers + config.stretch
         return self._affordable() > iterations and challengers > 0
@@ -192,15 +226,19 @@ class Rules(Ledger):
 
         The first race looks at the most promising options in both directions, later ones at fewer.
         """
-        config, spent, each = self.config, self.progress.spent, ROUNDS * self._iteration_steps()
+        config, each = self.config, ROUNDS * self._iteration_steps()
         wanted = config.proposals if not self.progress.cycle else (config.proposals + 1) // 2
         wanted = min(wanted, len(self._alive()) - 1)
-        whole = config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
-        purse = config.losers_share * whole - spent["charged"]
-        count = min(wanted, int(purse / each)) if each else wanted
+        count = min(wanted, int(self._purse() / each)) if each else wanted
         # What has just won is tried the same way alone.
         fewest = 1 if any(tally.direction for tally in self.options.tallies.values()) else FEWEST
         return count if count >= min(fewest, wanted) else 0
+
+    def _purse(self) -> float:
+        """Environment steps that losers may still cost."""
+        spent = self.progress.spent
+        whole = self.config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
+        return self.config.losers_share * whole - spent["charged"]
 
     def _sizes(self) -> bool:
         """Whether the policy's sizes may move: the last stretches were flat, and there are steps for a longer race."""
