@@ -11,7 +11,15 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ssm_metarl.distributed.signals import hang_up
 
@@ -83,6 +91,11 @@ def progress_bar(*words: str) -> Progress:
         disable=not console.is_terminal,
         redirect_stdout=False,  # it goes to stderr
     )
+
+
+def begin_at(progress: Progress, bar: TaskID, done: int) -> None:
+    """Let a bar begin where a run is that is resumed: what was done before says nothing of its pace."""
+    progress.reset(bar, completed=done)
 
 
 def say(line: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_metarl.cli.compare import show_groups
-from ssm_metarl.cli.console import answer, console, progress_bar, say
+from ssm_metarl.cli.console import answer, begin_at, console, progress_bar, say
 from ssm_metarl.cli.options import Train
 from ssm_metarl.cli.parsing import kept_options
 from ssm_metarl.config import available_cores
@@ -52,7 +52,7 @@ def run_seeds(options: Train, folder: Path) -> int:
             while waiting and len(running) < together and not interrupted:
                 seed = waiting.pop(0)
                 running[seed] = _start(options, folder / f"seed-{seed}", seed, number)
-                progress.start_task(bars[seed])
+                begin_at(progress, bars[seed], _iterations(folder / f"seed-{seed}"))
             time.sleep(0.3)
             if interrupted and not told:
                 told = True

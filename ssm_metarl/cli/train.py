@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from ssm_metarl.cli.console import RUNS, answer, console, progress_bar, say
+from ssm_metarl.cli.console import RUNS, answer, begin_at, console, progress_bar, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
 from ssm_metarl.cli.parsing import copy_of, kept_options
@@ -107,6 +107,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
 
         def show(metrics: dict[str, Any]) -> None:
             if show.steps is None:  # type: ignore[attr-defined]
+                begin_at(progress, bar, metrics["iteration"] - 1)
                 held.enter_context(hold(run_dir))  # until the evaluation is written
                 write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log))
                 if not options.resume:
