@@ -23,6 +23,7 @@ def example(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return import_module(request.node.name.removeprefix("test_"))
 
 
+@pytest.mark.slow
 def test_own_family(example: ModuleType, tmp_path: Path) -> None:
     before, after = example.main(str(tmp_path / "run"), iterations=4)
     assert after > before + 3, "one step finds the goal's side"
@@ -38,6 +39,7 @@ def test_adapt(example: ModuleType) -> None:
     assert max(curve) > curve[0] + 300
 
 
+@pytest.mark.slow
 def test_windy(example: ModuleType, tmp_path: Path) -> None:
     """A task's experience depends on its own task and seed alone, and the family is trained by its name."""
     family = example.Windy()

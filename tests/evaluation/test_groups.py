@@ -57,7 +57,7 @@ def test_a_curve_is_over_the_steps_that_all_runs_have() -> None:
     assert all(low <= middle <= high for low, middle, high in zip(curve["low"], curve["iqm"], curve["high"]))
 
 
-@pytest.mark.parametrize("runs", [4, 10])
+@pytest.mark.parametrize("runs", [4, pytest.param(10, marks=pytest.mark.slow)])
 def test_intervals_cover(runs: int) -> None:
     """95 of 100: here of 400, with three standard errors for chance and the bootstrap's approximation."""
     rng, covered = np.random.default_rng(runs), 0
