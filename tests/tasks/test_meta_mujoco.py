@@ -5,6 +5,7 @@ What needs MuJoCo stands in classes that are collected only where it is installe
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -53,8 +54,7 @@ def their_env(kind: Any, task: Task) -> Any:
 
 def their_step(env: Any, kind: Any, task: Task, action: NDArray[np.float32]) -> tuple[Any, float, bool]:
     """Observation, reward and end of the published protocol, written down from its source with gymnasium's physics."""
-    import mujoco
-
+    mujoco = importlib.import_module("mujoco")
     env.data.qacc_warmstart[:] = 0.0
     before = env.data.qpos[:2].copy()
     observation, _, fell, _, info = env.step(action)
