@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.statistics import confidence_interval, interquartile_mean, probability_of_improvement
-from ssm_metarl.cli.tables import decimals, interval_words
+from ssm_metarl.cli.tables import decimals, interval_words, number_words
 from ssm_metarl.evaluation.groups import on_common_steps
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
@@ -170,7 +170,7 @@ def aggregates_table(groups: Sequence[Group]) -> Table:
     for group in groups:
         values = np.array([[run.final for run in group.runs]])
         better = "–" if group is groups[0] else f"{probability_of_improvement(values, first):.2f}"
-        cells = [*_mean_words(values[0]), f"{(middle := interquartile_mean(values)):.{decimals(middle)}f}", better]
+        cells = [*_mean_words(values[0]), number_words(interquartile_mean(values)), better]
         last = np.array([run.held_out.mean[-1] for run in group.runs if run.held_out])
         if measured:
             cells += _mean_words(last) if len(last) else ("–", "–")
@@ -181,5 +181,4 @@ def aggregates_table(groups: Sequence[Group]) -> Table:
 def _mean_words(values: Array) -> tuple[str, str]:
     mean, low, high = (float(each) for each in confidence_interval(values))
     known = {"ci_low": low, "ci_high": high} if np.isfinite(low) else {"ci_low": None, "ci_high": None}
-    digits = decimals(mean)
-    return f"{mean:.{digits}f}", interval_words(known, digits)
+    return number_words(mean), interval_words(known, decimals(mean))

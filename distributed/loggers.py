@@ -212,9 +212,12 @@ def tune_logger(name: str, run: Path) -> LoggerCallback | None:
 
 def needs_ray(callbacks: Sequence[LoggerCallback | None]) -> bool:
     """Whether a logger runs in an actor: that of Weights & Biases does."""
+    given = [each for each in callbacks if each is not None]
+    if not given:
+        return False
     from ray.air.integrations.wandb import WandbLoggerCallback
 
-    return any(isinstance(each, WandbLoggerCallback) for each in callbacks)
+    return any(isinstance(each, WandbLoggerCallback) for each in given)
 
 
 def _hyperparameter(value: Any) -> bool | int | float | str:

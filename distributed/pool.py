@@ -248,7 +248,7 @@ class Pool:
             return
         if part is None:
             return
-        self._watch.lives(part, worker)
+        self._watch.lives(part, worker.name)
         if answer is not None:
             del held[worker]
             batch.finish(part, worker, *answer)
@@ -272,7 +272,7 @@ class Pool:
 
     def _look_after(self, batch: _Batch, worker: WorkerHandle, part: Part, held: dict[WorkerHandle, Part]) -> None:
         """Tell of a worker that is silent, and replace one that is so for too long."""
-        self._watch.tell(part, worker)
+        self._watch.tell(part, worker.name, worker.pid)
         if not self._watch.is_late(part):
             return
         _log.warning("%s is replaced.", worker.name)

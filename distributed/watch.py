@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 FIRST_SILENCE, LEAST_SILENCE = 300.0, 60.0
 """Seconds without a sign of life after which a worker is replaced: before any worker has played, and at least later."""
@@ -21,20 +21,6 @@ SampleTimeout = float | Literal["auto"] | None
 """See `MachineConfig.sample_timeout_s`."""
 
 _log = logging.getLogger(__name__)
-
-
-class Watched(Protocol):
-    """A worker: its name, and the id of its process."""
-
-    @property
-    def name(self) -> str:
-        """As a sentence names it."""
-        ...
-
-    @property
-    def pid(self) -> int:
-        """0: not known."""
-        ...
 
 
 @dataclass
@@ -74,11 +60,11 @@ class Watch:
         """Seconds without a sign of life that are too many."""
         return self._first if self._longest is None else max(LEAST_SILENCE, SILENCES * self._longest)
 
-    def lives(self, part: Part, worker: Watched) -> None:
-        """The worker gave a sign of life."""
+    def lives(self, part: Part, worker: str) -> None:
+        """The worker of this name gave a sign of life."""
         now = time.perf_counter()
         if part.told:
-            _log.warning("%s plays again, after %.0f s.", worker.name, now - part.alive)
+            _log.warning("%s plays again, after %.0f s.", worker, now - part.alive)
         self._longest = max(self._longest or 0.0, now - part.alive)
         part.alive, part.told = now, False
 
@@ -89,8 +75,14 @@ class Watch:
             return bool(now - part.since >= self.timeout)
         return self.timeout is not None and now - part.alive >= self._silence()
 
-    def tell(self, part: Part, worker: Watched) -> None:
-        """Warn of a silence, once."""
+    def tell(self, part: Part, worker: str, pid: int) -> None:
+        """Warn of a silence, once.
+
+        Args:
+            part: that the worker plays.
+            worker: its name.
+            pid: of its process; 0: not known.
+        """
         now, silence = time.perf_counter(), self._silence()
         if part.told or now - part.alive < WARNING * silence:
             return
@@ -100,7 +92,7 @@ class Watch:
             end = f"; it is replaced when its call takes {self.timeout:g} s"
         else:
             end = "" if self.timeout is None else f"; it is replaced after {silence:.0f} s"
-        name = f"{worker.name} (process {worker.pid})" if worker.pid else worker.name
+        name = f"{worker} (process {pid})" if pid else worker
         _log.warning("%s has given no sign of life since %s%s.", name, clock, end)
 
     def seconds(self, parts: Collection[Part]) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from ssm_metarl.evaluation.player import Player, player_of
 from ssm_metarl.tasks.external.family import AdaptedFamily
 from ssm_metarl.tasks.external.importing import one_line
+from ssm_metarl.tasks.external.lending import close_all
 
 if TYPE_CHECKING:
     from ssm_metarl.evaluation.adapt import TaskReport
@@ -40,12 +40,6 @@ class Film:
     seconds: float
 
 
-def check_video(path: Path | None) -> None:
-    """Refuse, with ValueError, a video of another kind."""
-    if path is not None and path.suffix.lower() != ".gif":
-        raise ValueError(f"--video writes an animated GIF: name it .gif, not {path.name!r}.")
-
-
 def film_report(report: TaskReport, seed: int = 0) -> dict[str, Film]:
     """The policy before and after its adaptation, on the same task with the same seeds.
 
@@ -54,7 +48,7 @@ def film_report(report: TaskReport, seed: int = 0) -> dict[str, Film]:
         seed: of resets and actions.
 
     Raises:
-        ValueError: the family's environments do not render; one sentence.
+        ValueError: the family's environments do not render, or fail; one sentence.
     """
     family = report.family
     if not isinstance(family, AdaptedFamily):
@@ -64,8 +58,10 @@ def film_report(report: TaskReport, seed: int = 0) -> dict[str, Film]:
         env = family.filmed(report.parameters)
         try:
             films[name] = film(player_of(checkpoint, seed=seed), env, family.horizon, seed)
+        except Exception as error:  # of the environment's own code, or of a library that it lacks
+            raise ValueError(f"{report.task} cannot be filmed: {one_line(error)}") from error
         finally:
-            env.close()
+            close_all([env])
     return films
 
 
@@ -79,7 +75,7 @@ def film(player: Player, env: PolicyEnv, horizon: int, seed: int = 0) -> Film:
         seed: of the first reset.
 
     Raises:
-        ValueError: it renders no picture; one sentence.
+        ValueError: it renders no picture. What the environment raises is passed on.
     """
     every = math.ceil(horizon * player.trial_episodes / MOST)
     frames, returns, total, steps = list[NDArray[np.uint8]](), list[float](), 0.0, 0
@@ -102,11 +98,7 @@ def film(player: Player, env: PolicyEnv, horizon: int, seed: int = 0) -> Film:
 
 
 def _frame(env: PolicyEnv) -> NDArray[np.uint8]:
-    try:
-        frame = np.asarray(env.render())
-    except Exception as error:  # of the environment's own code, or of a library that it lacks
-        raise ValueError(f"{type(env.unwrapped).__name__} cannot render: {one_line(error)}") from error
+    frame = np.asarray(env.render())
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-        kind = f"{frame.dtype} {list(frame.shape)}"
-        raise ValueError(f"{type(env.unwrapped).__name__} renders {kind}, not [height, width, 3] of uint8.")
+        raise ValueError(f"it renders {frame.dtype} {list(frame.shape)}, not [height, width, 3] of uint8")
     return frame

@@ -9,6 +9,7 @@ are of MuJoCo 1.5 to 2.1.
 
 from __future__ import annotations
 
+import abc
 import copy
 import importlib
 from collections.abc import Mapping
@@ -48,6 +49,9 @@ FASTEST = 10.0
 
 SCALE = 3.0
 """Exponents of a body's parameters are uniform from minus this to this."""
+
+BASES: Mapping[str, float] = {"body_mass": 1.5, "body_inertia": 1.5, "dof_damping": 1.3, "geom_friction": 1.5}
+"""What a number of the model is multiplied by, to the power of the task's."""
 
 HOPPER = Robot(
     "hopper.xml",
@@ -182,9 +186,9 @@ class SuiteFamily(MujocoFamily):
     in_context = presets.of_task("meta-mujoco", "rl2")
     splits = SPLITS
 
+    @abc.abstractmethod
     def _draw(self, count: int, rng: np.random.Generator) -> Mapping[str, list[Any]]:
         """Values of so many tasks, by name."""
-        raise NotImplementedError
 
     def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
         """Draw n tasks, in all splits of the same range; see `TaskDistribution.sample`."""
@@ -235,10 +239,6 @@ class AntDirV0(SuiteFamily):
 
     def _draw(self, count: int, rng: np.random.Generator) -> Mapping[str, list[Any]]:
         return {"angle": rng.choice([-1, 1], count).tolist()}
-
-
-BASES: Mapping[str, float] = {"body_mass": 1.5, "body_inertia": 1.5, "dof_damping": 1.3, "geom_friction": 1.5}
-"""What a number of the model is multiplied by, to the power of the task's."""
 
 
 class _ParameterFamily(SuiteFamily):

@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ssm_metarl.checks import lookup
@@ -82,8 +82,8 @@ def make(name: str, options: Mapping[str, Any] = {}, ranges: Mapping[str, Any] =
         else:
             factory = functools.partial(_PREFIXES[":"], name)
     else:
-        if isinstance(name, str) and name not in _FACTORIES and Path(f"{name.removesuffix('.py')}.py").is_file():
-            module = name.removesuffix(".py")
+        module = name.removesuffix(".py") if isinstance(name, str) else ""
+        if module and name not in _FACTORIES and os.path.isfile(f"{module}.py"):
             raise ValueError(f"{module}.py is here: name what is in it, too, as {module}:CLASS.")
         factory = lookup(_FACTORIES, name, "task family")
     known = dict(inspect.signature(factory).parameters) if options or ranges else {}

@@ -114,7 +114,7 @@ class Running(Assessing):
             for contender in [each for each in race.left if self.statuses[members[each]] == Status.GONE]:
                 race.fail(contender, "its process is gone")  # while it had nothing to do
             if race.failed[INCUMBENT] and self.statuses[members[INCUMBENT]] == Status.GONE:  # the race is void
-                self._account(losers=sum(report.spent + report.assessed for each in heard.values() for report in each))
+                self._account(losers=sum(map(steps_of, heard.values())))
                 self.race = []
                 return
             if number > 1 and len(race.left) > 1:
@@ -123,7 +123,7 @@ class Running(Assessing):
             if not race.left or (race.over and (number > 1 or race.left == [INCUMBENT])):
                 break
             # Episodes of a policy that learns to survive grow longer, and rounds with them.
-            steps = [sum(report.spent for report in heard[member]) for member in members]
+            steps = [steps_of(heard[member]) for member in members]
             if number > 1 and sum(steps) - steps[race.leader()] > self._purse():
                 break
             number, racing = number + 1, list(race.left)
@@ -140,7 +140,7 @@ class Running(Assessing):
         """The winner gets a checkpoint and is the incumbent from now on; what was learnt is kept."""
         progress, incumbent = self.progress, self.incumbent
         winner = race.winner() if race.left else INCUMBENT
-        steps = [sum(report.spent + report.assessed for report in heard[member]) for member in members]
+        steps = [steps_of(heard[member]) for member in members]
         member, done = members[winner], heard[members[winner]]
         if not race.left:
             self._account(losers=sum(steps))
@@ -216,6 +216,11 @@ class Running(Assessing):
         """Returns by task of each meta-iteration."""
         returns = [report.returns for report in reports if report.returns is not None]
         return [task_scores(each, config["step_weights"]) for each in returns]
+
+
+def steps_of(reports: list[Report]) -> int:
+    """Environment steps that a member has played."""
+    return sum(report.spent + report.assessed for report in reports)
 
 
 def better_ways(standing: Mapping[Challenge, float]) -> list[Challenge]:

@@ -123,7 +123,6 @@ def _fit(scheduler: RecursiveSelfImprovement, run: Path, interrupted: list[int])
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     folder = run / "rsi" / "tune"
     shutil.rmtree(folder, ignore_errors=True)  # of the process before: nothing in it is read again
-    warnings.filterwarnings("ignore", "Consider boosting PBT", UserWarning)  # members are reused: see MemberTrainer
     tuner = Tuner(
         scheduler.trainable,
         param_space=scheduler.param_space,
@@ -138,7 +137,10 @@ def _fit(scheduler: RecursiveSelfImprovement, run: Path, interrupted: list[int])
         ),
     )
     try:
-        tuner.fit()
+        with warnings.catch_warnings():
+            # Tune advises to reuse actors; members are not made anew.
+            warnings.filterwarnings("ignore", "Consider boosting PBT", UserWarning)
+            tuner.fit()
     except TuneError as error:  # its text is a traceback, the last line of which says what it was
         last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         raise EvolutionFailure(

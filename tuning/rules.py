@@ -96,8 +96,7 @@ class Rules(Ledger):
             return
         incumbent = self.incumbent
         node = seed_for(self.seed, Branch.CHILD_SEED, self.progress.assignments)
-        low = self.config.bounds.get("outer_lr", (OPTIONS["outer_lr"].low,))[0]
-        changes = {"seed": int(node.generate_state(1)[0]), "outer_lr": max(incumbent.config["outer_lr"] / 2, low)}
+        changes = {"seed": int(node.generate_state(1)[0]), "outer_lr": self._halved(1)}
         incumbent.config = {**incumbent.config, **changes}
         incumbent.path.append([incumbent.iteration, changes])
         self._boundary()
@@ -121,13 +120,18 @@ class Rules(Ledger):
         due = sum(self.progress.spent["total"] >= share for share in self._cooling())
         if due > self.progress.cooled:
             incumbent, before = self.incumbent, float(self.incumbent.config["outer_lr"])
-            low = self.config.bounds.get("outer_lr", (OPTIONS["outer_lr"].low,))[0]
-            after = max(before * 0.5 ** (due - self.progress.cooled), min(low, before))
+            after = self._halved(due - self.progress.cooled)
             incumbent.config = {**incumbent.config, "outer_lr": after}
             incumbent.path.append([incumbent.iteration, {"outer_lr": after}])
             self.progress.cooled = due
             self._log(Phase.STRETCH, Decision.COOLED, before=before, after=after)
             self._boundary()
+
+    def _halved(self, times: int) -> float:
+        """The incumbent's learning rate, halved so often, but for its lower bound."""
+        rate = float(self.incumbent.config["outer_lr"])
+        low = self.config.bounds.get("outer_lr", (OPTIONS["outer_lr"].low,))[0]
+        return max(rate * 0.5**times, min(low, rate))
 
     def _cooling(self) -> list[float]:
         """Environment steps at which the learning rate is halved; none without a budget, or where it may not move."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,15 +83,19 @@ def open_run(
     config = config.replace(lr_schedule="constant")  # there is no last iteration, at which a schedule could end
     store = RunStore(folder, mirror)
     if resume:
-        with _closed_on_failure(store):
+        with ExitStack() as failed:
+            failed.callback(store.close)  # lets other processes in
             store.pull()
-            return Run(folder, config, family, Population.resume(store, reference, **_changes(folder, config, rules)))
+            population = Population.resume(store, reference, **_changes(folder, config, rules))
+            failed.pop_all()
+        return Run(folder, config, family, population)
     spec = config.policy_spec(family)
     checkpoint = None if start is None else with_critic(load_checkpoint(resolve_checkpoint(start)), spec)
     if checkpoint and checkpoint.spec != spec:
         raise ValueError(f"The policy of {start} does not have the sizes asked for, or the spaces of {family.name!r}.")
     prepare_run(folder)
-    with _closed_on_failure(store):
+    with ExitStack() as failed:
+        failed.callback(store.close)
         store.create()
         kept = {name: value for name, value in rules.to_dict().items() if name != "race"}
         begun = {} if start is None else {"start": str(start)}
@@ -106,17 +109,8 @@ def open_run(
             population.incumbent.env_steps = int(progress["env_steps"])
             population.incumbent.path[0][0] = population.incumbent.iteration
         population.commit()
-        return Run(folder, config, family, population)
-
-
-@contextmanager
-def _closed_on_failure(store: RunStore) -> Iterator[None]:
-    """Let other processes into a run that could not be opened."""
-    try:
-        yield
-    except BaseException:
-        store.close()
-        raise
+        failed.pop_all()
+    return Run(folder, config, family, population)
 
 
 def _changes(run: Path, config: TrainConfig, rules: EvolveConfig) -> dict[str, Any]:

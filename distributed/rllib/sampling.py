@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED
@@ -34,14 +33,6 @@ ATTEMPTS = 60
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Runner:
-    """A worker as a sentence names it."""
-
-    name: str
-    pid: int
-
-
 class Sampler:
     """Samples of all workers, as `ray.rllib.execution.rollout_ops.synchronous_parallel_sample` takes them.
 
@@ -56,7 +47,7 @@ class Sampler:
     def __init__(self, group: EnvRunnerGroup, restore: Callable[[EnvRunnerGroup], list[int]]) -> None:
         self._group, self._restore = group, restore
         self._watch = Watch("auto", FIRST_CALL)
-        self._pids, self._killed = dict[int, int](), set[int]()
+        self._pids = dict[int, int]()
 
     def __call__(self, steps: int) -> tuple[list[SingleAgentEpisode], list[dict[str, Any]]]:
         """Sample until there are enough environment steps, or no worker is left.
@@ -89,24 +80,24 @@ class Sampler:
         group, begin = self._group, time.perf_counter()
         group.foreach_env_runner_async(_sample, TAG, remote_worker_ids=list(workers))
         parts = {worker: Part(range(0), since=begin, alive=begin) for worker in workers}
-        answers = dict[int, Any]()
+        answers, killed = dict[int, Any](), set[int]()
         while parts:
             for worker, (pid, *answer) in group.fetch_ready_async_reqs(tags=TAG, timeout_seconds=LOOK):
                 self._pids[worker], answers[worker] = pid, answer
-                self._watch.lives(parts.pop(worker), self._runner(worker))
+                self._watch.lives(parts.pop(worker), _name(worker))
             for worker in set(parts) - set(group.healthy_env_runner_ids()):  # its process has ended
                 del parts[worker]
             for worker, part in parts.items():
-                self._watch.tell(part, self._runner(worker))
-                if self._watch.is_late(part) and worker not in self._killed:
-                    _log.warning("%s is replaced.", self._runner(worker).name)
+                self._watch.tell(part, _name(worker), self._pids.get(worker, 0))
+                if self._watch.is_late(part) and worker not in killed:
+                    _log.warning("%s is replaced.", _name(worker))
                     ray_shim.kill_env_runner(group, worker)  # its call then fails, and RLlib brings it back
-                    self._killed.add(worker)
-        self._killed.clear()
+                    killed.add(worker)
         return [answers[worker] for worker in sorted(answers)]
 
-    def _runner(self, worker: int) -> _Runner:
-        return _Runner(f"RLlib's worker {worker}", self._pids.get(worker, 0))
+
+def _name(worker: int) -> str:
+    return f"RLlib's worker {worker}"
 
 
 def _sample(worker: EnvRunner) -> tuple[int, list[SingleAgentEpisode], dict[str, Any]]:

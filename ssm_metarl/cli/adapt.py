@@ -11,11 +11,11 @@ from rich.table import Table
 
 from ssm_metarl.cli.console import RUNS, answer, console
 from ssm_metarl.cli.job import run_name
-from ssm_metarl.cli.options import Adapt
+from ssm_metarl.cli.options import Adapt, check_gif
 from ssm_metarl.cli.plots import plot_task, write_video
 from ssm_metarl.cli.tables import decimals, interval_words, parameter_words
 from ssm_metarl.evaluation.adapt import TaskReport, adapt_checkpoint
-from ssm_metarl.evaluation.film import check_video, film_report
+from ssm_metarl.evaluation.film import film_report
 from ssm_metarl.storage.checkpoint import save_checkpoint
 
 
@@ -27,7 +27,7 @@ def run_adapt(options: Adapt) -> int:
         ValueError: bad input, in one sentence.
     """
     out = options.out
-    check_video(options.video)
+    check_gif(options.video)
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty; choose another folder.")
     report = adapt_checkpoint(

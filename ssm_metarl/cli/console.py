@@ -15,7 +15,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -91,11 +90,6 @@ def progress_bar(*words: str) -> Progress:
         disable=not console.is_terminal,
         redirect_stdout=False,  # it goes to stderr
     )
-
-
-def begin_at(progress: Progress, bar: TaskID, done: int) -> None:
-    """Let a bar begin where a run is that is resumed: what was done before says nothing of its pace."""
-    progress.reset(bar, completed=done)
 
 
 def say(line: str) -> None:

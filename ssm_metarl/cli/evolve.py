@@ -75,11 +75,13 @@ def _run_evolve(options: Evolve, config: TrainConfig, run_dir: Path, copy: RunCo
 
 def room_words(rules: EvolveConfig, config: TrainConfig) -> str:
     """A sentence where a budget may have no room for a race."""
+    if not rules.mutate or not rules.budget:
+        return ""
     experience, meta = config.experience, config.meta
     episodes = experience.meta_batch * experience.episodes * experience.trial_episodes * (meta.inner_steps + 1)
     steps = episodes * config.family().horizon
     needed = least_budget(rules, steps)
-    if not rules.mutate or not 0 < rules.budget < needed:
+    if rules.budget >= needed:
         return ""
     return (
         f"The budget may have no room for a race: at up to {steps:,} environment steps an iteration the first takes "

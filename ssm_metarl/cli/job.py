@@ -16,7 +16,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,7 @@ from ssm_metarl.cli.console import answer
 from ssm_metarl.cli.options import JobCommand, JobList, JobLogs, JobShutdown, JobStart, JobStatus
 from ssm_metarl.cli.parsing import Line, parse
 from ssm_metarl.cli.population import population_view
-from ssm_metarl.cli.tables import change_words
+from ssm_metarl.cli.tables import COMPACT, change_words
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import jobs
 from ssm_metarl.distributed.cluster import WAY_IN
@@ -195,7 +194,7 @@ def _list(views: list[dict[str, Any]], as_json: bool, console: Console) -> int:
     if as_json:
         answer(json.dumps(views))
         return 0
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, expand=True)
+    table = Table(expand=True, **COMPACT)
     for heading in ("job", "status", "started"):
         table.add_column(heading, no_wrap=True)
     table.add_column("command", no_wrap=True, overflow="ellipsis", ratio=1)  # what is left of the line

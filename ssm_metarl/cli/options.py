@@ -30,6 +30,12 @@ Folder = Annotated[Path, _PLACE]
 """A path; `Line.options` refuses a URI."""
 
 
+def check_gif(path: Path | None) -> None:
+    """Refuse, with ValueError, a --video of another kind."""
+    if path is not None and path.suffix.lower() != ".gif":
+        raise ValueError(f"--video writes an animated GIF: name it .gif, not {path.name!r}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """The options that train and evolve have in common.

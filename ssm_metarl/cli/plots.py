@@ -39,10 +39,10 @@ _LEGEND: Mapping[str, Mapping[str, Any]] = {
 # Of an animation: two panels side by side, in pixels, drawn larger and then reduced, which smooths the edges.
 _WIDTH, _HEIGHT, _SCALE = 380, 280, 2
 _GROUND, _METRE, _CART = 222, 68, 0.25  # the ground's place in a panel, pixels a metre, and a cart's height in metres
-VIDEO_WIDTH, VIDEO_BAR = 320, 24
-"""Pixels of a film's greatest width, and of the line above it."""
-
 _STRIDE, _PAUSE = 3, 10  # steps a frame, and frames for which the end of an episode is held
+
+VIDEO_WIDTH, VIDEO_BAR, VIDEO_HOLD = 320, 24, 1500
+"""Of a film: pixels of its greatest width and of the line above it, and milliseconds for which its end is held."""
 
 
 def plot_run(run: Path, title: str) -> list[Path]:
@@ -352,10 +352,14 @@ def _animation(before: Rollouts, after: Rollouts, summary: Mapping[str, Any], pa
             _draw_cart(draw, panel, moment, pole)
             _draw_clock(draw, panel, moment, longest)
         frames.append(frame.reduce(_SCALE))
+    return _write_gif(frames, path, round(1000 * TIME_STEP * _STRIDE), colours=64)
+
+
+def _write_gif(frames: Sequence[Image.Image], path: Path, milliseconds: int | list[int], colours: int) -> Path:
+    """Frames as an animated GIF, with the colours of a few of them for all."""
     some = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames[:: len(frames) // 8 + 1]]))
-    palette = some.quantize(64, Image.Quantize.FASTOCTREE)
+    palette = some.quantize(colours, Image.Quantize.FASTOCTREE)
     indexed = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    milliseconds = round(1000 * TIME_STEP * _STRIDE)
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=milliseconds, loop=0)
     return path
 
@@ -368,7 +372,10 @@ def write_video(films: Mapping[str, Film], path: Path) -> Path:
         path: of the GIF, written over.
     """
     count = max(len(film.frames) for film in films.values())
-    height, width, _ = next(iter(films.values())).frames[0].shape
+    first = next(iter(films.values()))
+    height, width, _ = first.frames[0].shape
+    milliseconds = max(round(1000 * first.seconds), 20)  # what readers of GIFs play at least
+    digits = decimals(*(number for film in films.values() for number in film.returns))
     scale = min(1.0, VIDEO_WIDTH / width)
     size, frames = (round(width * scale), round(height * scale)), list[Image.Image]()
     for number in range(count):
@@ -377,15 +384,11 @@ def write_video(films: Mapping[str, Film], path: Path) -> Path:
         for panel, (title, film) in enumerate(films.items()):
             at = min(number, len(film.frames) - 1)
             frame.paste(Image.fromarray(film.frames[at]).resize(size), (panel * size[0], VIDEO_BAR))
-            words = f"{title}: return {film.returns[at]:.{decimals(*film.returns)}f}"
+            words = f"{title}: return {film.returns[at]:.{digits}f}"
             draw.text(((panel + 0.5) * size[0], VIDEO_BAR / 2), words, "black", _font(7), anchor="mm")
         frames.append(frame)
-    indexed = [frame.quantize(128, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE) for frame in frames]
-    milliseconds = max(round(1000 * film.seconds), 20)  # what readers of GIFs play at least
-    hold = [milliseconds] * (count - 1) + [1500]
     path.parent.mkdir(parents=True, exist_ok=True)
-    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=hold, loop=0)
-    return path
+    return _write_gif(frames, path, [milliseconds] * (count - 1) + [VIDEO_HOLD], colours=128)
 
 
 def _film(record: Rollouts, longest: int) -> list[_Moment]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ssm_metarl.cli.tables import COMPACT, number_words
 from ssm_metarl.distributed.schedule import SCHEDULE
 from ssm_metarl.tuning.metrics import METRICS, composite
 from ssm_metarl.tuning.options import SIZES
@@ -36,9 +36,6 @@ LINES = 5
 
 WIDTH = 58
 """Characters of a line of options."""
-
-COMPACT: Any = {"box": box.SIMPLE_HEAD, "padding": (0, 0), "pad_edge": False, "show_edge": False}
-"""Of tables that fit 60 columns."""
 
 BAR = 20
 """Columns of a bar of progress."""
@@ -139,7 +136,7 @@ def race_table(state: Values) -> Table:
     for entry in state["live"]["race"]:
         option = entry["option"]
         name = "incumbent" if option is None else f"{option} {_arrow(before[option], entry['value'])}"
-        score = "–" if entry["return"] is None else f"{entry['return']:.2f}"
+        score = "–" if entry["return"] is None else number_words(entry["return"])
         z = "–" if entry["z"] is None else f"{entry['z']:+.1f}"
         name += f"\n  left: {entry['reason']}" if entry["reason"] else ""
         table.add_row(name, str(entry["iterations"]), score, z, style="dim" if entry["reason"] else None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_metarl.cli.compare import show_groups
-from ssm_metarl.cli.console import answer, begin_at, console, progress_bar, say
+from ssm_metarl.cli.console import answer, console, progress_bar, say
 from ssm_metarl.cli.options import Train
 from ssm_metarl.cli.parsing import kept_options
 from ssm_metarl.config import available_cores
@@ -46,13 +46,14 @@ def run_seeds(options: Train, folder: Path) -> int:
     waiting, running, codes = list(options.seeds), dict[int, subprocess.Popen[bytes]](), dict[int, int]()
     with progress_bar() as progress, interrupts("The iterations are being finished") as interrupted:
         total = options.config.experience.iterations
-        bars = {seed: progress.add_task(f"seed {seed}", total=total, start=False) for seed in options.seeds}
+        begun = {seed: _iterations(folder / f"seed-{seed}") for seed in options.seeds}  # where they are resumed
+        bars = {s: progress.add_task(f"seed {s}", start=False, total=total, completed=begun[s]) for s in options.seeds}
         told = False
         while running or (waiting and not interrupted):
             while waiting and len(running) < together and not interrupted:
                 seed = waiting.pop(0)
                 running[seed] = _start(options, folder / f"seed-{seed}", seed, number)
-                begin_at(progress, bars[seed], _iterations(folder / f"seed-{seed}"))
+                progress.start_task(bars[seed])
             time.sleep(0.3)
             if interrupted and not told:
                 told = True

@@ -16,6 +16,9 @@ def parameter_words(parameters: Any) -> str:
     return json.dumps(json.loads(json.dumps(parameters), parse_float=lambda text: float(f"{float(text):.4g}")))
 
 
+COMPACT: Any = {"box": SIMPLE_HEAD, "padding": 0, "pad_edge": False, "show_edge": False}
+"""Of tables that fit 60 columns."""
+
 NARROW = 80
 """Columns of a terminal below which a table leaves out what is of less use."""
 
@@ -28,7 +31,7 @@ def modes_table(report: Mapping[str, Any], width: int | None = None) -> Table:
         width: columns of the terminal; None: as many as it takes.
     """
     narrow = width is not None and width < NARROW
-    table = Table(title=_title(report), box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(title=_title(report), **COMPACT)
     table.caption = f"gain over {report['compared_with']}; steps: of the environment, a task; below: 95 % over tasks"
     numbers = ("iqm", "gain") if narrow else ("iqm", "mean", "gain")
     rest = ("P(better)", "steps") if narrow else ("P(better)", "unchanged", "steps")
@@ -62,6 +65,11 @@ def decimals(*values: float | None) -> int:
     """Digits after the point that numbers of a scale bear: none from 1000 on, one from 100, two from 1, up to four."""
     most = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
     return sum(most < bound for bound in (1000.0, 100.0, 1.0, 0.1)) if most else 2
+
+
+def number_words(value: float) -> str:
+    """A number with the digits of its scale."""
+    return f"{value:.{decimals(value)}f}"
 
 
 def change_words(before: float, after: float) -> str:

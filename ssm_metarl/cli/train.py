@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from ssm_metarl.cli.console import RUNS, answer, begin_at, console, progress_bar, say
+from ssm_metarl.cli.console import RUNS, answer, console, progress_bar, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
 from ssm_metarl.cli.parsing import copy_of, kept_options
 from ssm_metarl.cli.plots import plot_run
-from ssm_metarl.cli.tables import change_words, decimals, evaluation_table
+from ssm_metarl.cli.tables import change_words, evaluation_table, number_words
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import auto_workers
 from ssm_metarl.distributed.learner import check_device
@@ -23,6 +24,7 @@ from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.lock import hold
 from ssm_metarl.storage.options_file import CONFIG, save_options
 from ssm_metarl.storage.run_copy import WAIT, WAIT_INTERRUPTED, RunCopy
+from ssm_metarl.storage.run_folder import checkpoints
 from ssm_metarl.storage.run_record import read_record, write_record
 from ssm_metarl.storage.trust import remember
 from ssm_metarl.storage.uri import is_uri, shown
@@ -101,13 +103,23 @@ def run_train(options: Train) -> int:
         return _run_train(options, config, run_dir, copy, stack)
 
 
+def resumed_at(options: Train, run_dir: Path) -> int:
+    """Iterations that a run has had, as far as its folder tells before it is opened."""
+    if not options.resume or not run_dir.is_dir():
+        return 0
+    names = [options.resume_from or "", *(path.name for path in reversed(checkpoints(run_dir)))]
+    return next((int(found[1]) for name in names if (found := re.search(r"checkpoint_(\d+)", name))), 0)
+
+
 def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy | None, held: ExitStack) -> int:
     with progress_bar("returns", "speed") as progress:
-        bar = progress.add_task(config.task, total=config.experience.iterations, returns="", speed="")
+        total, done = config.experience.iterations, resumed_at(options, run_dir)
+        bar = progress.add_task(config.task, total=total, completed=done, returns="", speed="")
 
         def show(metrics: dict[str, Any]) -> None:
             if show.steps is None:  # type: ignore[attr-defined]
-                begin_at(progress, bar, metrics["iteration"] - 1)
+                if done < metrics["iteration"] - 1:  # fetched meanwhile; it says nothing of the pace
+                    progress.reset(bar, completed=metrics["iteration"] - 1)
                 held.enter_context(hold(run_dir))  # until the evaluation is written
                 write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log))
                 if not options.resume:
@@ -118,15 +130,12 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
             rate = steps / metrics["seconds"]["total"] / 1000
             speed = f"{rate:.{0 if rate > 10 else 1}f}k steps/s" if steps else ""
-            adapts = config.meta.inner_steps
-            returns = f"return {change_words(before, after) if adapts else f'{after:.{decimals(after)}f}'}"
+            returns = f"return {change_words(before, after) if config.meta.inner_steps else number_words(after)}"
             if restarts := metrics.get("restarts"):
                 speed += f" · {restarts} worker{'s' * (restarts > 1)} restarted"
             progress.update(bar, completed=metrics["iteration"], returns=returns, speed=speed)
             if not console.is_terminal:
-                console.print(
-                    f"iteration {metrics['iteration']}/{config.experience.iterations}: {returns} {speed}".rstrip()
-                )
+                console.print(f"iteration {metrics['iteration']}/{total}: {returns} {speed}".rstrip())
 
         show.steps = None  # type: ignore[attr-defined]
         result = train(

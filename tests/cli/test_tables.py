@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ssm_metarl import pretrained
-from ssm_metarl.cli.console import begin_at, progress_bar
 from ssm_metarl.cli.tables import change_words, decimals, evaluation_table, modes_table
 
 
@@ -61,18 +60,3 @@ def test_the_modes_fit(card: dict[str, Any], width: int) -> None:
 def test_an_evaluation_fits(card: dict[str, Any]) -> None:
     shown = lines(evaluation_table(card["evaluation"]), 60)
     assert sum(line.count("…") for line in shown) == len(card["evaluation"]["return"])
-
-
-def test_a_resumed_bar_begins_where_the_run_is() -> None:
-    """And its pace is that of the iterations since: 30 of 40 at once, then one more."""
-    clock = iter(range(100))
-    with progress_bar() as progress:
-        progress.get_time = lambda: float(next(clock))  # type: ignore[method-assign]
-        bar = progress.add_task("run", total=40)
-        begin_at(progress, bar, 30)
-        assert (progress.tasks[0].completed, progress.tasks[0].speed) == (30, None)
-        for done in (31, 32, 33):
-            progress.update(bar, completed=done)
-        assert progress.tasks[0].completed == 33
-        assert progress.tasks[0].time_remaining is not None
-        assert progress.tasks[0].time_remaining >= 7

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
 from builders import PNG, steady
 from command_line import EVALUATION, IN_PROCESS, OPTIONS, SMALL, Command, join_ray, only_object
@@ -223,3 +224,27 @@ def until(stream: Any, beginning: str) -> list[str]:
         if line.startswith(beginning):
             return lines
     raise AssertionError(f"ended before {beginning!r}: {lines}")
+
+
+def test_a_resumed_bar_begins_where_the_run_is(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first iteration, and of one seed as of several."""
+    seen: list[tuple[str, int]] = []
+    add_task = Progress.add_task
+
+    def noted(self: Progress, description: str, *args: Any, **options: Any) -> Any:
+        seen.append((description, options.get("completed", 0)))
+        return add_task(self, description, *args, **options)
+
+    monkeypatch.setattr(Progress, "add_task", noted)
+    run = ["--run-dir", tmp_path / "run", *IN_PROCESS]
+    assert command("--iterations", "2", *run).code == 0
+    assert command("--resume", "--iterations", "3", *run).code == 0
+    assert command("--resume", "--resume-from", "checkpoint_000002", "--iterations", "3", *run).code == 0
+    assert [done for _, done in seen] == [0, 2, 2]
+    seen.clear()
+    run = ["--run-dir", tmp_path / "many", "--seeds", "4", *IN_PROCESS]
+    assert command("--iterations", "1", *run).code == 0
+    assert command("--resume", "--iterations", "2", *run).code == 0
+    assert seen == [("seed 4", 0), ("seed 4", 1)]

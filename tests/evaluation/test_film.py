@@ -26,8 +26,8 @@ class Dot(gymnasium.Env):
     observation_space = Box(-9, 9, (1,), np.float32)
     action_space = Box(-1, 1, (1,), np.float32)
 
-    def __init__(self, render_mode=None, grey=False):
-        self.render_mode, self.grey = render_mode, grey
+    def __init__(self, render_mode=None, grey=False, breaks=False):
+        self.render_mode, self.grey, self.breaks = render_mode, grey, breaks
 
     def sample_tasks(self, n, rng):
         return [{"goal": goal} for goal in rng.uniform(-2, 2, n).tolist()]
@@ -45,6 +45,8 @@ class Dot(gymnasium.Env):
         return self.place, -abs(float(self.place[0]) - self.goal), False, False, {}
 
     def render(self):
+        if self.breaks:
+            raise RuntimeError("no brush")
         frame = np.full((40, 660, 3), 255, np.uint8)
         at = int(330 + 100 * self.place[0])
         frame[10:30, max(at - 5, 0) : at + 5] = 0
@@ -112,8 +114,9 @@ def test_long_episodes_are_rendered_in_part(dots: Path, monkeypatch: pytest.Monk
         (["pretrained:cartpole", "--video", "a.mp4"], "--video writes an animated GIF: name it .gif, not 'a.mp4'."),
         (
             ["--task-options", '{"grey": true}', "--video", "a.gif"],
-            "Dot renders uint8 [40, 660], not [height, width, 3]",
+            "cannot be filmed: it renders uint8 [40, 660], not [height, width, 3]",
         ),
+        (["--task-options", '{"breaks": true}', "--video", "a.gif"], "cannot be filmed: RuntimeError: no brush"),
         (["--task", "film_dots:blind", "--video", "a.gif"], "cannot render pictures (render_mode='rgb_array')"),
     ],
 )
@@ -127,8 +130,10 @@ def test_what_cannot_be_shown_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     named = words if words[0].startswith("pretrained") else [str(dots), "--task", "film_dots:Dot", *words]
-    assert main(["adapt", *named, "--out", "out"]) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert sentence in said
+    for command in (["adapt", *named, "--out", "out"], ["evaluate", *named, "--num-tasks", "2"]):
+        assert main(command) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert sentence in said
+        assert "tasks of split" not in said, "refused before anything is evaluated"
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.gif"))

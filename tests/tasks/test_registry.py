@@ -31,7 +31,7 @@ class TestRegistry:
             make(wrong)
         assert ", ".join(names()) in str(error.value)
 
-    @pytest.mark.parametrize("wrong", ["", "zzz", None, ["cartpole"]])
+    @pytest.mark.parametrize("wrong", ["", "zzz", None, ["cartpole"], "\0", "a" * 5000])
     def test_a_name_like_no_other(self, wrong: Any) -> None:
         with pytest.raises(ValueError, match="no task family") as error:
             make(wrong)
