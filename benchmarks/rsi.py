@@ -218,9 +218,17 @@ def single(config: TrainConfig, steps: float, folder: Path, world: World | None 
             trainer.step()
         except FloatingPointError:  # it diverged: what it has is what it hands over
             break
+        # The learning rate's schedule ends with the steps, whatever an iteration turns out to play.
+        allowed = round(steps / trainer.env_steps * trainer.meta_iteration)
+        trainer.config = trainer.config.replace(iterations=max(allowed, trainer.meta_iteration))
     trainer.save_checkpoint(str(folder))
     trainer.cleanup()
     return {"checkpoint": folder, "spent": trainer.env_steps}
+
+
+def single_linear(config: TrainConfig, steps: float, folder: Path, world: World | None = None) -> dict[str, Any]:
+    """One run with all steps whose learning rate falls to 0, as the recommended options have it."""
+    return single(config.replace(lr_schedule="linear"), steps, folder, world)
 
 
 def unchanged(config: TrainConfig, steps: float, folder: Path, world: World) -> dict[str, Any]:
@@ -343,6 +351,7 @@ def run_job(job: Job) -> dict[str, Any]:
     config = family.config(job.start, **options)
     others: dict[str, Callable[..., dict[str, Any]]] = {
         "single": single,
+        "single, linear": single_linear,
         "asha": asha,
         "pbt": pbt,
         "unchanged": unchanged,
@@ -376,7 +385,7 @@ def jobs(options: Options) -> list[Job]:
     """The jobs of a comparison, those of one start after another."""
     plan: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         "random-starts": (("navigation-2d", "cartpole", "pendulum"), ("evolve", "single", "asha", "pbt")),
-        "recommended": (("navigation-2d", "cartpole", "pendulum"), ("evolve", "single")),
+        "recommended": (("navigation-2d", "cartpole", "pendulum"), ("evolve", "single", "single, linear")),
         "changed-world": (("navigation-2d", "cartpole"), ("evolve", "single", "unchanged")),
         "bad-size": (("repeat-previous", "navigation-2d"), ("evolve", "evolve, sizes frozen", "single")),
     }
