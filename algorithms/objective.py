@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.nn.functional import huber_loss
 
 from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.inner_loop import for_tasks, inner_step, policy_outputs
@@ -33,7 +34,12 @@ def outer_loss(output: PolicyOutput, batch: Batch, config: MetaConfig) -> Tensor
     if config.entropy_bonus:
         gain = gain + config.entropy_bonus * batch.counted(actions.entropy())
     if batch.targets is not None:
-        gain = gain - config.value_weight * torch.square(batch.counted(output.values) - batch.targets)
+        error = batch.counted(output.values) - batch.targets
+        if config.value_loss == "squared":
+            distance = torch.square(error)
+        else:  # twice Huber's loss is the square where it is small
+            distance = 2 * huber_loss(error, torch.zeros_like(error), reduction="none")
+        gain = gain - config.value_weight * distance
     return -(gain * batch.share).sum((1, 2))
 
 

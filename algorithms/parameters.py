@@ -41,6 +41,11 @@ def adapts(name: str) -> bool:
     return name.startswith(("encoder.", "blocks.", "policy."))
 
 
+def is_memory(name: str) -> bool:
+    """Whether a parameter is of an SSM block, the policy's or a separate critic's."""
+    return parse_name(name).block is not None and not parse_name(name).step_sizes
+
+
 AXES: dict[str, tuple[str, ...]] = {
     "encoder.weight": ("input", "unit"),
     "encoder.bias": ("unit",),
@@ -85,7 +90,10 @@ mode has, D and gate included, stays inside it and reaches others through these 
 SILENT = {True: ("C", "D", "memory.weight", "memory.bias"), False: ("out.weight", "out.bias")}
 """Parameters that are zero in a new block, gated or not, so that its output is its input."""
 
-_KEY = re.compile(r"(step_sizes\.)?(?:blocks[./](\d+)[./])?(.+?)(?:\.(step|exp_avg|exp_avg_sq))?")
+TOWER = "tower."
+"""Before the names of a separate critic's encoder and blocks."""
+
+_KEY = re.compile(r"(step_sizes\.)?(?:tower\.)?(?:blocks[./](\d+)[./])?(.+?)(?:\.(step|exp_avg|exp_avg_sq))?")
 
 
 class ParameterName(NamedTuple):
@@ -117,12 +125,13 @@ def expected_shapes(spec: PolicySpec) -> dict[str, tuple[int, ...]]:
     block = ["nu", "theta", "B", "C", "D"]
     block += ["gate.bias", "gate.weight"] if spec.gated else ["out.weight", "out.bias"]  # a ParameterDict sorts
     block += ["memory.weight", "memory.bias", "memory.address"] if spec.memory_slots else []
-    names = ["encoder.weight", "encoder.bias"]
-    names += [f"blocks.{i}.{leaf}" for i in range(spec.num_layers) for leaf in block]
-    names += ["policy.weight", "policy.bias"] + ["policy.log_std"] * (not spec.discrete)
+    body = ["encoder.weight", "encoder.bias"]
+    body += [f"blocks.{i}.{leaf}" for i in range(spec.num_layers) for leaf in block]
+    names = body + ["policy.weight", "policy.bias"] + ["policy.log_std"] * (not spec.discrete)
     step_sizes = sorted(map(step_size, names)) if spec.learned_step_sizes else []
     names += ["value.weight", "value.bias"]
     names += ["critic.weight", "critic.bias", "critic.task", "critic.out"] if spec.task_size else []
+    names += [TOWER + name for name in body] if spec.separate_critic else []
     names += step_sizes
     names += ["task_mean", "task_scale"] if spec.task_size else []
     names += ["input_mean", "input_scale", "reward_scale"] if spec.normalizes else []

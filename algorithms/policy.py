@@ -57,10 +57,7 @@ class SSMPolicy(nn.Module):
         self.spec = spec
         generator = torch.Generator().manual_seed(seed)
         width = spec.hidden_dim
-        self.encoder = Affine(spec.input_size, width, spec.encoder_scale * spec.input_size**-0.5, generator)
-        form = (width, spec.state_dim, spec.gated, generator, spec.min_period, spec.memory_slots)
-        blocks = [SSMBlock(*form) for _ in range(spec.num_layers)]
-        self.blocks = nn.ModuleList(blocks)
+        self.encoder, self.blocks = _body(spec, generator)
         # A small last layer starts near the uniform or zero-mean policy.
         self.policy = ActionHead(width, spec.action_size, 0.01 * width**-0.5, generator)
         if not spec.discrete:
@@ -71,6 +68,8 @@ class SSMPolicy(nn.Module):
             self.critic = PrivilegedCritic(width, spec.task_size, generator)
             self.register_buffer("task_mean", torch.zeros(spec.task_size))
             self.register_buffer("task_scale", torch.ones(spec.task_size))
+        if spec.separate_critic:
+            self.tower = Tower(spec, generator)
         if spec.learned_step_sizes:
             adapted = {name: value for name, value in self.named_parameters() if adapts(name)}
             factors = {step_size(name).partition(".")[2]: torch.ones_like(value) for name, value in adapted.items()}
@@ -103,12 +102,13 @@ class SSMPolicy(nn.Module):
                 f"A policy reads sequences of tensors, not {type(inputs).__name__}: to act in an environment use "
                 "load_player(path).act(observation)."
             )
-        hidden = tanh(self.encoder(self._normalized(inputs)))
-        after: list[Tensor] = []
-        for i, block in enumerate(self.blocks):
-            hidden, last = block(hidden, resets, None if state is None else self._of_block(i, state))
+        inputs, own = self._normalized(inputs), len(self.blocks) * (2 if self.spec.memory_slots else 1)
+        hidden, after = _through(self, inputs, resets, None if state is None else state[:own])
+        valued = hidden
+        if self.spec.separate_critic:
+            valued, last = _through(self.tower, inputs, resets, None if state is None else state[own:])
             after += last
-        return PolicyOutput(self._distribution(hidden), self._values(hidden, task_features), after)
+        return PolicyOutput(self._distribution(hidden), self._values(valued, task_features), after)
 
     def _values(self, hidden: Tensor, task_features: Tensor | None) -> Tensor:
         values = self.value(hidden)
@@ -127,15 +127,13 @@ class SSMPolicy(nn.Module):
         return float(self.reward_scale) if self.spec.normalizes else 1.0
 
     def initial_state(self, *lead: int) -> list[Tensor]:
-        """Zero state, for each block modes [*lead, N/2, 2], and with a memory after them [*lead, S, H+2]."""
+        """Zero state, for each block modes [*lead, N/2, 2], and with a memory after them [*lead, S, H+2]; a separate
+        critic's after the policy's."""
         sizes = [(self.spec.state_dim // 2, 2)]
         if self.spec.memory_slots:
             sizes.append((self.spec.memory_slots, self.spec.hidden_dim + 2))
-        return [torch.zeros((*lead, *size), device=self.encoder.weight.device) for _ in self.blocks for size in sizes]
-
-    def _of_block(self, block: int, state: list[Tensor]) -> list[Tensor]:
-        each = len(state) // len(self.blocks)
-        return state[block * each : (block + 1) * each]
+        sizes = sizes * len(self.blocks) * (2 if self.spec.separate_critic else 1)
+        return [torch.zeros((*lead, *size), device=self.encoder.weight.device) for size in sizes]
 
     def _normalized(self, inputs: Tensor) -> Tensor:
         if not self.spec.normalizes:
@@ -164,6 +162,35 @@ class SSMPolicy(nn.Module):
     def numpy_weights(self) -> dict[str, Array]:
         """Copies of parameters and normaliser as float32 arrays by name: what workers act with and checkpoints keep."""
         return numpy_weights(dict(self.named_parameters()) | dict(self.named_buffers()))
+
+
+class Tower(nn.Module):
+    """An encoder and blocks like the policy's, for a critic of its own."""
+
+    def __init__(self, spec: PolicySpec, generator: torch.Generator) -> None:
+        super().__init__()
+        self.encoder, self.blocks = _body(spec, generator)
+
+
+def _body(spec: PolicySpec, generator: torch.Generator) -> tuple[Affine, nn.ModuleList]:
+    """Encoder and SSM blocks."""
+    width = spec.hidden_dim
+    encoder = Affine(spec.input_size, width, spec.encoder_scale * spec.input_size**-0.5, generator)
+    form = (width, spec.state_dim, spec.gated, generator, spec.min_period, spec.memory_slots)
+    return encoder, nn.ModuleList([SSMBlock(*form) for _ in range(spec.num_layers)])
+
+
+def _through(
+    body: SSMPolicy | Tower, inputs: Tensor, resets: Tensor | None, state: list[Tensor] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The last block's output [M, T, K, H] over a sequence, and the states after the last step."""
+    hidden: Tensor = tanh(body.encoder(inputs))
+    after: list[Tensor] = []
+    for i, block in enumerate(body.blocks):
+        each = 0 if state is None else len(state) // len(body.blocks)
+        hidden, last = block(hidden, resets, None if state is None else state[i * each : (i + 1) * each])
+        after += last
+    return hidden, after
 
 
 class PrivilegedCritic(Affine):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ssm_metarl.checks import brief, check_count, check_number
+from ssm_metarl.checks import brief, check_count, check_flag, check_number
 
 META_TRAINER = "ssm_metarl.distributed.trainer:MetaTrainer"
 """The trainer that populations and Ray Tune can have, too."""
@@ -57,6 +57,9 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "trial_episodes": (1,),
             "learned_step_sizes": (False,),
             "replay_episodes": (0,),
+            "memory_lr": (1.0,),
+            "normalize_advantages": (True,),
+            "value_loss": ("squared",),
             "sample_timeout_s": ("auto", None),
         },
     ),
@@ -75,6 +78,8 @@ Baseline = Literal["linear", "critic", "privileged", "time", "informed"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)[:4]
 """What advantages are measured against, see `MetaConfig`."""
 
+ValueLoss = Literal["squared", "huber"]
+
 CRITICS = ("critic", "privileged")
 """The baselines that the policy learns."""
 
@@ -91,13 +96,17 @@ class MetaConfig:
             adaptation and after the last step; empty: all on the last.
         outer_lr: Adam's learning rate at the first iteration.
         lr_schedule: how it goes on: "constant", "linear" or "cosine" (both end at 0 with the last iteration).
+        memory_lr: learning rate of the SSM blocks as a share of `outer_lr`.
         epochs: passes over an iteration's rollouts; plain policy gradients ("maml", "fomaml") take one.
         minibatches: parts of the meta-batch that a pass takes one after the other, an update each.
         baseline: of the advantages: "linear" (fitted to each task's returns), "critic" (the policy's value head),
             "time" (the step's mean return over all tasks) or "privileged" ("time", and for the rest a value head that
             in training reads the task's numbers). Critics also bootstrap where an episode was cut. "informed" is the
             former name of "privileged".
-        value_weight: weight of the critic's squared error.
+        normalize_advantages: advantages of the outer loss have mean 0 and deviation 1, with "linear" of each task, else
+            over all tasks. Without, they are in units of reward, or of `scale_rewards`.
+        value_weight: weight of the critic's error.
+        value_loss: of the critic: "squared", or "huber", which grows linearly beyond an error of 1.
         clip: range of PPO's likelihood ratio, 1 ± clip.
         kl_penalty: weight of the divergence of the policy before adaptation from the one that acted.
         max_kl: divergence of the adapted policies from those that acted at which an Adam step is shortened, in nats; 0:
@@ -114,10 +123,13 @@ class MetaConfig:
     step_weights: tuple[float, ...] = ()
     outer_lr: float = 1e-3
     lr_schedule: Schedule = "constant"
+    memory_lr: float = 1.0
     epochs: int = 5
     minibatches: int = 1
     baseline: Baseline = "linear"
+    normalize_advantages: bool = True
     value_weight: float = 0.5
+    value_loss: ValueLoss = "squared"
     clip: float = 0.3
     kl_penalty: float = 0.01
     max_kl: float = 0.5
@@ -132,7 +144,9 @@ class MetaConfig:
         _one_of("algorithm", self.algorithm, ALGORITHMS)
         _one_of("lr_schedule", self.lr_schedule, SCHEDULES)
         _one_of("baseline", self.baseline, BASELINES)
-        for name in ("inner_lr", "outer_lr", "clip", "max_grad_norm"):
+        _one_of("value_loss", self.value_loss, get_args(ValueLoss))
+        check_flag("normalize_advantages", self.normalize_advantages)
+        for name in ("inner_lr", "memory_lr", "outer_lr", "clip", "max_grad_norm"):
             check_number(name, getattr(self, name), above=0.0)
         for name in ("kl_penalty", "max_kl", "entropy_bonus", "value_weight"):
             check_number(name, getattr(self, name), low=0.0)

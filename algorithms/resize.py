@@ -19,7 +19,15 @@ from torch import Tensor
 
 from ssm_metarl.algorithms.heads import less_mean
 from ssm_metarl.algorithms.operations import skip_tanh
-from ssm_metarl.algorithms.parameters import AXES, READERS, SILENT, VALUE_HEADS, parse_name
+from ssm_metarl.algorithms.parameters import (
+    AXES,
+    READERS,
+    SILENT,
+    TOWER,
+    VALUE_HEADS,
+    expected_shapes,
+    parse_name,
+)
 from ssm_metarl.algorithms.policy import SSMPolicy, logits_of
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.spec import PolicySpec
@@ -91,6 +99,25 @@ def resize(
     _check(spec, target, probe, resets)
     seen = _Probe(torch.tensor(probe, dtype=torch.float32), None if resets is None else torch.tensor(resets))
     arrays = {**policy, **optimizer}
+    if not spec.separate_critic:
+        arrays, error = _resize(spec, arrays, target, seen, seed)
+    else:
+        own, tower = _apart(arrays)
+        rest, error = _resize(
+            replace(spec, separate_critic=False), own, replace(target, separate_critic=False), seen, seed
+        )
+        tower, _ = _resize(_of_tower(spec), tower, _of_tower(target), seen, seed + 1)
+        arrays = _together(rest, tower)
+    return Morph(
+        target,
+        {name: np.array(arrays[name], np.float32) for name in expected_shapes(target)},
+        {key: np.array(arrays[key]) for key in optimizer if key in arrays},
+        error,
+    )
+
+
+def _resize(spec: PolicySpec, arrays: Arrays, target: PolicySpec, seen: _Probe, seed: int) -> tuple[Arrays, float]:
+    """The arrays of a policy of other sizes, and the change of its head's output."""
     before = _head(spec, arrays, seen)
     for size, shrink in (("num_layers", _shrink_depth), ("hidden_dim", _shrink_width), ("state_dim", _shrink_state)):
         smaller = replace(spec, **{size: min(getattr(spec, size), getattr(target, size))})
@@ -98,11 +125,55 @@ def resize(
             arrays = shrink(spec, arrays, smaller, seen)
             spec = smaller
     arrays = _grow(target, arrays, seed)
-    return Morph(
-        target,
-        {key: np.array(value, np.float32) for key, value in arrays.items() if not parse_name(key).moment},
-        {key: np.array(value) for key, value in arrays.items() if parse_name(key).moment},
-        _change(before, _head(target, arrays, seen)),
+    return arrays, _change(before, _head(target, arrays, seen))
+
+
+def _apart(arrays: Arrays) -> tuple[Arrays, Arrays]:
+    """A policy with a separate critic as two without: its own body, and the critic's, whose head is the value's.
+
+    What the policy itself does not have is 0 in either: its value head, or the critic's standard deviation.
+    """
+    tower: Arrays = {"policy.log_std": np.zeros(1, np.float32)}
+    own = dict(arrays)
+    for key, value in arrays.items():
+        if key.startswith(TOWER):
+            tower[key.removeprefix(TOWER)] = own.pop(key)
+        elif key.startswith("value."):
+            tower["policy." + key.removeprefix("value.")] = value
+            own[key] = np.zeros_like(value)
+        elif key.startswith(("critic.", "task_", "input_", "reward_")):
+            tower[key] = value
+    for name in ("value.weight", "value.bias"):
+        tower[name] = np.zeros_like(arrays[name])
+    return own, tower
+
+
+def _together(own: Arrays, tower: Arrays) -> Arrays:
+    """The inverse of `_apart`."""
+    arrays = {key: value for key, value in own.items() if not key.startswith(("value.", "critic."))}
+    for key, value in tower.items():
+        if key.startswith(("encoder.", "blocks.")):
+            arrays[TOWER + key] = value
+        elif key.startswith("policy.") and not key.startswith("policy.log_std"):
+            arrays["value." + key.removeprefix("policy.")] = value
+        elif key.startswith("critic."):
+            arrays[key] = value
+    return arrays
+
+
+def _of_tower(spec: PolicySpec) -> PolicySpec:
+    """The policy that a separate critic's body is resized as: its one output is the value."""
+    return replace(
+        spec,
+        separate_critic=False,
+        learned_step_sizes=False,
+        inputs="observation",
+        observation_size=spec.input_size,
+        action_size=1,
+        discrete=False,
+        action_low=(),
+        action_high=(),
+        action_heads=(),
     )
 
 

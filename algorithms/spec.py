@@ -18,6 +18,9 @@ from ssm_metarl.checks import brief, check_count, check_flag, check_keys, check_
 ABSENT_BOUND = 1e30
 """A Box with bounds of at least this size is taken for unbounded: such numbers are written where there is no bound."""
 
+LATER = ("separate_critic",)
+"""Fields of which checkpoints of earlier versions have none: they mean the default."""
+
 MAX_HEAD_TABLE = 2**20
 """Most heads × values of the largest one."""
 
@@ -45,6 +48,8 @@ class PolicyConfig:
             of a long past are told apart by those of all periods from 2 on, which make a delay line.
         memory_slots: of an associative memory in each block, which binds what was done where to what came of it (see
             `SlotMemory`); 0: none.
+        separate_critic: the value head reads an encoder and blocks of its own instead of the policy's, so that neither
+            loss disturbs what the other needs.
     """
 
     hidden_dim: int = 64
@@ -59,6 +64,7 @@ class PolicyConfig:
     encoder_scale: float = 1.0
     min_period: float = 20.0
     memory_slots: int = 0
+    separate_critic: bool = False
 
     def __post_init__(self) -> None:
         check_count("hidden_dim", self.hidden_dim, 1)
@@ -67,7 +73,7 @@ class PolicyConfig:
         check_count("memory_slots", self.memory_slots, 0)
         if self.state_dim % 2:
             raise ValueError(f"state_dim must be even (complex modes are pairs), not {self.state_dim}.")
-        for name in ("gated", "learned_step_sizes", "normalize_observations", "scale_rewards"):
+        for name in ("gated", "learned_step_sizes", "normalize_observations", "scale_rewards", "separate_critic"):
             check_flag(name, getattr(self, name))
         if self.inputs not in ("full", "observation"):
             raise ValueError(f"inputs must be 'full' or 'observation', not {brief(self.inputs)}.")

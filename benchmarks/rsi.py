@@ -220,7 +220,7 @@ def single(config: TrainConfig, steps: float, folder: Path, world: World | None 
             break
         # The learning rate's schedule ends with the steps, whatever an iteration turns out to play.
         allowed = round(steps / trainer.env_steps * trainer.meta_iteration)
-        trainer.config = trainer.config.replace(iterations=max(allowed, trainer.meta_iteration))
+        trainer.train_config = trainer.train_config.replace(iterations=max(allowed, trainer.meta_iteration))
     trainer.save_checkpoint(str(folder))
     trainer.cleanup()
     return {"checkpoint": folder, "spent": trainer.env_steps}

@@ -18,6 +18,7 @@ from ssm_metarl.algorithms.batch import Batch, task_shards
 from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for
 from ssm_metarl.algorithms.normalizer import Normalizer
 from ssm_metarl.algorithms.objective import MetaLoss, meta_loss
+from ssm_metarl.algorithms.parameters import is_memory
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import SCHEDULES, MetaConfig
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
@@ -53,7 +54,12 @@ class Learner:
         self.device = torch.device(resolve_device(machine.device))
         self.policy = SSMPolicy(spec, seed).to(self.device)
         self.normalizer = Normalizer(spec, config.discount)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=config.outer_lr)
+        memory, others = list[Tensor](), list[Tensor]()
+        for name, parameter in self.policy.named_parameters():
+            (memory if is_memory(name) else others).append(parameter)
+        groups = [{"params": others, "share": 1.0}, {"params": memory, "share": config.memory_lr}]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=config.outer_lr)
+        self._set_rate(config.outer_lr)
         self._threads = 1
         if self.device.type == "cpu":
             torch.set_num_threads(1)
@@ -111,8 +117,7 @@ class Learner:
         factor = SCHEDULES[config.lr_schedule](progress)
         learning_rate = config.outer_lr * factor
         objective = replace(config, entropy_bonus=config.entropy_bonus * factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        self._set_rate(learning_rate)
         # A task that lost all its episodes at some stage has no meta-gradient.
         whole = torch.stack([stage.share.sum((1, 2)) > 0 for stage in stages]).all(0).float()
         assert seed is not None or config.minibatches == 1, "several minibatches need a seed"
@@ -229,8 +234,11 @@ class Learner:
         """
         load_state(self.policy, self.optimizer, weights, optimizer)
         self._normalize(weights)
+        self._set_rate(self.config.outer_lr)
+
+    def _set_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.outer_lr
+            group["lr"] = learning_rate * group["share"]
 
     def check_rates(self, inner_lr: float, outer_lr: float) -> None:
         """Refuse to continue with other learning rates than these; called after a restore, where others lose them.
@@ -238,8 +246,8 @@ class Learner:
         Raises:
             RuntimeError: the optimiser's or the inner step's learning rate is another one.
         """
-        outer = [group["lr"] for group in self.optimizer.param_groups]
-        if outer != [outer_lr] or self.config.inner_lr != inner_lr:
+        outer = self.optimizer.param_groups[0]["lr"]
+        if outer != outer_lr or self.config.inner_lr != inner_lr:
             raise RuntimeError(
                 f"The learner has outer_lr {outer} and inner_lr {self.config.inner_lr} "
                 f"instead of {outer_lr} and {inner_lr}."

@@ -83,7 +83,13 @@ class MachineConfig:
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
 
 
-SINCE: Mapping[str, Any] = {"max_kl": 0.5}
+SINCE: Mapping[str, Any] = {
+    "max_kl": 0.5,
+    "memory_lr": 1.0,
+    "normalize_advantages": True,
+    "value_loss": "squared",
+    "separate_critic": False,
+}
 """Options that checkpoints of earlier versions lack, and what stands for each."""
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from ssm_metarl.algorithms.parameters import expected_shapes
 from ssm_metarl.algorithms.replay import MOST_EPISODES, ReplayBuffer
 from ssm_metarl.algorithms.rollouts import Array
-from ssm_metarl.algorithms.spec import PolicySpec
+from ssm_metarl.algorithms.spec import LATER, PolicySpec
 from ssm_metarl.checks import brief
 from ssm_metarl.storage.documents import (
     LARGE,
@@ -164,7 +164,8 @@ def _decode_config(path: Path, content: bytes) -> tuple[PolicySpec, dict[str, An
             f"{path.parent} was written by version 0.1, whose continuous actions were in the unit of the environment "
             "and not in [-1, 1]: train the policy anew, or use it with that version."
         )
-    missing = [name for name in spec.to_dict() if name not in policy and not name.startswith("action_")]
+    optional = [name for name in spec.to_dict() if name in LATER or name.startswith("action_")]
+    missing = [name for name in spec.to_dict() if name not in policy and name not in optional]
     if missing:
         raise CheckpointError(f"{path} does not describe a policy: it has no {', '.join(missing)}.")
     return spec, config["train"]

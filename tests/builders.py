@@ -71,6 +71,7 @@ def specs(draw: Any, **fixed: Any) -> PolicySpec:
         "initial_std": st.sampled_from([0.1, 0.5, 2.0]),
         "task_size": st.sampled_from([0, 3]),
         "memory_slots": st.sampled_from([0, 0, 3]),
+        "separate_critic": st.booleans(),
     }
     return PolicySpec(**{name: fixed[name] if name in fixed else draw(each) for name, each in options.items()})
 

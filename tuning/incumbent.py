@@ -66,7 +66,7 @@ class Progress:
         left: meta-iterations left of the stretch.
         length: meta-iterations of the next stretch.
         flat: stretches in a row that brought no improvement.
-        cooled: how often the learning rate was halved because the budget runs out.
+        cooled: at how many shares of the budget it was decided whether to halve the learning rate.
         best: the record that is handed over.
         failures: in a row: until something is decided without one.
         collapses: in a row: until a stretch ends without one.

@@ -29,7 +29,8 @@ FEWEST = 2
 """Challengers of a race, an option in both directions, unless the run has fewer or an option has just won."""
 
 COOLING = (0.7, 0.8, 0.9)
-"""Shares of the budget at which the incumbent's learning rate is halved, and from the first of which no race begins."""
+"""Shares of the budget at which the incumbent's learning rate is halved if the last stretch was flat; no race begins
+after the first one."""
 
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
@@ -113,17 +114,18 @@ class Rules(Ledger):
         self._log(Phase.STRETCH, Decision.ROLLED_BACK, record=record, reason=reason)
 
     def _cool(self) -> None:
-        """Halve the incumbent's learning rate where the budget runs out.
+        """Halve the incumbent's learning rate where the budget runs out, unless the last stretch still improved it.
 
-        A rate that wins races lets a policy learn fast, and at the end swing around what it has learnt.
+        A rate that wins races lets a policy learn fast, and at the end swing around what it has learnt. A policy that
+        is far from what it can learn needs its rate to the end.
         """
         due = sum(self.progress.spent["total"] >= share for share in self._cooling())
-        if due > self.progress.cooled:
+        times, self.progress.cooled = due - self.progress.cooled, max(due, self.progress.cooled)
+        if times > 0 and self.progress.flat:
             incumbent, before = self.incumbent, float(self.incumbent.config["outer_lr"])
-            after = self._halved(due - self.progress.cooled)
+            after = self._halved(times)
             incumbent.config = {**incumbent.config, "outer_lr": after}
             incumbent.path.append([incumbent.iteration, {"outer_lr": after}])
-            self.progress.cooled = due
             self._log(Phase.STRETCH, Decision.COOLED, before=before, after=after)
             self._boundary()
 

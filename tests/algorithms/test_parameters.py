@@ -12,7 +12,7 @@ from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.parameters import adapts, expected_shapes
 from ssm_metarl.algorithms.policy import SSMPolicy
 
-FLAGS = ("gated", "discrete", "learned_step_sizes", "normalize_observations", "scale_rewards")
+FLAGS = ("gated", "discrete", "learned_step_sizes", "normalize_observations", "scale_rewards", "separate_critic")
 
 
 @pytest.mark.parametrize("slots", [0, 3])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from builders import make_policy, make_spec, seeds, specs
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
-from ssm_metarl.algorithms.parameters import AXES, READERS, SILENT, expected_shapes
+from ssm_metarl.algorithms.parameters import AXES, READERS, SILENT, expected_shapes, parse_name
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.resize import resize
 
@@ -51,11 +51,11 @@ def adam(policy: Any, seed: int) -> dict[str, Any]:
 
 
 def leaf(name: str) -> str:
-    return name.split(".", 2)[2] if name.startswith("blocks.") else name
+    return parse_name(name).leaf
 
 
 def block_of(name: str) -> int | None:
-    return int(name.split(".")[1]) if name.startswith("blocks.") else None
+    return parse_name(name).block
 
 
 def rows_of(kind: str, block: int | None, kept: Any) -> Any:
@@ -126,14 +126,17 @@ def test_growth_keeps_the_function_whatever_the_history(spec: Any, seed: int, by
     rng = np.random.default_rng(seed)
     states = [np.abs(rng.normal(size=(2, 3, *h.shape))).astype(np.float32) for h in SSMPolicy(small).initial_state()]
     sizes = [h.shape for h in SSMPolicy(spec).initial_state()]
-    for h in states[len(sizes) :]:
-        h *= h.shape[-1] == 2
-    old = [cut(h, size) for h, size in zip(states, sizes, strict=False)]
+    bodies = 1 + spec.separate_critic
+    each, before = len(states) // bodies, len(sizes) // bodies
+    kept = [body * each + i for body in range(bodies) for i in range(before)]
+    for i, h in enumerate(states):
+        h *= i in kept or h.shape[-1] == 2
+    old = [cut(states[i], size) for i, size in zip(kept, sizes, strict=True)]
     expected = run(spec, policy, inputs, resets, old)
     ours = run(small, weights, inputs, resets, states)
     assert_same_function(ours, expected)
-    for one, other, size in zip(ours[2], expected[2], sizes, strict=False):
-        close(cut(one, size), other)
+    for i, other, size in zip(kept, expected[2], sizes, strict=True):
+        close(cut(ours[2][i], size), other)
 
 
 def cut(state: Any, size: Any) -> Any:

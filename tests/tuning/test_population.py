@@ -359,13 +359,20 @@ def test_losers_of_a_race_that_was_won_cost_little(tmp_path: Path, own: float, c
 
 def test_where_the_budget_runs_out_the_learning_rate_is_halved(folders: Iterator[Path]) -> None:
     budget = 100 * ITERATION
-    population = drive(new_population(next(folders), budget=budget, cycles=0), World())
+    population = drive(new_population(next(folders), budget=budget, cycles=0), World(gain=lambda *_: 0.0))
     log = events(population, decision=Decision.COOLED)
     assert [round(event["spent"]["total"] / budget, 1) for event in log] == [0.7, 0.8, 0.9]
     assert all(event["after"] == event["before"] / 2 for event in log)
     cooled = [change for change in population.incumbent.path if list(change[1]) == ["outer_lr"]][-3:]
     assert [change[0] for change in cooled] == [event["iteration"] for event in log]
     assert all(event["spent"]["total"] < 0.8 * budget for event in events(population, phase=Phase.RACE))
+
+
+def test_a_policy_that_still_learns_keeps_its_rate(folders: Iterator[Path]) -> None:
+    """All of what is left is needed where every stretch brings an improvement."""
+    population = drive(new_population(next(folders), budget=100 * ITERATION, cycles=0), World(start=0.1))
+    assert population.incumbent.path[-1][0] < 0.7 * population.incumbent.iteration
+    assert events(population, decision=Decision.COOLED) == []
 
 
 @pytest.mark.parametrize(
@@ -380,7 +387,8 @@ def test_otherwise_it_stays(tmp_path: Path, rules: dict[str, Any]) -> None:
 
 def test_a_policy_that_comes_back_is_cooled_again(folders: Iterator[Path]) -> None:
     """What a person goes back to has the rate of then, and the budget runs out all the same."""
-    population = drive(new_population(next(folders), budget=100 * ITERATION, cycles=0), World())
+    flat = World(gain=lambda *_: 0.0)
+    population = drive(new_population(next(folders), budget=100 * ITERATION, cycles=0), flat)
     record = next(iter(population.archive.values()))
     population.progress.finished = None
     population._return_to(record, "asked for")
