@@ -36,6 +36,7 @@ class Batch(NamedTuple):
         targets: [M, T, K] float32, what the value head should have said, with the privileged baseline beyond the time
             step's mean return; None without a critic.
         task_features: [M, P] float32, which the privileged critic reads; None without one.
+        demonstrated: of the shape of `actions`, what a baseline policy would have done; None: nobody is imitated.
     """
 
     inputs: Tensor
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     outer_advantages: Tensor
     targets: Tensor | None = None
     task_features: Tensor | None = None
+    demonstrated: Tensor | None = None
 
     def tasks(self, part: slice | Tensor) -> Batch:
         """The batch of some of its tasks: a slice, or indices [n]."""

@@ -19,13 +19,17 @@ from ssm_metarl.algorithms.registry import ALGORITHMS, MetaConfig
 def outer_loss(output: PolicyOutput, batch: Batch, config: MetaConfig) -> Tensor:
     """Loss of each task's policy on a batch that it collected, [M]: PPO's clipped surrogate, or plain policy gradient.
 
+    With demonstrations it is instead the negative log-likelihood of what was demonstrated.
+
     Args:
         output: what the policy says of the batch's steps.
         batch: rollouts of the query, or of any stage that has a weight in the meta-objective.
     """
     actions, advantages = output.actions, batch.outer_advantages
     log_probs = actions.log_prob(batch.actions)
-    if ALGORITHMS[config.algorithm].clipped:
+    if batch.demonstrated is not None:
+        gain = batch.counted(actions.log_prob(batch.demonstrated))
+    elif ALGORITHMS[config.algorithm].clipped:
         ratio = torch.exp(batch.log_ratio(log_probs))
         clipped = torch.clamp(ratio, 1 - config.clip, 1 + config.clip)
         gain = torch.minimum(ratio * advantages, clipped * advantages)

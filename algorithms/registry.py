@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from ssm_metarl.checks import brief, check_count, check_flag, check_number
+from ssm_metarl.checks import brief, check_count, check_flag, check_number, check_text
 
 META_TRAINER = "ssm_metarl.distributed.trainer:MetaTrainer"
 """The trainer that populations and Ray Tune can have, too."""
@@ -60,6 +60,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "memory_lr": (1.0,),
             "normalize_advantages": (True,),
             "value_loss": ("squared",),
+            "imitate": ("",),
             "sample_timeout_s": ("auto", None),
         },
     ),
@@ -115,6 +116,9 @@ class MetaConfig:
         max_grad_norm: the meta-gradient is scaled down to this norm.
         discount: of rewards, a step.
         gae_lambda: of the generalized advantage estimator.
+        imitate: a baseline policy of the family, such as "index" of bandit. At first the policy learns to do what this
+            one would have done in its place; integer actions only.
+        imitate_share: part of the run's iterations in which it does.
     """
 
     algorithm: AlgorithmName = "promp"
@@ -137,6 +141,8 @@ class MetaConfig:
     max_grad_norm: float = 1.0
     discount: float = 0.99
     gae_lambda: float = 1.0
+    imitate: str = ""
+    imitate_share: float = 0.25
 
     def __post_init__(self) -> None:
         if self.baseline == "informed":
@@ -150,7 +156,9 @@ class MetaConfig:
             check_number(name, getattr(self, name), above=0.0)
         for name in ("kl_penalty", "max_kl", "entropy_bonus", "value_weight"):
             check_number(name, getattr(self, name), low=0.0)
-        for name in ("discount", "gae_lambda"):
+        if self.imitate != "":
+            check_text("imitate", self.imitate)
+        for name in ("discount", "gae_lambda", "imitate_share"):
             check_number(name, getattr(self, name), low=0.0, high=1.0)
         check_count("inner_steps", self.inner_steps, 0)
         if self.inner_steps < ALGORITHMS[self.algorithm].least_inner_steps:

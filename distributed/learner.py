@@ -129,7 +129,8 @@ class Learner:
             losses, order = list[MetaLoss](), list[Tensor]()
             for part, complete in self._minibatches(stages, whole, rng):
                 results = self._differentiate(objective, part, complete, references)
-                while self._too_far(results, complete) and step.shorten():
+                # Whoever imitates may go as far as it takes.
+                while stages[-1].demonstrated is None and self._too_far(results, complete) and step.shorten():
                     results = self._differentiate(objective, part, complete, references)
                 norms.append(self._set_gradients(results))
                 if not np.isfinite(norms[-1]):

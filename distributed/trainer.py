@@ -11,8 +11,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import ray
+import torch
 from ray import tune
 from ray.tune import PlacementGroupFactory
+from torch import Tensor
 
 from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.normalizer import RunningMoments
@@ -34,6 +36,8 @@ from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import Checkpoint, CheckpointError
 from ssm_metarl.tasks import TaskDistribution, names, register
+from ssm_metarl.tasks.baselines.play import baseline_policy, demonstrate
+from ssm_metarl.tasks.baselines.policy import Trials
 
 
 class MetaTrainer(tune.Trainable):
@@ -77,6 +81,10 @@ class MetaTrainer(tune.Trainable):
             raise ValueError(f"{algorithm} is no meta-learning algorithm: only train runs it, with its own trainer.")
         self.distribution: TaskDistribution = distribution or self.train_config.family()
         self.spec = self.train_config.policy_spec(self.distribution)
+        if self.train_config.meta.imitate:
+            baseline_policy(self.distribution, self.train_config.meta.imitate)
+            if not self.spec.discrete:
+                raise ValueError("imitate needs integer actions: a baseline policy shows no standard deviation.")
         if self._trial_info is None:
             check_resources(machine.num_workers)
         seed = seed_for(experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
@@ -117,6 +125,8 @@ class MetaTrainer(tune.Trainable):
                 if stage < inner_steps:
                     weights = learner.adapt(weights, stages[-1])
         with watch("update"):
+            if self.meta_iteration < self.imitations:
+                stages[-1] = stages[-1]._replace(demonstrated=self._demonstrations(collected[-1]))
             statistics = learner.update(
                 stages,
                 progress=min(self.meta_iteration / experience.iterations, 1.0),
@@ -142,6 +152,26 @@ class MetaTrainer(tune.Trainable):
         }
         self.telemetry.iteration(metrics, env_steps)
         return metrics
+
+    @property
+    def imitations(self) -> int:
+        """The first iterations, in which a baseline policy is imitated."""
+        meta = self.train_config.meta
+        return round(meta.imitate_share * self.train_config.experience.iterations) if meta.imitate else 0
+
+    def _demonstrations(self, rollouts: Rollouts) -> Tensor:
+        """What the baseline policy that is imitated would have done at each step, of the shape of the actions."""
+        experience = self.train_config.experience
+        nodes = [
+            seed_for(experience.seed, Branch.DEMONSTRATIONS, self.meta_iteration, i) for i in range(rollouts.num_tasks)
+        ]
+        generators = [np.random.default_rng(node) for node in nodes]
+        trials = Trials(
+            self.distribution, rollouts.tasks, rollouts.valid.shape[2], experience.trial_episodes, generators
+        )
+        player = baseline_policy(self.distribution, self.train_config.meta.imitate)
+        steps = (rollouts.observations, rollouts.actions, rollouts.rewards, rollouts.starts)
+        return torch.from_numpy(demonstrate(player, trials, *steps)).to(self.learner.device)
 
     def _collector(self) -> StageCollector:
         """What plays the tasks of this iteration, stage by stage."""

@@ -88,6 +88,8 @@ SINCE: Mapping[str, Any] = {
     "memory_lr": 1.0,
     "normalize_advantages": True,
     "value_loss": "squared",
+    "imitate": "",
+    "imitate_share": 0.25,
     "separate_critic": False,
 }
 """Options that checkpoints of earlier versions lack, and what stands for each."""

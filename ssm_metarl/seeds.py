@@ -20,6 +20,7 @@ class Branch(IntEnum):
     REPLAY = 7
     BOOTSTRAP = 8
     PLAYER = 9
+    DEMONSTRATIONS = 10
     # of a population's run
     CHILD_SEED = 100
     PROPOSAL = 101

@@ -23,7 +23,7 @@ from ssm_metarl.seeds import child
 from ssm_metarl.tasks.baselines.bandit import UCB1, ClairvoyantBandit, FiniteHorizonIndex, PriorUCB1, ThompsonSampling
 from ssm_metarl.tasks.baselines.navigation import ClairvoyantNavigation, StayPut
 from ssm_metarl.tasks.baselines.noisy_cartpole import KalmanRegulator
-from ssm_metarl.tasks.baselines.policy import BaselinePolicy, Floats, Trials, Uniform
+from ssm_metarl.tasks.baselines.policy import Actions, BaselinePolicy, Floats, Trials, Uniform
 from ssm_metarl.tasks.baselines.tabular_mdp import PSRL, ClairvoyantTabular, GreedyTabular, OptimisticTabular
 
 BASELINE_POLICIES: Mapping[str, Mapping[str, Callable[[Trials], BaselinePolicy]]] = {
@@ -45,6 +45,54 @@ BASELINE_POLICIES: Mapping[str, Mapping[str, Callable[[Trials], BaselinePolicy]]
     "noisy-position-only-cartpole": {"lqg": KalmanRegulator},
 }
 """By family and name; every family has `uniform` as well."""
+
+
+def baseline_policy(distribution: TaskDistribution, name: str) -> Callable[[Trials], BaselinePolicy]:
+    """`uniform`, or one of `BASELINE_POLICIES[distribution.name]`.
+
+    Raises:
+        ValueError: the family has no such baseline policy; the sentence names those that it has.
+    """
+    own = BASELINE_POLICIES.get(distribution.name, {})
+    return lookup({"uniform": Uniform, **own}, name, f"{distribution.name} player")
+
+
+def demonstrate(
+    player: Callable[[Trials], BaselinePolicy],
+    trials: Trials,
+    observations: Actions,
+    actions: Actions,
+    rewards: Actions,
+    starts: Actions,
+) -> Actions:
+    """What a baseline policy would have done at each step of trials that another one played.
+
+    It learns from what the other one did and saw, so that it shows what to do there, and not where its own play would
+    have led (Ross et al. 2011, arXiv 1011.0686).
+
+    Args:
+        player: of `baseline_policy`.
+        trials: M tasks and K trials each.
+        observations: [M, T, K, O] float32, before each step.
+        actions: [M, T, K] int64, or [M, T, K, D].
+        rewards: [M, T, K].
+        starts: [M, T, K] bool, first steps of episodes.
+
+    Returns:
+        Of the shape of `actions`, int64.
+    """
+    running = player(trials)
+
+    def at(array: Actions, t: int) -> Actions:
+        return array[:, t].reshape(trials.number, *array.shape[3:])
+
+    shown = []
+    for t in range(actions.shape[1]):
+        shown.append(running.act(at(observations, t)).reshape(actions[:, t].shape))
+        if t + 1 < actions.shape[1]:
+            following = at(observations, t + 1), at(starts, t + 1)
+            running.learn(at(actions, t), at(rewards, t).astype(np.float64), *following)
+    return np.stack(shown, 1).astype(np.int64)
 
 
 def play_baseline(
@@ -72,9 +120,7 @@ def play_baseline(
         ValueError: the family has no such player, or there are not as many seeds as tasks, or no episode.
     """
     if isinstance(player, str):
-        player = lookup(
-            {"uniform": Uniform, **BASELINE_POLICIES.get(distribution.name, {})}, player, f"{distribution.name} player"
-        )
+        player = baseline_policy(distribution, player)
     if len(seeds) != len(tasks) or episodes < 1:
         raise ValueError(f"{len(tasks)} tasks need as many seeds, not {len(seeds)}, and one episode or more.")
     env_seeds, generators = _draw(seeds, num_episodes)

@@ -161,3 +161,68 @@ def test_the_critic_bootstraps_on_what_it_is_told() -> None:
     )
     error = 2 * (torch.from_numpy(values[:, :-1]) - batch.targets) * batch.share
     torch.testing.assert_close(gradient[0], error.sum(), rtol=1e-4, atol=1e-5)
+
+
+# --- Options of the critic --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_a_separate_critic_and_the_policy_have_nothing_in_common(slots: int) -> None:
+    policy = make_policy(make_spec(separate_critic=True, num_layers=2, memory_slots=slots))
+    inputs = torch.randn((2, 7, 3, policy.spec.input_size), generator=torch.Generator().manual_seed(0))
+    output = policy(inputs)
+    parameters = dict(policy.named_parameters())
+    for part, said in (("policy", output.actions.mean), ("critic", output.values)):
+        gradients = torch.autograd.grad(said.sum(), list(parameters.values()), allow_unused=True, retain_graph=True)
+        read = {name for name, each in zip(parameters, gradients, strict=True) if each is not None}
+        critics = {name for name in parameters if name.startswith(("tower.", "value."))}
+        assert read == (critics if part == "critic" else set(parameters) - critics - {"policy.log_std"})
+
+
+def test_a_separate_critic_keeps_a_state_of_its_own() -> None:
+    """Step by step as over the whole sequence."""
+    policy = make_policy(make_spec(separate_critic=True, num_layers=2, memory_slots=3))
+    inputs = torch.randn((2, 7, 3, policy.spec.input_size), generator=torch.Generator().manual_seed(0))
+    whole, state = policy(inputs), policy.initial_state(2, 3)
+    for t in range(7):
+        step = policy(inputs[:, t : t + 1], None, state)
+        state = step.state
+        torch.testing.assert_close(step.values[:, 0], whole.values[:, t], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(step.actions.mean[:, 0], whole.actions.mean[:, t], rtol=1e-4, atol=1e-5)
+    assert len(state) == len(whole.state) == 8
+
+
+@pytest.mark.parametrize(("loss", "most"), [("squared", np.inf), ("huber", 1.0)])
+def test_the_gradient_of_an_error_is_bounded_by_hubers_loss(loss: str, most: float) -> None:
+    policy, _, _ = recorded(0)
+    weights = policy.numpy_weights()
+    record = toy_rollouts(policy.spec, weights, uneven(3, 2, 9), 2, 9)
+    record = replace(record, rewards=record.rewards * 10)
+    config = MetaConfig(algorithm="rl2", baseline="critic", inner_steps=0, value_weight=0.7, value_loss=loss)  # type: ignore[arg-type]
+    batch = batch_for(policy, weights, record, config)
+    parameters = tensors(weights)
+    gradient = torch.autograd.grad(
+        meta_loss(policy, parameters, [batch], config).losses.sum(), parameters["value.bias"]
+    )[0]
+    assert batch.targets is not None
+    error = functional_call(policy, parameters, (batch.inputs, batch.resets)).values - batch.targets
+    assert (error.abs() > 1).any()
+    assert (error.abs() < 1).any()
+    expected = (2 * 0.7 * error.clamp(-most, most) * batch.share).sum()
+    torch.testing.assert_close(gradient[0], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("baseline", ["linear", "time", "critic"])
+def test_advantages_can_keep_their_unit(baseline: str) -> None:
+    """Ten times the reward gives ten times the advantage in the outer loss; inner steps stay as they are."""
+    policy, weights, record = recorded(0)
+    options = {"algorithm": "promp", "baseline": baseline, "gae_lambda": 0.9}
+    plain, raw = (MetaConfig(**options, normalize_advantages=flag) for flag in (True, False))  # type: ignore[arg-type]
+    batch, usual = (batch_for(policy, weights, record, config) for config in (raw, plain))
+    values = None
+    if baseline == "critic":
+        inputs, resets = (torch.from_numpy(array) for array in critic_inputs(policy.spec, record))
+        values = functional_call(policy, tensors(weights), (inputs, resets)).values.detach().numpy()
+    expected, _ = advantages(record, 0.99, 0.9, baseline, values)
+    np.testing.assert_allclose(batch.outer_advantages, expected, atol=1e-5)
+    torch.testing.assert_close(batch.advantages, usual.advantages, rtol=0, atol=0)

@@ -17,6 +17,7 @@ from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.tasks import BatchedEnv, Task, TaskDistribution
 from ssm_metarl.tasks import registry as base
+from ssm_metarl.tasks.baselines.play import play_baseline
 from ssm_metarl.tasks.parameters import Parameter, stack_parameters
 
 SAFE, GOOD, BAD = 0.3, 1.0, -1.0
@@ -188,3 +189,38 @@ def test_a_policy_goes_on_with_another_critic(tmp_path: Path) -> None:
                 np.testing.assert_allclose(found.policy[name], before.policy[name], atol=1e-6, err_msg=name)
             assert found.progress["normalizer"]["rewards"]["count"] > before.progress["normalizer"]["rewards"]["count"]
         last = checkpoint
+
+
+# --- Imitation --------------------------------------------------------------------------------------------
+
+
+def test_a_policy_that_imitates_comes_to_play_as_the_player() -> None:
+    """Twelve iterations, then reward alone: from there on nothing is demonstrated."""
+    options = {"task_options": {"arms": 3, "pulls": 20}, "meta_batch": 60, "iterations": 16, "learner_threads": 1}
+    config = TrainConfig.for_task("bandit", **options, imitate="index", imitate_share=0.75, outer_lr=3e-3)
+    trainer = MetaTrainer.of_run(config)
+    assert trainer.imitations == 12
+    found = [trainer.step() for _ in range(13)]
+    assert found[0]["return_after"] == pytest.approx(10.0, abs=1.0)
+    player = np.mean(play_baseline("index", *held_out(trainer), num_episodes=1))
+    assert found[12]["return_after"] > 10.0 + 0.7 * (player - 10.0)
+    # The negative log-likelihood of three equal chances, and then of what is nearly always right.
+    assert found[0]["loss"] - found[11]["loss"] > 0.4
+    trainer.stop()
+
+
+def held_out(trainer: MetaTrainer) -> Any:
+    tasks = trainer.distribution.sample(500, np.random.default_rng(0), "test")
+    return trainer.distribution, tasks, [np.random.SeedSequence([0, i]) for i in range(500)]
+
+
+@pytest.mark.parametrize(
+    ("task", "player", "sentence"),
+    [
+        ("bandit", "psrl", "There is no bandit player 'psrl'"),
+        ("navigation-2d", "clairvoyant", "imitate needs integer actions"),
+    ],
+)
+def test_who_cannot_be_imitated(task: str, player: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        MetaTrainer.of_run(TrainConfig.for_task(task, imitate=player))

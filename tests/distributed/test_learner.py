@@ -165,6 +165,19 @@ def test_the_learning_rate_follows_its_schedule(schedule: str, expected: float) 
     assert moved == pytest.approx(0.004 * expected, rel=1e-2)
 
 
+def test_the_memory_can_learn_at_a_rate_of_its_own() -> None:
+    """Adam's first step is as long as the learning rate for every parameter with a gradient."""
+    learner = make_learner(epochs=1, outer_lr=1e-3, memory_lr=0.1, max_kl=0.0, max_grad_norm=1e6)
+    before = learner.weights()
+    assert learner.update(experience(learner))["learning_rate"] == 1e-3
+    for name, value in learner.weights().items():
+        if name.startswith(("encoder.", "blocks.", "policy.")):
+            step = float(np.abs(value - before[name]).max())
+            assert step == pytest.approx(1e-4 if name.startswith("blocks.") else 1e-3, rel=0.01)
+    learner.load(learner.weights(), learner.optimizer_arrays())
+    learner.check_rates(learner.config.inner_lr, 1e-3)
+
+
 def moved(learner: Learner, stages: list[Batch]) -> float:
     """½ (log ratio)² of the policy from the one that acted, mean over the valid steps."""
     output = policy_outputs(learner.policy, dict(learner.policy.named_parameters()), stages[-1])

@@ -15,8 +15,9 @@ from ssm_metarl.algorithms.collect import collect_tasks, played
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import TaskDistribution, make
 from ssm_metarl.tasks.bandit import Bandit
+from ssm_metarl.tasks.baselines import play
 from ssm_metarl.tasks.baselines.bandit import MAX_INDEX_PULLS, index_table
-from ssm_metarl.tasks.baselines.play import BASELINE_POLICIES, play_baseline
+from ssm_metarl.tasks.baselines.play import BASELINE_POLICIES, baseline_policy, demonstrate, play_baseline
 from ssm_metarl.tasks.baselines.policy import BaselinePolicy, Trials
 from ssm_metarl.tasks.popgym import NoisyPositionOnlyCartPole
 from ssm_metarl.tasks.tabular_mdp import TabularMDP
@@ -118,6 +119,44 @@ def test_a_task_is_played_the_same_whatever_is_played_beside_it(family: str, pla
             player, distribution, [tasks[m] for m in chosen], [seeds[m] for m in chosen], 3, episodes=2
         )
         np.testing.assert_array_equal(some, together[chosen])
+
+
+class Noting(BaselinePolicy):
+    """Another player, and what it saw and did, step by step: observations, actions, rewards, starts."""
+
+    def __init__(self, trials: Trials, player: Callable[[Trials], BaselinePolicy], steps: list[Any]) -> None:
+        super().__init__(trials)
+        self.player, self.steps = player(trials), steps
+
+    def act(self, observations: NDArray[np.float32]) -> NDArray[Any]:
+        self.steps.append([observations.copy(), self.player.act(observations)])
+        return self.steps[-1][1]
+
+    def learn(self, actions: Any, rewards: Any, observations: Any, starts: Any) -> None:
+        self.steps[-1] += [rewards, starts]
+        self.player.learn(actions, rewards, observations, starts)
+
+
+@pytest.mark.parametrize(
+    ("family", "player"), [(family, player) for family, player in EVERY if family in ("bandit", "tabular-mdp")]
+)
+def test_in_its_own_trials_a_player_demonstrates_what_it_did(family: str, player: str) -> None:
+    """By the same chance; in another's trials, where it saw something else, it does not."""
+    distribution, steps, shape = FAMILIES[family](), list[Any](), (4, 3)
+    tasks = distribution.sample(4, np.random.default_rng(0), "test")
+    seeds, episodes = [seed_for(0, m) for m in range(4)], 2
+    own = baseline_policy(distribution, player)
+    play_baseline(functools.partial(Noting, player=own, steps=steps), distribution, tasks, seeds, 3, episodes)
+    seen = [np.stack(each, 0).reshape(len(steps), *shape, *each[0].shape[1:]) for each in zip(*steps, strict=True)]
+    observations, actions, rewards, ends = (array.swapaxes(0, 1) for array in seen)
+    starts = np.concatenate([np.ones_like(ends[:, :1]), ends[:, :-1]], 1)
+
+    def demonstrated(rewards: NDArray[Any]) -> NDArray[Any]:
+        trials = Trials(distribution, tasks, 3, episodes, play._draw(seeds, 3)[1])
+        return demonstrate(own, trials, observations, actions, rewards, starts)
+
+    np.testing.assert_array_equal(demonstrated(rewards), actions)
+    assert (demonstrated(1.0 - rewards) != actions).any() == (player not in ("uniform", "clairvoyant"))
 
 
 def test_seeds_are_not_used_up() -> None:
