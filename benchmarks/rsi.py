@@ -432,8 +432,51 @@ TITLES = {
 }
 
 
-GOALS = {("random-starts", "navigation-2d"): -15.5}
+GOALS = {
+    ("random-starts", "navigation-2d"): -15.5,
+    ("bad-size", "navigation-2d"): -16.0,
+    ("bad-size", "repeat-previous"): 0.9,
+}
 """Least mean return of `evolve`."""
+
+LEAST_LEADS = {
+    ("recommended", "single"): -0.03,
+    ("recommended", "single, linear"): -0.03,
+    ("changed-world", "single"): 0.0,
+    ("changed-world", "unchanged"): 0.0,
+}
+"""By how much the normalised return of `evolve` must at least be above that of another method, on average over runs."""
+
+MOST_LOSERS = 0.2
+"""Share of all steps that losers may cost from the recommended options."""
+
+
+def goals_of(options: Options, results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `evolve` was to reach, and whether it did; leads are of the same starts."""
+    goals = list[dict[str, Any]]()
+
+    def goal(row: str, column: str, values: list[float], bound: float, most: bool = False) -> None:
+        if values:
+            found, mean = _mean(values), float(np.mean(values))
+            met = mean <= bound if most else mean >= bound
+            goals.append({"row": row, "column": column, "bound": bound, "most": most, **(found or {}), "met": met})
+
+    for family in dict.fromkeys(job.family for job in jobs(options)):
+        done = {
+            start: {job.method: results[job.key] for job in jobs(options) if (job.family, job.start) == (family, start)}
+            for start in options.starts
+            if all(job.key in results for job in jobs(options) if (job.family, job.start) == (family, start))
+        }
+        evolved_runs = [found["evolve"] for found in done.values() if "evolve" in found]
+        if (bound := GOALS.get((options.show, family))) is not None:
+            goal("`evolve`", family, [found["returns"][-1] for found in evolved_runs], bound)
+        for (show, other), bound in LEAST_LEADS.items():
+            pairs = [(found["evolve"], found[other]) for found in done.values() if {"evolve", other} <= set(found)]
+            leads = [float(np.mean(one["normalised"]) - np.mean(two["normalised"])) for one, two in pairs]
+            goal(f"`evolve` less {other}, normalised", family, leads if show == options.show else [], bound)
+        if options.show == "recommended":
+            goal("share of losers", family, [found["losers"] for found in evolved_runs], MOST_LOSERS, most=True)
+    return goals
 
 
 def compared(options: Options) -> dict[str, Any]:
@@ -453,14 +496,8 @@ def compared(options: Options) -> dict[str, Any]:
         }
     each = {key: {"return": found["returns"][-1], "path": found.get("path", [])} for key, found in results.items()}
     columns = [f"{name} ({steps_of(options.show, name) / 1e6:g} M steps)" for name in families]
-    goals = []
-    for column, name in enumerate(families):
-        bound, cell = GOALS.get((options.show, name)), next(r for r in rows if r["name"] == methods[0])["cells"][column]
-        if bound is not None and cell:
-            row = {"row": methods[0], "column": columns[column], "bound": bound, "most": False}
-            goals.append({**row, **cell, "met": cell["value"] >= bound})
     return {
-        "goals": goals,
+        "goals": goals_of(options, results),
         "title": TITLES[options.show],
         "seeds": list(options.starts),
         "columns": [*columns, "all, normalised (IQM)"],
