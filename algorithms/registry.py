@@ -118,7 +118,7 @@ class MetaConfig:
         gae_lambda: of the generalized advantage estimator.
         imitate: a baseline policy of the family, such as "index" of bandit. At first the policy learns to do what this
             one would have done in its place; integer actions only.
-        imitate_share: part of the run's iterations in which it does.
+        imitate_iterations: for how many iterations.
     """
 
     algorithm: AlgorithmName = "promp"
@@ -142,7 +142,7 @@ class MetaConfig:
     discount: float = 0.99
     gae_lambda: float = 1.0
     imitate: str = ""
-    imitate_share: float = 0.25
+    imitate_iterations: int = 100
 
     def __post_init__(self) -> None:
         if self.baseline == "informed":
@@ -158,9 +158,10 @@ class MetaConfig:
             check_number(name, getattr(self, name), low=0.0)
         if self.imitate != "":
             check_text("imitate", self.imitate)
-        for name in ("discount", "gae_lambda", "imitate_share"):
+        for name in ("discount", "gae_lambda"):
             check_number(name, getattr(self, name), low=0.0, high=1.0)
         check_count("inner_steps", self.inner_steps, 0)
+        check_count("imitate_iterations", self.imitate_iterations, 1)
         if self.inner_steps < ALGORITHMS[self.algorithm].least_inner_steps:
             others = " and ".join(name for name, entry in ALGORITHMS.items() if not entry.least_inner_steps)
             raise ValueError(f"inner_steps must be 1 or more for {self.algorithm}: only {others} learn without.")

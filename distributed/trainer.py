@@ -155,9 +155,8 @@ class MetaTrainer(tune.Trainable):
 
     @property
     def imitations(self) -> int:
-        """The first iterations, in which a baseline policy is imitated."""
-        meta = self.train_config.meta
-        return round(meta.imitate_share * self.train_config.experience.iterations) if meta.imitate else 0
+        """How many iterations at first imitate a baseline policy."""
+        return self.train_config.meta.imitate_iterations if self.train_config.meta.imitate else 0
 
     def _demonstrations(self, rollouts: Rollouts) -> Tensor:
         """What the baseline policy that is imitated would have done at each step, of the shape of the actions."""

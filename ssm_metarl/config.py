@@ -89,7 +89,7 @@ SINCE: Mapping[str, Any] = {
     "normalize_advantages": True,
     "value_loss": "squared",
     "imitate": "",
-    "imitate_share": 0.25,
+    "imitate_iterations": 100,
     "separate_critic": False,
 }
 """Options that checkpoints of earlier versions lack, and what stands for each."""

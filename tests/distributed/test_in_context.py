@@ -197,7 +197,7 @@ def test_a_policy_goes_on_with_another_critic(tmp_path: Path) -> None:
 def test_a_policy_that_imitates_comes_to_play_as_the_player() -> None:
     """Twelve iterations, then reward alone: from there on nothing is demonstrated."""
     options = {"task_options": {"arms": 3, "pulls": 20}, "meta_batch": 60, "iterations": 16, "learner_threads": 1}
-    config = TrainConfig.for_task("bandit", **options, imitate="index", imitate_share=0.75, outer_lr=3e-3)
+    config = TrainConfig.for_task("bandit", **options, imitate="index", imitate_iterations=12, outer_lr=3e-3)
     trainer = MetaTrainer.of_run(config)
     assert trainer.imitations == 12
     found = [trainer.step() for _ in range(13)]
