@@ -127,7 +127,7 @@ _PROGRESS = record(
         "seconds": map_of(number(low=0.0)),
         "finished": maybe(text),
     },
-    {"cooled": whole()},
+    {"cooled": whole(), "rise": number()},
     others=True,
 )
 

@@ -29,8 +29,11 @@ FEWEST = 2
 """Challengers of a race, an option in both directions, unless the run has fewer or an option has just won."""
 
 COOLING = (0.7, 0.8, 0.9)
-"""Shares of the budget at which the incumbent's learning rate is halved if the last stretch was flat; no race begins
-after the first one."""
+"""Shares of the budget at which the incumbent's learning rate is halved, unless there is hope; no race begins after the
+first one."""
+
+HOPE = 0.1
+"""Normalised return that a policy would still gain at its pace, for which it keeps its learning rate to the end."""
 
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
@@ -114,14 +117,14 @@ class Rules(Ledger):
         self._log(Phase.STRETCH, Decision.ROLLED_BACK, record=record, reason=reason)
 
     def _cool(self) -> None:
-        """Halve the incumbent's learning rate where the budget runs out, unless the last stretch still improved it.
+        """Halve the incumbent's learning rate where the budget runs out, unless much is still to be gained.
 
         A rate that wins races lets a policy learn fast, and at the end swing around what it has learnt. A policy that
-        is far from what it can learn needs its rate to the end.
+        is far from what it can learn, and on its way, needs its rate.
         """
         due = sum(self.progress.spent["total"] >= share for share in self._cooling())
         times, self.progress.cooled = due - self.progress.cooled, max(due, self.progress.cooled)
-        if times > 0 and self.progress.flat:
+        if times > 0 and self.progress.rise * self._affordable() < HOPE:
             incumbent, before = self.incumbent, float(self.incumbent.config["outer_lr"])
             after = self._halved(times)
             incumbent.config = {**incumbent.config, "outer_lr": after}

@@ -370,9 +370,10 @@ def test_where_the_budget_runs_out_the_learning_rate_is_halved(folders: Iterator
 
 def test_a_policy_that_still_learns_keeps_its_rate(folders: Iterator[Path]) -> None:
     """All of what is left is needed where every stretch brings an improvement."""
-    population = drive(new_population(next(folders), budget=100 * ITERATION, cycles=0), World(start=0.1))
-    assert population.incumbent.path[-1][0] < 0.7 * population.incumbent.iteration
-    assert events(population, decision=Decision.COOLED) == []
+    budget = 60 * ITERATION
+    population = drive(new_population(next(folders), budget=budget, cycles=0), World(gain=lambda *_: 0.012))
+    (cooled,) = events(population, decision=Decision.COOLED)
+    assert cooled["spent"]["total"] >= 0.9 * budget  # what is left then brings less than a tenth
 
 
 @pytest.mark.parametrize(
