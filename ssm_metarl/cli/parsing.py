@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -197,7 +198,8 @@ def parse(arguments: Sequence[str]) -> Line:
         default = {"default": _nested(COMMANDS[command], found, make=False)}
     if command in COMMANDS:  # it alone, so that what is said of a mistake is about it
         kind, prog = COMMANDS[command], f"{program()} {command}"
-        values: Any = tyro.cli(_asked(kind), args=arguments[1:], prog=prog, description=inspect.getdoc(kind), **default)
+        described = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0]
+        values: Any = tyro.cli(_asked(kind), args=arguments[1:], prog=prog, description=described, **default)
         return _with_file(Line(command, _flat(kind, values)))
     if not command.startswith("-"):
         raise ValueError(f"There is {no_such('command', command, COMMANDS)}")
@@ -208,9 +210,11 @@ def parse(arguments: Sequence[str]) -> Line:
 
 
 def program() -> str:
-    """The program as it was called."""
-    name = Path(sys.argv[0]).name
-    return "python -m ssm_metarl" if name == "__main__.py" else name
+    """The program as it was called, for a shell."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return "python -m ssm_metarl"
+    return f"python {shlex.quote(str(script))}" if script.suffix == ".py" else script.name
 
 
 NOT_SAVED = frozenset(

@@ -12,7 +12,7 @@ from typing import Any
 from ssm_metarl.cli.console import RUNS, answer, console, progress_bar, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
-from ssm_metarl.cli.parsing import copy_of, kept_options
+from ssm_metarl.cli.parsing import copy_of, kept_options, program
 from ssm_metarl.cli.plots import plot_run
 from ssm_metarl.cli.tables import change_words, evaluation_table, number_words
 from ssm_metarl.config import TrainConfig
@@ -67,7 +67,7 @@ def copy_end(copy: RunCopy | None, summary: dict[str, Any], interrupted: bool) -
 def resume_words(command: str, run_dir: Path, copy: RunCopy | None, storage: str) -> str:
     """The command that goes on with a run."""
     where = f" --storage {shlex.quote(shown(storage))}" if copy else ""
-    return f"{command} --resume --run-dir {shlex.quote(str(run_dir))}{where}"
+    return f"{program()} {command} --resume --run-dir {shlex.quote(str(run_dir))}{where}"
 
 
 def saved_options(options: Run, command: str) -> bool:

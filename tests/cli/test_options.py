@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import shlex
+import signal
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from command_line import Command, join_ray
-from ssm_metarl.cli.options import Train
+from ssm_metarl.cli.options import COMMANDS, Train
 from ssm_metarl.cli.parsing import parse
 from ssm_metarl.cli.train import checked_config
 from ssm_metarl.config import TrainConfig
@@ -172,6 +177,36 @@ def test_help_shows_the_options(command: Command, tmp_path: Path, arguments: str
     text = " ".join(outcome.out.replace("│", " ").split())
     assert [words for words in shown if words not in text] == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_a_command_does_without_its_attributes(command: Command, name: str) -> None:
+    outcome = command(*name.split(), "--help")
+    assert outcome.code == 0
+    assert inspect.getdoc(COMMANDS[name]).splitlines()[0] in outcome.out
+    assert "Attributes" not in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("called", "program"),
+    [
+        ("/usr/bin/ssm-metarl", "ssm-metarl"),
+        ("../a b/run_local.py", "python '../a b/run_local.py'"),
+        ("/lib/ssm_metarl/__main__.py", "python -m ssm_metarl"),
+    ],
+)
+def test_interrupted_seeds_are_resumed_by_the_line_that_is_printed(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str, program: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr("ssm_metarl.cli.seeds.interrupts", lambda what: nullcontext([signal.SIGTERM]))
+    outcome = command("--seeds", "0", "1", "--run-dir", "two runs")
+    assert outcome.code == 128 + signal.SIGTERM
+    said = outcome.err.splitlines()[-1]
+    assert said == f"Interrupted; resume with: {program} train --resume --run-dir 'two runs' --seeds 0 1"
+    words = said.partition("resume with: ")[2].removeprefix(f"{program} ")
+    line = parse(shlex.split(words))
+    assert (line.given["run_dir"], line.given["seeds"]) == (Path("two runs"), (0, 1))
 
 
 def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(

@@ -197,8 +197,10 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on(
     assert summary["checkpoint"] == str(run / iteration)
     # The last line says how to go on.
     said = lines[-1].partition("resume with: ")[2]
-    assert shlex.split(said) == ["train", "--resume", "--run-dir", str(run)]
-    outcome = command(*shlex.split(said), "--iterations", str(count + 3), "--num-workers", "0", "--eval-tasks", "2")
+    python, script, *resume = shlex.split(said)
+    assert (python, script) == ("python", str(RUN_LOCAL))
+    assert resume == ["train", "--resume", "--run-dir", str(run)]
+    outcome = command(*resume, "--iterations", str(count + 3), "--num-workers", "0", "--eval-tasks", "2")
     assert outcome.code == 0, outcome.err
     unbroken = TrainConfig.for_task("navigation-2d", iterations=count + 3, **SMALL)
     assert steady(run) == steady(train(unbroken, tmp_path / "unbroken").run_dir)
