@@ -145,10 +145,14 @@ def test_runs_are_compared_and_forms_survive_a_reload(page: Page, site: str) -> 
 
 
 def test_an_idle_page_takes_next_to_nothing(page: Page, opened: tuple[str, int]) -> None:
-    """About 0.8 % of a core with a tab that follows runs; Gradio alone takes five."""
+    """Under 1 % of a core with a tab that follows runs; Gradio alone takes five. The least of some windows counts:
+    other programs take the caches, and make the same work longer.
+    """
     tab(page, "Self-improvement")
     page.wait_for_timeout(3000)
-    process = psutil.Process(opened[1])
-    before, begin = sum(process.cpu_times()[:2]), time.monotonic()
-    page.wait_for_timeout(10_000)
-    assert (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - begin) < 0.03
+    process, shares = psutil.Process(opened[1]), []
+    for _ in range(4):
+        before, begin = sum(process.cpu_times()[:2]), time.monotonic()
+        page.wait_for_timeout(10_000)
+        shares.append((sum(process.cpu_times()[:2]) - before) / (time.monotonic() - begin))
+    assert 0 < min(shares) < 0.01
