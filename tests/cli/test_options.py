@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import signal
 import sys
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -98,7 +100,8 @@ def test_a_module_that_is_named_in_part_is_told(command: Command, tmp_path: Path
     ("arguments", "named"),
     [
         ("--iner-lr 0.1", "--inner-lr"),
-        ("--iterations many", "--iterations"),
+        ("--iterations ten", "Error parsing --iterations: a whole number is wanted, not 'ten'"),
+        ("--outer-lr fast", "Error parsing --outer-lr: a number is wanted, not 'fast'"),
         ("--iterations", "--iterations"),
         ("--task", "--task"),
         ("--run-dir", "--run-dir"),
@@ -177,6 +180,26 @@ def test_help_shows_the_options(command: Command, tmp_path: Path, arguments: str
     text = " ".join(outcome.out.replace("│", " ").split())
     assert [words for words in shown if words not in text] == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version(command: Command) -> None:
+    outcome = command("--version")
+    assert (outcome.code, outcome.out) == (0, f"ssm-metarl {metadata.version('ssm-metarl')}\n")
+
+
+@pytest.mark.parametrize("name", ["train", "evolve"])
+def test_help_has_options_in_groups(command: Command, name: str) -> None:
+    text = command(name, "--help").out
+    heads = re.findall(r"^\W+(config[.\w]* options)\W+$", text, re.MULTILINE)
+    assert heads == ["config options", *(f"config.{part} options" for part in PARTS)]
+    ends = [text.index(head) for head in heads] + [len(text)]
+    options = ["--task", "--state-dim", "--inner-lr", "--seed", "--device"]
+    for begin, end, option in zip(ends, ends[1:], options, strict=False):
+        assert f" {option} " in text[begin:end]
+
+
+PARTS = ("policy", "meta", "experience", "machine")
+"""Of a run's options."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)

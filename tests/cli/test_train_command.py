@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from rich.progress import Progress
 
-from builders import PNG, steady
+from builders import PNG, logged, steady, tags
 from command_line import EVALUATION, IN_PROCESS, OPTIONS, SMALL, Command, join_ray, only_object
 from faulty_tasks import FaultyNavigation
 from ssm_metarl.config import TrainConfig
@@ -75,6 +76,30 @@ def test_train_is_the_default_command_and_prints_one_json_object(command: Comman
     assert f"Checkpoint: {folder / 'checkpoint_000003'}" in lines
     for number in (1, 2, 3):
         assert any(line.startswith(f"iteration {number}/3: return -") for line in lines)
+    board = tags(folder)
+    assert board["return_by_step/1"] == [1, 2, 3]
+    assert [board[f"evaluation/{name}/{step}"] for name in ("return", "ci_low") for step in (0, 1)] == [[3]] * 4
+    assert board["learning_curve"] == board["adaptation_curve"] == [3]
+
+
+@pytest.mark.slow
+def test_a_command_line_names_all_loggers(
+    command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_ray(monkeypatch)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = tmp_path / "run"
+    names = ["--log", "tensorboard", "wandb", "mlflow", "csv"]
+    outcome = command("train", "--iterations", "2", *IN_PROCESS, *names, "--run-dir", run)
+    assert outcome.code == 0, outcome.err
+    assert tags(run)["evaluation/return/1"] == [2]
+    assert len((run / "progress.csv").read_text().splitlines()) == 3
+    (kept,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"return_after" in kept.read_bytes()
+    with sqlite3.connect(run / "mlflow.db") as records:
+        query = "SELECT value FROM metrics WHERE key = 'return_after' ORDER BY step"
+        assert records.execute(query).fetchall() == [(line["return_by_step"][-1],) for line in logged(run)]
 
 
 def test_without_json_nothing_is_printed_to_stdout(command: Command, tmp_path: Path) -> None:
