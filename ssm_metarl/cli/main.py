@@ -1,4 +1,4 @@
-"""The command line: `train` (the default), `evolve`, `evaluate`, `adapt`, `plot`, `job` and `app`."""
+"""The command line: one of `COMMANDS`, by default `train`."""
 
 from __future__ import annotations
 
