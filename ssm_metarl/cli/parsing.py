@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Required, TypedDict, Union, get_type_hints
@@ -19,7 +19,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 import ssm_metarl
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.checks import no_such
-from ssm_metarl.cli.console import RUNS, own_stdout, say
+from ssm_metarl.cli.console import RUNS, folded, own_stdout, say
 from ssm_metarl.cli.options import COMMANDS, Command, Evolve, Run, Train
 from ssm_metarl.config import OPTIONS, TrainConfig, available_cores
 from ssm_metarl.distributed.schedule import Schedule
@@ -192,20 +192,24 @@ def parse(arguments: Sequence[str]) -> Line:
     Help shows the chosen task's own defaults, or those of a checkpoint to start from or of a run to resume.
     """
     command, default = arguments[0], dict[str, Any]()
-    if command in COMMANDS and {"-h", "--help"}.intersection(arguments):
+    helps = not {"-h", "--help"}.isdisjoint(arguments)
+    if command in COMMANDS and helps:
         with own_stdout():  # environments print
             found = _defaults_for_help(arguments)
         default = {"default": _nested(COMMANDS[command], found, make=False)}
     if command in COMMANDS:  # it alone, so that what is said of a mistake is about it
         kind, prog = COMMANDS[command], f"{program()} {command}"
         described = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0]
-        values: Any = tyro.cli(_asked(kind), args=arguments[1:], prog=prog, description=described, **default)
+        with folded() if helps else nullcontext():
+            values: Any = tyro.cli(_asked(kind), args=arguments[1:], prog=prog, description=described, **default)
         return _with_file(Line(command, _flat(kind, values)))
     if not command.startswith("-"):
         raise ValueError(f"There is {no_such('command', command, COMMANDS)}")
     commands = [Annotated[_asked(kind), tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
     union: Any = Union[tuple(commands)]  # noqa: UP007 (of a list)
-    tyro.cli(union, args=arguments, prog=program(), description=(inspect.getdoc(ssm_metarl) or "").partition("\n\n")[0])
+    described = (inspect.getdoc(ssm_metarl) or "").partition("\n\n")[0]
+    with folded() if helps else nullcontext():
+        tyro.cli(union, args=arguments, prog=program(), description=described)
     raise SystemExit(2)
 
 

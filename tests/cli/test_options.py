@@ -202,11 +202,20 @@ PARTS = ("policy", "meta", "experience", "machine")
 """Of a run's options."""
 
 
+@pytest.mark.parametrize("columns", [80, 60])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch, name: str, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = command(*name.split(), "--help").out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "show this help message" in " ".join(lines)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_what_a_command_does_without_its_attributes(command: Command, name: str) -> None:
     outcome = command(*name.split(), "--help")
     assert outcome.code == 0
-    assert inspect.getdoc(COMMANDS[name]).splitlines()[0] in outcome.out
+    assert inspect.getdoc(COMMANDS[name]).splitlines()[0] in " ".join(outcome.out.split())
     assert "Attributes" not in outcome.out
 
 
