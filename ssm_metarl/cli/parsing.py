@@ -127,7 +127,7 @@ class Line:
         if self.command == "train":
             return {**config.to_dict(), "num_workers": "auto", "device": "auto"}
         # A member is one process on one processor, so that a race fits a laptop.
-        single = {"num_workers": 0, "learner_threads": 1, "device": "cpu"}
+        single = {"num_workers": 0, "device": "cpu"}
         endless = {"cycles": 0} if given.get("budget") else {}
         return {**config.to_dict(), **single, **endless}
 

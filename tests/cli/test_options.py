@@ -18,6 +18,7 @@ from ssm_metarl.cli.options import COMMANDS, Train
 from ssm_metarl.cli.parsing import parse
 from ssm_metarl.cli.train import checked_config
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.tuning.config import WITHOUT_EFFECT
 
 
 def written(folder: Path) -> dict[str, int]:
@@ -167,7 +168,7 @@ def test_a_checkpoint_with_corrupt_json_is_refused_in_one_sentence(
         ("train --help --resume --run-dir absent --storage s3://bucket/runs", ["(default: navigation-2d)"]),
         (
             "evolve --help",
-            ["--budget FLOAT", "environment steps of all members", "--proposals INT", "--learner-threads INT"],
+            ["--budget FLOAT", "environment steps of all members", "--proposals INT", "--checkpoint-every INT"],
         ),
         ("evaluate --help", ["{train,validation,test,shifted,shifted-test}", "--num-tasks INT", "--steps", "--json"]),
         ("adapt --help", ["{none,standard,replay,hybrid}", "{sgd,adam}", "--step-size"]),
@@ -200,6 +201,18 @@ def test_help_has_options_in_groups(command: Command, name: str) -> None:
 
 PARTS = ("policy", "meta", "experience", "machine")
 """Of a run's options."""
+
+
+@pytest.mark.parametrize("option", WITHOUT_EFFECT)
+def test_evolve_has_no_option_without_effect(command: Command, tmp_path: Path, option: str) -> None:
+    flag = f"--{option.replace('_', '-')}"
+    assert f" {flag} " in command("train", "--help").out
+    assert f" {flag} " not in command("evolve", "--help").out
+    outcome = command("evolve", flag, "3")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"Unrecognized options: {flag}, 3" in outcome.err
+    (tmp_path / "a.yaml").write_text(f"{option}: 3\n")
+    assert f"a.yaml: there is no option '{option}'" in command("evolve", "--config", "a.yaml").err
 
 
 @pytest.mark.parametrize("columns", [80, 60])
