@@ -152,7 +152,7 @@ def export_best(run: Path, store: RunStore) -> Path | None:
     name = f"{best}_mean" if record["handed_over"] == "mean" else best
     path = run / f"checkpoint_{record['iteration']:06d}"
     save_checkpoint(path, store.checkpoint(name))
-    mark_best(run, path, record["level"] or 0.0)
+    mark_best(run, path, record["level"] or 0.0, "level")
     schedule = {"iterations": record["iteration"], "weights": record["handed_over"], "options": record["path"]}
     replace_file(run / SCHEDULE, json.dumps(schedule, indent=1).encode())
     prune(run)

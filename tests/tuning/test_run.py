@@ -60,6 +60,8 @@ def test_what_is_handed_over_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
     exported = load_checkpoint(path)
     assert_equal_arrays(exported.policy, archived.policy)
     assert exported.progress == archived.progress
+    marked = json.loads((tmp_path / "best.json").read_text())
+    assert marked == {"checkpoint": path.name, "level": best.level}
     schedule = json.loads((tmp_path / "schedule.json").read_text())
     assert schedule == {"iterations": best.iteration, "weights": best.handed_over, "options": best.path}
     assert schedule["options"][0] == [0, read_state(tmp_path)["base"]]
