@@ -84,8 +84,8 @@ def read_group(words: str) -> Group:
     folder = Path(place)
     if (folder / STATE).is_file():
         raise ValueError(
-            f"{folder} is a run of evolve, which evaluates no return: train --schedule {folder} repeats it as a run that "
-            "does."
+            f"{folder} is a run of evolve, which evaluates no return: train --schedule {folder} repeats it as a run "
+            "that does."
         )
     inside = sorted({path.parents[mark.count("/")] for mark in (METRICS, STATE) for path in folder.glob(f"*/{mark}")})
     found = [folder] if (folder / METRICS).is_file() else inside
