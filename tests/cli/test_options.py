@@ -261,7 +261,7 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(
     outcome = command("--num-workers", "7", "--run-dir", tmp_path / "run")
     assert (outcome.code, outcome.out) == (2, "")
     sentence = "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer."
-    assert outcome.err.splitlines() == [f"error: {sentence}"]
+    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", f"error: {sentence}"]
 
 
 def test_train_takes_a_gpu_where_there_is_one_and_trials_do_not_queue_for_it() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.progress import Progress
 
 from builders import PNG, logged, steady, tags
@@ -102,6 +103,19 @@ def test_a_command_line_names_all_loggers(
         assert records.execute(query).fetchall() == [(line["return_by_step"][-1],) for line in logged(run)]
 
 
+def test_the_first_line_is_the_run_folder(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that of Ray's dashboard; what repeats the run is in it by then."""
+
+    def start(*_: Any, **__: Any) -> None:
+        assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["eval_tasks"] == 3
+        print("Ray dashboard: …", file=sys.stderr)
+
+    monkeypatch.setattr("ssm_metarl.distributed.train.start_ray", start)
+    outcome = command("--iterations", "1", *IN_PROCESS, "--run-dir", "run")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.splitlines()[:2] == ["Run folder: run", "Ray dashboard: …"]
+
+
 def test_without_json_nothing_is_printed_to_stdout(command: Command, tmp_path: Path) -> None:
     outcome = command("train", "--task", "cartpole", "--iterations", "1", *IN_PROCESS)
     assert (outcome.code, outcome.out) == (0, "")
@@ -155,7 +169,7 @@ def test_an_update_that_is_not_finite_is_exit_code_1_and_one_sentence(
     monkeypatch.setattr(Learner, "update", diverge)
     outcome = command(*IN_PROCESS, "--run-dir", tmp_path / "run", "--json")
     assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err.splitlines() == ["error: The meta-gradient is not finite."]
+    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", "error: The meta-gradient is not finite."]
 
 
 def test_workers_change_nothing(
