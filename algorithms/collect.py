@@ -177,6 +177,10 @@ def failure(error: BaseException, task: Any) -> str:
     """How an exception of an environment is told: its traceback, or a sentence where that says all."""
     if isinstance(error, InvalidStep):
         return f"task {task!r}: {error}"
+    if isinstance(error, SystemExit):
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.name}, line {place.lineno} of {place.filename}"
+        return f"task {task!r}: the environment exits with {error.code!r} in {where}, which would end the process."
     return "".join(traceback.format_exception(error))
 
 

@@ -81,8 +81,9 @@ class Options:
 # --- Commands ---------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {"task": "navigation-2d", "hidden_dim": 8, "state_dim": 4, "meta_batch": 4, "episodes": 2}
-SMALL |= {"epochs": 2, "learner_threads": 1, "lr_schedule": "constant", "num_workers": 0}
+SMALL |= {"epochs": 2, "num_workers": 0}
 TRAIN = {**SMALL, "iterations": 60, "checkpoint_every": 2, "eval_tasks": 2}
+TRAIN |= {"learner_threads": 1, "lr_schedule": "constant"}
 
 
 def words(command: str, options: Mapping[str, Any]) -> list[str]:

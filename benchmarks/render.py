@@ -28,7 +28,11 @@ PAGES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {  # title, introduction
     "adaptation": ("Adaptation", "Modes of adaptation at test time, on held-out tasks.", ("adaptation",)),
     "pretrained": ("Pretrained models", "From the cards of the shipped models.", ("pretrained",)),
     "self-improvement": ("Self-improvement", "Environment steps are those of the whole population.", ("rsi", "resize")),
-    "speed": ("Speed and memory", "Medians.", ("iteration", "operations", "sampling", "ssm", "memory", "startup")),
+    "speed": (
+        "Speed and memory",
+        "Medians.",
+        ("iteration", "operations", "sampling", "ssm", "memory", "images", "startup"),
+    ),
     "scaling": (
         "Scaling and faults",
         "1 to 64 rollout workers whose environment steps sleep; processes killed and connections cut at random.",

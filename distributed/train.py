@@ -67,6 +67,7 @@ def train(
     *,
     start: str | Path | None = None,
     resume: bool = False,
+    on_start: Callable[[], None] | None = None,
     on_iteration: Callable[[dict[str, Any]], None] | None = None,
     distribution: TaskDistribution | None = None,
     mirror: str | RunCopy | None = None,
@@ -84,6 +85,7 @@ def train(
         start: a checkpoint, a run for its best one, or pretrained:NAME, whose weights the run begins with, whatever the
             algorithm that made them; None: initial weights.
         resume: resume from the folder's last checkpoint, exactly as if the run had not stopped.
+        on_start: called when all is checked and the folder is the run's, before Ray starts.
         on_iteration: called with each iteration's metrics.
         distribution: the family itself, instead of the registered one that `config.task` names.
         mirror: URI at which the folder is copied with every checkpoint, beside training; a run is resumed from the copy
@@ -125,6 +127,8 @@ def train(
                     copy.open(resume=False)
             _begin(config, run, start, resume, distribution, schedule)
             assert lock is not None
+            if on_start:
+                on_start()
             result = _train(setup, run, lock, copy, on_iteration, distribution, schedule, callbacks)
         finally:
             if copy and copy is not mirror:

@@ -17,6 +17,7 @@ from ssm_metarl.algorithms.statistics import (
     percentile_interval,
     probability_of_improvement,
 )
+from ssm_metarl.storage.mirror import STATE
 from ssm_metarl.storage.run_log import EVALUATION, METRICS, read_evaluation, read_metrics
 
 RESAMPLES = 2000
@@ -76,12 +77,18 @@ def read_group(words: str) -> Group:
         words: a run's folder, or one that holds runs; with NAME= before it, under that name.
 
     Raises:
-        ValueError: there is no run that was evaluated, or one whose return is no number; one sentence.
+        ValueError: there is no run that was evaluated, one whose return is no number, or one of evolve; one sentence.
         CheckpointError: a file of a run is damaged.
     """
     name, _, place = words.rpartition("=")
     folder = Path(place)
-    found = [folder] if (folder / METRICS).is_file() else sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
+    if (folder / STATE).is_file():
+        raise ValueError(
+            f"{folder} is a run of evolve, which evaluates no return: train --schedule {folder} repeats it as a run "
+            "that does."
+        )
+    inside = sorted({path.parents[mark.count("/")] for mark in (METRICS, STATE) for path in folder.glob(f"*/{mark}")})
+    found = [folder] if (folder / METRICS).is_file() else inside
     evaluated = [folder for folder in found if (folder / EVALUATION).is_file()]
     runs = [_read_run(folder) for folder in evaluated]
     if not runs:

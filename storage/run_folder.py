@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from ssm_metarl import pretrained
 from ssm_metarl.storage.atomic import delete, replace_file, temporary_beside
@@ -20,7 +21,7 @@ from ssm_metarl.storage.uri import is_uri, refuse_mangled
 
 _NAME = re.compile(r"checkpoint_([0-9]+)")
 _STAND_IN = re.compile(r"\.(checkpoint_[0-9]+)\.old")
-_BEST_FORM = record({"checkpoint": named(_NAME, "the name of a checkpoint"), "return": number()})
+_BEST_FORM = record({"checkpoint": named(_NAME, "the name of a checkpoint")}, {"return": number(), "level": number()})
 _LEFTOVER = re.compile(r"\.(checkpoint_[0-9]+|best\.json)\.[0-9a-f]{32}\.tmp")
 
 
@@ -102,13 +103,14 @@ def prune(run: Path, keep_last: int = 3) -> None:
             discard(path)
 
 
-def mark_best(run: Path, checkpoint: Path, value: float) -> None:
+def mark_best(run: Path, checkpoint: Path, value: float, measure: Literal["return", "level"] = "return") -> None:
     """Record which checkpoint is the best, in `best.json`, replaced atomically.
 
     Args:
         run: the run folder.
         checkpoint: a complete checkpoint in it.
-        value: the return that made it the best.
+        value: that made it the best.
+        measure: what the value is: a return of train, or a level of evolve, normalised.
 
     Raises:
         ValueError: for a NaN or infinite value.
@@ -117,10 +119,10 @@ def mark_best(run: Path, checkpoint: Path, value: float) -> None:
     """
     run, name = Path(run), Path(checkpoint).name
     if not math.isfinite(value):
-        raise ValueError(f"The return of {name} must be a finite number to be the best, not {value!r}.")
+        raise ValueError(f"The {measure} of {name} must be a finite number to be the best, not {value!r}.")
     if name not in _complete(run):
         raise CheckpointError(f"{checkpoint} is not a complete checkpoint of {run}.")
-    replace_file(run / BEST, json.dumps({"checkpoint": name, "return": float(value)}).encode())
+    replace_file(run / BEST, json.dumps({"checkpoint": name, measure: float(value)}).encode())
 
 
 # Disk: what is in place, and how it gets there.
@@ -149,12 +151,13 @@ def present(folder: Path) -> Path:
 
 
 def best_return(run: Path) -> float | None:
-    """The return that made the best checkpoint the best, or None while none is marked.
+    """The return that made the best checkpoint the best, or None while none is marked by its return.
 
     Raises:
         CheckpointError: it cannot be told.
     """
-    return float(read_object(run / BEST, _BEST_FORM)["return"]) if os.path.lexists(run / BEST) else None
+    value = read_object(run / BEST, _BEST_FORM).get("return") if os.path.lexists(run / BEST) else None
+    return None if value is None else float(value)
 
 
 def _best(run: Path) -> str | None:

@@ -366,6 +366,15 @@ def events(run: Path) -> Iterator[Event]:
             at += length + 16
 
 
+def tags(run: Path) -> dict[str, list[int]]:
+    """Steps by tag of everything in TensorBoard's events of a run."""
+    found: dict[str, list[int]] = {}
+    for event in events(run):
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append(event.step)
+    return found
+
+
 def steady(run: Path) -> list[dict[str, Any]]:
     """What was logged and does not depend on time and on deaths."""
     volatile = ("seconds", "restarts")

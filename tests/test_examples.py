@@ -63,5 +63,11 @@ def test_evolve(example: ModuleType, ray_session: None, tmp_path: Path, capsys: 
 
 @pytest.mark.slow
 def test_tune(example: ModuleType, ray_session: None, tmp_path: Path) -> None:
-    assert example.main(str(tmp_path / "run"), cycles=1) == ("1 cycle", 3)
+    finished, results = example.main(str(tmp_path / "run"), cycles=1)
+    assert (finished, len(results), results.num_errors) == ("1 cycle", 3, 0)
+    best = results.get_best_result("return_after", "max").metrics
+    assert best["done"] is True
+    assert best["return_after"] > best["return_before"]
+    assert best["env_steps"] > 0
+    assert best["seconds"]["total"] > 0
     assert load_policy(tmp_path / "run")[1].progress["iteration"] > 2

@@ -22,7 +22,7 @@ from ssm_metarl.cli.main import main
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
 
-SMALL = {"meta_batch": 6, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "epochs": 1, "learner_threads": 1}
+SMALL = {"meta_batch": 6, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "epochs": 1}
 # A lost node is noticed after seconds instead of a quarter of a minute.
 IMPATIENT = {"health_check_initial_delay_ms": 2000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
@@ -77,7 +77,7 @@ def run_train(folder: Path) -> dict[str, Any]:
         cluster.remove_node(nodes[0], allow_graceful=False)
 
     when(lambda: len(lines(folder / "metrics.jsonl")) >= 2, kill).join(0)
-    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, num_workers=3)
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, learner_threads=1, num_workers=3)
     train(config, folder, on_iteration=lambda metrics: time.sleep(0.05))
     return {"spread": sorted(held.values()), "alive": sum(node["Alive"] for node in ray.nodes())}
 

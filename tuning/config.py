@@ -10,6 +10,10 @@ from ssm_metarl.checks import check_count, check_flag, check_keys, check_number
 from ssm_metarl.tuning.options import OptionName, Options
 from ssm_metarl.tuning.race import RaceRule
 
+WITHOUT_EFFECT = ("iterations", "lr_schedule", "learner_threads")
+"""Options of training that a self-improving run does not depend on: it has no last iteration, at which a schedule could
+end, and a member has one thread."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvolveConfig:

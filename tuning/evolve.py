@@ -82,8 +82,9 @@ def evolve(
     SIGINT, SIGTERM and SIGHUP end the run; it resumes from the incumbent's last checkpoint.
 
     Args:
-        config: of the incumbent at first, whose `lr_schedule` counts as constant. Each member takes `1 + num_workers`
-            processors, or a share of them where there are fewer. On resume only what says where it runs may differ.
+        config: of the incumbent at first; `iterations`, `lr_schedule` and `learner_threads` have no effect. Each member
+            takes `1 + num_workers` processors, or a share of them where there are fewer. On resume only what says where
+            it runs may differ.
         rules: of the run; on resume those that differ from the run's replace them.
         run_dir: folder of the run, new or empty unless `resume`.
         start: a checkpoint, or a run for its best one, to start from; None: initial weights.

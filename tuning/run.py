@@ -23,7 +23,7 @@ from ssm_metarl.storage.run_copy import RunCopy
 from ssm_metarl.storage.run_folder import mark_best, prepare_run, prune, resolve_checkpoint
 from ssm_metarl.storage.uri import below
 from ssm_metarl.tasks import TaskDistribution
-from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.config import WITHOUT_EFFECT, EvolveConfig
 from ssm_metarl.tuning.metrics import normalise
 from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.records import START
@@ -80,7 +80,7 @@ def open_run(
     algorithm = config.meta.algorithm
     if ALGORITHMS[algorithm].trainer != META_TRAINER:
         raise ValueError(f"evolve meta-trains: algorithm cannot be {algorithm}, which only train runs.")
-    config = config.replace(lr_schedule="constant")  # there is no last iteration, at which a schedule could end
+    config = config.replace(lr_schedule="constant", learner_threads=1)  # see `WITHOUT_EFFECT`
     store = RunStore(folder, mirror)
     if resume:
         with ExitStack() as failed:
@@ -99,7 +99,7 @@ def open_run(
         store.create()
         kept = {name: value for name, value in rules.to_dict().items() if name != "race"}
         begun = {} if start is None else {"start": str(start)}
-        save_options(folder / CONFIG, "evolve", {**config.to_dict(), **kept, **begun})
+        save_options(folder / CONFIG, "evolve", {**_with_effect(config), **kept, **begun})
         if checkpoint:
             write_folder(below(store.archive, START), lambda place: save_checkpoint(place, checkpoint))
         population = Population(rules, config.to_dict(), reference, store, START if checkpoint else None)
@@ -113,6 +113,11 @@ def open_run(
     return Run(folder, config, family, population)
 
 
+def _with_effect(config: TrainConfig) -> dict[str, Any]:
+    """The options on which the run depends."""
+    return {name: value for name, value in config.to_dict().items() if name not in WITHOUT_EFFECT}
+
+
 def _changes(run: Path, config: TrainConfig, rules: EvolveConfig) -> dict[str, Any]:
     """Rules that differ from those that a run began with.
 
@@ -120,7 +125,7 @@ def _changes(run: Path, config: TrainConfig, rules: EvolveConfig) -> dict[str, A
         ValueError: an option of the policy in training would change, or what a running race depends on.
     """
     state = read_state(run)
-    for name, value in config.to_dict().items():
+    for name, value in _with_effect(config).items():
         if name not in MACHINE and value != state["base"].get(name, value):
             raise ValueError(f"{name} cannot change on resume: it is {state['base'][name]} in {run}, not {value}.")
     changes = {name: value for name, value in rules.to_dict().items() if value != state["config"][name]}
@@ -147,7 +152,7 @@ def export_best(run: Path, store: RunStore) -> Path | None:
     name = f"{best}_mean" if record["handed_over"] == "mean" else best
     path = run / f"checkpoint_{record['iteration']:06d}"
     save_checkpoint(path, store.checkpoint(name))
-    mark_best(run, path, record["level"] or 0.0)
+    mark_best(run, path, record["level"] or 0.0, "level")
     schedule = {"iterations": record["iteration"], "weights": record["handed_over"], "options": record["path"]}
     replace_file(run / SCHEDULE, json.dumps(schedule, indent=1).encode())
     prune(run)

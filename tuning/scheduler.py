@@ -102,7 +102,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
         Ray is started unless it is, for the members share its processors.
 
         Args:
-            config: of the incumbent at first, whose `lr_schedule` counts as constant.
+            config: of the incumbent at first; `iterations`, `lr_schedule` and `learner_threads` have no effect.
             rules: of the run.
             run_dir: new or empty, unless `resume`; the best policy is exported there.
             start: a checkpoint, or a run for its best one, that the incumbent starts from; None: initial weights.
@@ -129,7 +129,7 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
             "exchange": f"ssm-metarl/evolve/{uuid.uuid4().hex}",
             "archive": run.population.store.archive,
             "mean_iterations": run.population.config.mean_iterations,
-            "machine": {**machine, "learner_threads": 1},
+            "machine": machine,
             "share": _share(run.population.config.members, int(machine["num_workers"])),
             "task_distribution": run.family,
         }

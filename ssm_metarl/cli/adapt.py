@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ssm_metarl.cli.console import RUNS, answer, console
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Adapt, check_gif
 from ssm_metarl.cli.plots import plot_task, write_video
-from ssm_metarl.cli.tables import decimals, interval_words, parameter_words
+from ssm_metarl.cli.tables import adaptation_table, decimals, interval_words, parameter_words
 from ssm_metarl.evaluation.adapt import TaskReport, adapt_checkpoint
 from ssm_metarl.evaluation.film import film_report
 from ssm_metarl.storage.checkpoint import save_checkpoint
@@ -65,21 +63,10 @@ def write_report(report: TaskReport, out: Path) -> dict[str, Any]:
 
 
 def _show(summary: Mapping[str, Any]) -> None:
-    replayed = [f"{count:.1f}" for count in summary["effective_replay_episodes"]]
     console.print(f"Task: {parameter_words(summary['parameters'])}", markup=False, highlight=False, soft_wrap=True)
-    table = Table(title=f"{summary['task']}\n{summary['mode']} adaptation")
-    digits = decimals(*summary["curve"], summary["before"]["return"], summary["after"]["return"])
-    headings = ["step", "return of its own episodes"]
-    headings += ["effective replayed episodes"] if any(summary["effective_replay_episodes"]) else []
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for step, value in enumerate(summary["curve"]):
-        mark = " (best)" if step == summary["best_step"] else ""
-        table.add_row(
-            str(step), f"{value:.{digits}f}{mark}", *(["", *replayed][step : step + 1] if len(headings) > 2 else [])
-        )
-    console.print(table)
+    console.print(adaptation_table(summary))
     before, after = summary["before"], summary["after"]
+    digits = decimals(*summary["curve"], before["return"], after["return"])
     interval = interval_words(after, digits)
     cost = f"{summary['environment_steps']} environment steps, {summary['seconds']:.1f} s"
     first, last = (f"{each['return']:.{digits}f}" for each in (before, after))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from ssm_metarl.distributed.signals import hang_up
 
@@ -113,6 +115,35 @@ def complain(error: Exception) -> None:
         text = str(error)
     text = " ".join([text, *getattr(error, "__notes__", ())])
     console.print(f"error: {text}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+
+
+class _Kept(io.StringIO):
+    """Keeps what is printed to stdout, which may depend on what stdout can show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._out = sys.stdout
+
+    def isatty(self) -> bool:
+        return bool(self._out and self._out.isatty())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(self._out, "encoding", None) or "utf-8"
+
+
+@contextmanager
+def folded() -> Iterator[None]:
+    """What is printed meanwhile comes at the end, in lines of the terminal's width."""
+    kept, shown = _Kept(), io.StringIO()
+    try:
+        with redirect_stdout(kept):
+            yield
+    finally:
+        width = shutil.get_terminal_size().columns
+        page = Console(file=shown, width=width, force_terminal=kept.isatty(), color_system="standard")
+        page.print(Text.from_ansi(kept.getvalue()), end="")
+        answer(shown.getvalue(), end="")
 
 
 class _Notes(io.TextIOBase):

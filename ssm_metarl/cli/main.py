@@ -1,4 +1,4 @@
-"""The command line: `train` (the default), `evolve`, `evaluate`, `adapt`, `plot`, `job` and `app`."""
+"""The command line: one of `COMMANDS`, by default `train`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _app(options: App) -> int:
         try:
             import gradio  # noqa: F401
         except ModuleNotFoundError:
-            raise ValueError("The web interface needs Gradio: pip install -e '.[app]'") from None
+            raise ValueError("The web interface needs Gradio: pip install 'ssm-metarl[app]'.") from None
         from ssm_metarl.app.server import serve  # only here: Gradio takes seconds to load
 
     serve(options.host, options.port, options.storage, options.address, say, options.names)

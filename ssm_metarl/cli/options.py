@@ -14,7 +14,7 @@ from ssm_metarl.cli.console import RUNS
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.evaluation.config import AdaptOptions, EvaluationConfig, Mode
 from ssm_metarl.storage.uri import is_uri
-from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.config import WITHOUT_EFFECT, EvolveConfig
 
 _PLACE = PrimitiveConstructorSpec(
     nargs=1,
@@ -106,6 +106,7 @@ class Evolve(Run):
         evolution: the rules.
     """
 
+    config: TrainConfig = field(metadata={"without": WITHOUT_EFFECT})
     evolution: EvolveConfig
 
 

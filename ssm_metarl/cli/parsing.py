@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Required, TypedDict, Union, get_type_hints
@@ -18,7 +19,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 import ssm_metarl
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.checks import no_such
-from ssm_metarl.cli.console import RUNS, own_stdout, say
+from ssm_metarl.cli.console import RUNS, folded, own_stdout, say
 from ssm_metarl.cli.options import COMMANDS, Command, Evolve, Run, Train
 from ssm_metarl.config import OPTIONS, TrainConfig, available_cores
 from ssm_metarl.distributed.schedule import Schedule
@@ -126,7 +127,7 @@ class Line:
         if self.command == "train":
             return {**config.to_dict(), "num_workers": "auto", "device": "auto"}
         # A member is one process on one processor, so that a race fits a laptop.
-        single = {"num_workers": 0, "learner_threads": 1, "device": "cpu"}
+        single = {"num_workers": 0, "device": "cpu"}
         endless = {"cycles": 0} if given.get("budget") else {}
         return {**config.to_dict(), **single, **endless}
 
@@ -191,26 +192,33 @@ def parse(arguments: Sequence[str]) -> Line:
     Help shows the chosen task's own defaults, or those of a checkpoint to start from or of a run to resume.
     """
     command, default = arguments[0], dict[str, Any]()
-    if command in COMMANDS and {"-h", "--help"}.intersection(arguments):
+    helps = not {"-h", "--help"}.isdisjoint(arguments)
+    if command in COMMANDS and helps:
         with own_stdout():  # environments print
             found = _defaults_for_help(arguments)
         default = {"default": _nested(COMMANDS[command], found, make=False)}
     if command in COMMANDS:  # it alone, so that what is said of a mistake is about it
         kind, prog = COMMANDS[command], f"{program()} {command}"
-        values: Any = tyro.cli(_asked(kind), args=arguments[1:], prog=prog, description=inspect.getdoc(kind), **default)
+        described = (inspect.getdoc(kind) or "").partition("\n\nAttributes:")[0]
+        with folded() if helps else nullcontext():
+            values: Any = tyro.cli(_asked(kind), args=arguments[1:], prog=prog, description=described, **default)
         return _with_file(Line(command, _flat(kind, values)))
     if not command.startswith("-"):
         raise ValueError(f"There is {no_such('command', command, COMMANDS)}")
     commands = [Annotated[_asked(kind), tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
     union: Any = Union[tuple(commands)]  # noqa: UP007 (of a list)
-    tyro.cli(union, args=arguments, prog=program(), description=(inspect.getdoc(ssm_metarl) or "").partition("\n\n")[0])
+    described = (inspect.getdoc(ssm_metarl) or "").partition("\n\n")[0]
+    with folded() if helps else nullcontext():
+        tyro.cli(union, args=arguments, prog=program(), description=described)
     raise SystemExit(2)
 
 
 def program() -> str:
-    """The program as it was called."""
-    name = Path(sys.argv[0]).name
-    return "python -m ssm_metarl" if name == "__main__.py" else name
+    """The program as it was called, for a shell."""
+    script = Path(sys.argv[0])
+    if script.name == "__main__.py":
+        return "python -m ssm_metarl"
+    return f"python {shlex.quote(str(script))}" if script.suffix == ".py" else script.name
 
 
 NOT_SAVED = frozenset(

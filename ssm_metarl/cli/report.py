@@ -17,7 +17,7 @@ from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
 import ssm_metarl
-from ssm_metarl.cli.tables import decimals, interval_words
+from ssm_metarl.cli.tables import COMPACT, decimals, interval_words
 from ssm_metarl.evaluation.groups import Group
 from ssm_metarl.storage.atomic import replace_file
 
@@ -38,13 +38,14 @@ _WORDS = {
 def groups_table(found: Mapping[str, Any]) -> Table:
     """The comparison as a table; `compare_groups` has the numbers."""
     first, *others = found["groups"]
-    table = Table(title=_title(found))
-    columns = ("group", "runs", "IQM", "mean", *([f"P(better than {first})"] if others else []))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "group" else "right", overflow="fold")
-    for row in _rows(found):
-        table.add_row(*(cell.replace(" (", "\n", 1).removesuffix(")") for cell in row))
-    table.caption = "below each number its 95 % interval over runs"
+    table = Table(title=_title(found), **COMPACT)
+    table.add_column("group", overflow="fold")
+    for column in ("runs", "IQM", "mean", *(["P(better)"] if others else [])):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, runs, *numbers in _rows(found):
+        cells = (cell.replace(" … ", "…").replace(" (", "\n").removesuffix(")") for cell in numbers)
+        table.add_row(name, runs, *cells)
+    table.caption = f"{f'P(better): than {first}; ' if others else ''}below: 95 % over runs"
     return table
 
 

@@ -14,6 +14,7 @@ from ssm_metarl.cli.compare import show_groups
 from ssm_metarl.cli.console import answer, console, progress_bar, say
 from ssm_metarl.cli.options import Train
 from ssm_metarl.cli.parsing import kept_options
+from ssm_metarl.cli.train import resume_words
 from ssm_metarl.config import available_cores
 from ssm_metarl.distributed.signals import interrupts
 from ssm_metarl.evaluation.groups import read_group
@@ -100,6 +101,7 @@ def _end(options: Train, folder: Path, codes: dict[int, int], number: int | None
     if options.json:
         answer(json.dumps(summary))
     if number is not None:
-        say(f"Interrupted; resume with: train --resume --run-dir {folder} --seeds {' '.join(map(str, options.seeds))}")
+        words = resume_words("train", folder, None, options.storage)
+        say(f"Interrupted; resume with: {words} --seeds {' '.join(map(str, options.seeds))}")
         return 128 + number
     return 1 if failed else 0

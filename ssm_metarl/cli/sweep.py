@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ssm_metarl.cli.console import answer, console, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Sweep, Train
 from ssm_metarl.cli.parsing import Line, option_names
-from ssm_metarl.cli.tables import decimals
+from ssm_metarl.cli.tables import COMPACT, decimals
 from ssm_metarl.config import OPTIONS, TrainConfig
 from ssm_metarl.distributed.cluster import start_ray
 from ssm_metarl.storage.options_file import read_options, save_options
@@ -54,7 +54,7 @@ def run_sweep(options: Sweep) -> int:
         say("No trial was finished.")
         return 1
     found = {name: best.config[name] for name in space}
-    console.print(_table(results, list(space)))
+    console.print(trials_table(results, list(space)))
     kept = TrainConfig.from_dict({**base.to_dict(), **found})
     save_options(folder / "best.yaml", "train", {**kept.to_dict(), "num_workers": "auto", "device": "auto"})
     say(f"The best options, for train --config: {folder / 'best.yaml'}")
@@ -157,15 +157,18 @@ def _fit(options: Sweep, base: TrainConfig, space: Mapping[str, Any], folder: Pa
     ).fit()
 
 
-def _table(results: ResultGrid, names: list[str]) -> Table:
-    """The best trials, the best one first."""
-    table = Table(title=f"{len(results)} trials, the best {min(len(results), SHOWN)} of them")
-    for column in (*names, "iterations", "return after adaptation"):
-        table.add_column(column, justify="right")
+def trials_table(results: ResultGrid, names: Sequence[str]) -> Table:
+    """The best trials, the best one first: return, iterations, and the options that were searched over."""
+    table = Table(title=f"{len(results)} trials, the best {min(len(results), SHOWN)} of them", **COMPACT)
+    table.caption = "return: after adaptation, of the last iteration"
+    for column in ("return", "iterations"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("options", overflow="fold")
     rows = [each for each in results if each.metrics and math.isfinite(each.metrics.get(METRIC, math.nan))]
     digits = decimals(*((each.metrics or {})[METRIC] for each in rows))
     for each in sorted(rows, key=lambda each: -(each.metrics or {})[METRIC])[:SHOWN]:
         metrics, config = each.metrics or {}, each.config or {}
         values = [f"{config[name]:.3g}" if isinstance(config[name], float) else str(config[name]) for name in names]
-        table.add_row(*values, str(metrics["training_iteration"]), f"{metrics[METRIC]:.{digits}f}")
+        words = " · ".join(f"{name} {value}" for name, value in zip(names, values))
+        table.add_row(f"{metrics[METRIC]:.{digits}f}", str(metrics["training_iteration"]), words)
     return table

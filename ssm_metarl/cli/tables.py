@@ -61,6 +61,20 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def adaptation_table(report: Mapping[str, Any]) -> Table:
+    """Returns of a task's own episodes by adaptation step; `TaskReport.summary()` as a table."""
+    table = Table(title=f"{report['task']}\n{report['mode']} adaptation", **COMPACT)
+    digits = decimals(*report["curve"], report["before"]["return"], report["after"]["return"])
+    replayed = report["effective_replay_episodes"] if any(report["effective_replay_episodes"]) else None
+    for heading in ("step", "return of its\nown episodes", *(["effective\nreplayed episodes"] if replayed else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for step, value in enumerate(report["curve"]):
+        mark = " (best)" if step == report["best_step"] else ""
+        cells = ["" if step == 0 else f"{replayed[step - 1]:.1f}"] if replayed else []
+        table.add_row(str(step), f"{value:.{digits}f}{mark}", *cells)
+    return table
+
+
 def decimals(*values: float | None) -> int:
     """Digits after the point that numbers of a scale bear: none from 1000 on, one from 100, two from 1, up to four."""
     most = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)

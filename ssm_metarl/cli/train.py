@@ -12,7 +12,7 @@ from typing import Any
 from ssm_metarl.cli.console import RUNS, answer, console, progress_bar, say
 from ssm_metarl.cli.job import run_name
 from ssm_metarl.cli.options import Run, Train
-from ssm_metarl.cli.parsing import copy_of, kept_options
+from ssm_metarl.cli.parsing import copy_of, kept_options, program
 from ssm_metarl.cli.plots import plot_run
 from ssm_metarl.cli.tables import change_words, evaluation_table, number_words
 from ssm_metarl.config import TrainConfig
@@ -67,7 +67,7 @@ def copy_end(copy: RunCopy | None, summary: dict[str, Any], interrupted: bool) -
 def resume_words(command: str, run_dir: Path, copy: RunCopy | None, storage: str) -> str:
     """The command that goes on with a run."""
     where = f" --storage {shlex.quote(shown(storage))}" if copy else ""
-    return f"{command} --resume --run-dir {shlex.quote(str(run_dir))}{where}"
+    return f"{program()} {command} --resume --run-dir {shlex.quote(str(run_dir))}{where}"
 
 
 def saved_options(options: Run, command: str) -> bool:
@@ -116,15 +116,17 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
         total, done = config.experience.iterations, resumed_at(options, run_dir)
         bar = progress.add_task(config.task, total=total, completed=done, returns="", speed="")
 
+        def begin() -> None:
+            held.enter_context(hold(run_dir))  # until the evaluation is written
+            write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log))
+            if not options.resume:
+                save_options(run_dir / CONFIG, "train", kept_options(options))
+            say(f"Run folder: {run_dir}")
+
         def show(metrics: dict[str, Any]) -> None:
-            if show.steps is None:  # type: ignore[attr-defined]
-                if done < metrics["iteration"] - 1:  # fetched meanwhile; it says nothing of the pace
-                    progress.reset(bar, completed=metrics["iteration"] - 1)
-                held.enter_context(hold(run_dir))  # until the evaluation is written
-                write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log))
-                if not options.resume:
-                    save_options(run_dir / CONFIG, "train", kept_options(options))
-                say(f"Run folder: {run_dir}")
+            if show.steps is None and done < metrics["iteration"] - 1:  # type: ignore[attr-defined]
+                # Fetched meanwhile; it says nothing of the pace.
+                progress.reset(bar, completed=metrics["iteration"] - 1)
             before, after = metrics["return_by_step"][0], metrics["return_by_step"][-1]
             steps = metrics["env_steps"] - show.steps if show.steps is not None else 0  # type: ignore[attr-defined]
             show.steps = metrics["env_steps"]  # type: ignore[attr-defined]
@@ -143,6 +145,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
             run_dir,
             start=options.start,
             resume=options.resume,
+            on_start=begin,
             on_iteration=show,
             mirror=copy,
             schedule=options.schedule,

@@ -19,6 +19,12 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 
 TABS = ("Pretrained", "Meta-training", "Comparison", "Test-time adaptation", "Self-improvement")
 AA = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+STOPS = {"Meta-training": "train-stop", "Self-improvement": "evolve-stop"}
+"""Buttons that a run alone enables."""
+
+ENABLE = "document.querySelectorAll('button:disabled').forEach(button => { button.disabled = false })"
+"""What is disabled has no contrast to keep, and axe passes it by."""
+
 RUN_AXE = "tags => axe.run(document, {runOnly: {type: 'tag', values: tags}})"
 
 
@@ -74,9 +80,13 @@ def _no_tab_violates_an_aa_rule(window: Page) -> None:
                 fold.click()
         if title == "Meta-training":
             window.locator("#curve svg").first.wait_for()
+        window.evaluate(ENABLE)
         window.wait_for_timeout(500)  # what fades in has come
         result = window.evaluate(RUN_AXE, AA)
         assert len(result["passes"]) > 10
+        if title in STOPS:
+            rules = [rule for rule in result["passes"] + result["violations"] if rule["id"] == "color-contrast"]
+            assert f'id="{STOPS[title]}"' in str([node["html"] for rule in rules for node in rule["nodes"]])
         found[title] = [f"{rule['id']}: {node['html']}" for rule in result["violations"] for node in rule["nodes"]]
     assert found == {title: [] for title in TABS}
 
@@ -145,10 +155,14 @@ def test_runs_are_compared_and_forms_survive_a_reload(page: Page, site: str) -> 
 
 
 def test_an_idle_page_takes_next_to_nothing(page: Page, opened: tuple[str, int]) -> None:
-    """About 0.8 % of a core with a tab that follows runs; Gradio alone takes five."""
+    """Under 1 % of a core with a tab that follows runs; Gradio alone takes five. The least of some windows counts:
+    other programs take the caches, and make the same work longer.
+    """
     tab(page, "Self-improvement")
     page.wait_for_timeout(3000)
-    process = psutil.Process(opened[1])
-    before, begin = sum(process.cpu_times()[:2]), time.monotonic()
-    page.wait_for_timeout(10_000)
-    assert (sum(process.cpu_times()[:2]) - before) / (time.monotonic() - begin) < 0.03
+    process, shares = psutil.Process(opened[1]), []
+    for _ in range(4):
+        before, begin = sum(process.cpu_times()[:2]), time.monotonic()
+        page.wait_for_timeout(10_000)
+        shares.append((sum(process.cpu_times()[:2]) - before) / (time.monotonic() - begin))
+    assert 0 < min(shares) < 0.01

@@ -326,7 +326,7 @@ def test_without_gradio_one_sentence_says_what_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["app"]) == 2
-    assert "The web interface needs Gradio: pip install -e '.[app]'" in capsys.readouterr().err
+    assert "The web interface needs Gradio: pip install 'ssm-metarl[app]'." in capsys.readouterr().err
 
 
 @pytest.mark.slow

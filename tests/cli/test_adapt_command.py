@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 from scipy import stats
 
 from ssm_metarl import AdaptOptions, EvaluationConfig, TrainConfig, adapt_checkpoint, compare_modes, load_policy, train
@@ -19,6 +21,7 @@ from ssm_metarl.storage.contents import CheckpointError
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.cartpole import CartPole
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES, BOUNDS = ("mean", "iqm", "gain"), ("ci_low", "ci_high")
 SMALL = {"iterations": 2, "meta_batch": 6, "episodes": 4, "hidden_dim": 8, "state_dim": 4, "learner_threads": 1}
 
@@ -45,6 +48,21 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def run(*words: object) -> int:
     return main([str(word) for word in words])
+
+
+def frames(path: Path) -> np.ndarray:
+    """Brightness of an animation's frames, from 0 to 1."""
+    with Image.open(path) as film:
+        return np.stack([np.asarray(frame.convert("L"), float) / 255 for frame in ImageSequence.Iterator(film)])
+
+
+def test_the_command_of_the_readme_makes_its_animation(tmp_path: Path) -> None:
+    found = re.search(r"`python run_local\.py (adapt .*?)`", (ROOT / "README.md").read_text())
+    assert found is not None
+    assert run(*shlex.split(found[1]), "--out", tmp_path) == 0
+    made, shown = frames(tmp_path / "before_after.gif"), frames(ROOT / "docs" / "assets" / "adaptation.gif")
+    assert made.shape == shown.shape
+    assert np.abs(made - shown).mean() < 0.002, "as far as the last digits of arithmetic let it"
 
 
 @pytest.mark.parametrize("mode", ["none", "standard", "replay", "hybrid"])

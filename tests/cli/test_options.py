@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import shlex
+import signal
+import sys
+from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from command_line import Command, join_ray
-from ssm_metarl.cli.options import Train
+from ssm_metarl.cli.options import COMMANDS, Train
 from ssm_metarl.cli.parsing import parse
 from ssm_metarl.cli.train import checked_config
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.tuning.config import WITHOUT_EFFECT
 
 
 def written(folder: Path) -> dict[str, int]:
@@ -93,7 +101,8 @@ def test_a_module_that_is_named_in_part_is_told(command: Command, tmp_path: Path
     ("arguments", "named"),
     [
         ("--iner-lr 0.1", "--inner-lr"),
-        ("--iterations many", "--iterations"),
+        ("--iterations ten", "Error parsing --iterations: a whole number is wanted, not 'ten'"),
+        ("--outer-lr fast", "Error parsing --outer-lr: a number is wanted, not 'fast'"),
         ("--iterations", "--iterations"),
         ("--task", "--task"),
         ("--run-dir", "--run-dir"),
@@ -159,7 +168,7 @@ def test_a_checkpoint_with_corrupt_json_is_refused_in_one_sentence(
         ("train --help --resume --run-dir absent --storage s3://bucket/runs", ["(default: navigation-2d)"]),
         (
             "evolve --help",
-            ["--budget FLOAT", "environment steps of all members", "--proposals INT", "--learner-threads INT"],
+            ["--budget FLOAT", "environment steps of all members", "--proposals INT", "--checkpoint-every INT"],
         ),
         ("evaluate --help", ["{train,validation,test,shifted,shifted-test}", "--num-tasks INT", "--steps", "--json"]),
         ("adapt --help", ["{none,standard,replay,hybrid}", "{sgd,adam}", "--step-size"]),
@@ -174,6 +183,77 @@ def test_help_shows_the_options(command: Command, tmp_path: Path, arguments: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_version(command: Command) -> None:
+    outcome = command("--version")
+    assert (outcome.code, outcome.out) == (0, f"ssm-metarl {metadata.version('ssm-metarl')}\n")
+
+
+@pytest.mark.parametrize("name", ["train", "evolve"])
+def test_help_has_options_in_groups(command: Command, name: str) -> None:
+    text = command(name, "--help").out
+    heads = re.findall(r"^\W+(config[.\w]* options)\W+$", text, re.MULTILINE)
+    assert heads == ["config options", *(f"config.{part} options" for part in PARTS)]
+    ends = [text.index(head) for head in heads] + [len(text)]
+    options = ["--task", "--state-dim", "--inner-lr", "--seed", "--device"]
+    for begin, end, option in zip(ends, ends[1:], options, strict=False):
+        assert f" {option} " in text[begin:end]
+
+
+PARTS = ("policy", "meta", "experience", "machine")
+"""Of a run's options."""
+
+
+@pytest.mark.parametrize("option", WITHOUT_EFFECT)
+def test_evolve_has_no_option_without_effect(command: Command, tmp_path: Path, option: str) -> None:
+    flag = f"--{option.replace('_', '-')}"
+    assert f" {flag} " in command("train", "--help").out
+    assert f" {flag} " not in command("evolve", "--help").out
+    outcome = command("evolve", flag, "3")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"Unrecognized options: {flag}, 3" in outcome.err
+    (tmp_path / "a.yaml").write_text(f"{option}: 3\n")
+    assert f"a.yaml: there is no option '{option}'" in command("evolve", "--config", "a.yaml").err
+
+
+@pytest.mark.parametrize("columns", [80, 60])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_the_terminal(command: Command, monkeypatch: pytest.MonkeyPatch, name: str, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = command(*name.split(), "--help").out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "show this help message" in " ".join(lines)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_a_command_does_without_its_attributes(command: Command, name: str) -> None:
+    outcome = command(*name.split(), "--help")
+    assert outcome.code == 0
+    assert inspect.getdoc(COMMANDS[name]).splitlines()[0] in " ".join(outcome.out.split())
+    assert "Attributes" not in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("called", "program"),
+    [
+        ("/usr/bin/ssm-metarl", "ssm-metarl"),
+        ("../a b/run_local.py", "python '../a b/run_local.py'"),
+        ("/lib/ssm_metarl/__main__.py", "python -m ssm_metarl"),
+    ],
+)
+def test_interrupted_seeds_are_resumed_by_the_line_that_is_printed(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, called: str, program: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr("ssm_metarl.cli.seeds.interrupts", lambda what: nullcontext([signal.SIGTERM]))
+    outcome = command("--seeds", "0", "1", "--run-dir", "two runs")
+    assert outcome.code == 128 + signal.SIGTERM
+    said = outcome.err.splitlines()[-1]
+    assert said == f"Interrupted; resume with: {program} train --resume --run-dir 'two runs' --seeds 0 1"
+    words = said.partition("resume with: ")[2].removeprefix(f"{program} ")
+    line = parse(shlex.split(words))
+    assert (line.given["run_dir"], line.given["seeds"]) == (Path("two runs"), (0, 1))
+
+
 def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(
     command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +261,7 @@ def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(
     outcome = command("--num-workers", "7", "--run-dir", tmp_path / "run")
     assert (outcome.code, outcome.out) == (2, "")
     sentence = "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer."
-    assert outcome.err.splitlines() == [f"error: {sentence}"]
+    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", f"error: {sentence}"]
 
 
 def test_train_takes_a_gpu_where_there_is_one_and_trials_do_not_queue_for_it() -> None:

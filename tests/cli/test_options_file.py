@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def test_what_is_saved_is_read_back(tmp_path: Path, suffix: str) -> None:
     assert options("--config", str(path)) == options(*words)
     made = (yaml.safe_load if suffix == "yaml" else json.loads)(path.read_text())["made"]
     assert {"ssm-metarl", "python", "torch", "ray", "gymnasium", "numpy", "host", "time"} <= set(made)
+
+
+def test_a_run_names_the_commit_that_it_was_made_with(
+    tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of the working folder, with a mark where a file differs from it."""
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    (tmp_path / "own.py").write_text("")
+    for words in (["init", "--quiet"], ["add", "own.py"], ["commit", "--quiet", "--message", "One"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    for name, mark in (("clean", ""), ("changed", "-dirty")):
+        run = train(small_config(iterations=1), tmp_path.parent / f"{tmp_path.name}-{name}").run_dir
+        assert yaml.safe_load((run / "config.yaml").read_text())["made"]["commit"] == f"{commit}{mark}"
+        (tmp_path / "own.py").write_text("changed")
 
 
 def test_options_of_evolve_are_saved_too(tmp_path: Path) -> None:

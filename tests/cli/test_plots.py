@@ -41,6 +41,12 @@ def write_evaluation(run: Path) -> dict[str, Any]:
     return evaluation
 
 
+def ticks(axes: Any) -> list[float]:
+    """Places on the horizontal axis that bear a number."""
+    low, high = axes.get_xlim()
+    return [tick for tick in axes.get_xticks().tolist() if low <= tick <= high]
+
+
 @pytest.mark.parametrize(("iterations", "stages"), [(1, 2), (3, 2), (4, 8)])
 def test_the_learning_curve_has_a_line_for_every_inner_step(
     tmp_path: Path, figures: dict[str, Figure], iterations: int, stages: int
@@ -67,6 +73,7 @@ def test_an_evaluated_run_has_an_adaptation_curve_with_its_interval(tmp_path: Pa
     assert files == [tmp_path / "learning_curve.png", tmp_path / "adaptation_curve.png"]
     (axes,) = figures["adaptation_curve.png"].axes
     assert axes.get_lines()[0].get_ydata().tolist() == evaluation["return"]
+    assert ticks(axes) == [0, 1, 2]
     corners = axes.collections[0].get_paths()[0].vertices
     for step, (low, high) in enumerate(zip(evaluation["ci_low"], evaluation["ci_high"], strict=True)):
         at = corners[corners[:, 0] == step, 1]
@@ -116,7 +123,7 @@ def test_without_an_iteration_there_is_nothing_to_draw(tmp_path: Path, content: 
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_the_animation_shows_the_longest_episode_in_real_time(tmp_path: Path) -> None:
+def test_the_animation_shows_the_longest_episode_in_real_time(tmp_path: Path, figures: dict[str, Figure]) -> None:
     """The pole that falls is shown again and again beside it, so that both panels move."""
     report = adapt_checkpoint("pretrained:cartpole", {"direction": -1}, options=AdaptOptions(test_episodes=2))
     longest = max(int(record.lengths().max()) for record in (report.before, report.after))
@@ -131,3 +138,4 @@ def test_the_animation_shows_the_longest_episode_in_real_time(tmp_path: Path) ->
     assert seconds > longest * TIME_STEP, "and its end is held"
     assert len(left) > int(report.before.lengths()[0, 0]) / plots._STRIDE, "more than one episode"
     assert path.stat().st_size < 600_000
+    assert ticks(figures["adaptation_curve.png"].axes[0]) == [0, 1], "there is no half of a step"

@@ -220,5 +220,5 @@ def test_the_sentence_comes_within_half_a_minute(tmp_path: Path, dead_head: str)
     finally:
         process.kill()
     assert time.monotonic() - begin < 30.0
-    assert (process.returncode, error.count("\n")) == (2, 1)
-    assert re.match(f"error: No Ray cluster answers at {dead_head}, .* within 10 s", error)
+    assert (process.returncode, error.count("\n")) == (2, 2)
+    assert re.match(f"Run folder: runs/.*\nerror: No Ray cluster answers at {dead_head}, .* within 10 s", error)

@@ -62,6 +62,20 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: dict[str, Any], s
 
 
 @pytest.mark.slow
+def test_a_search_of_optuna_with_trials_that_asha_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"hidden_dim": 8, "state_dim": 4, "meta_batch": 3, "episodes": 2, "iterations": 9}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**small, "space": {"outer_lr": {"loguniform": [1e-4, 1e-2]}}}))
+    words = ["sweep", str(path), "--samples", "6", "--search", "optuna", "--scheduler", "asha", "--json"]
+    assert main([*words, "--run-dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["trials"] == 6
+    done = [line.split()[1] for line in shown.err.splitlines() if "outer_lr " in line]
+    assert len(done) == 6
+    assert 1 <= done.count("9") < 6, "some are stopped, and one goes to the end"
+
+
+@pytest.mark.slow
 def test_a_search_leaves_the_best_options_for_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = {"hidden_dim": 8, "state_dim": 4, "meta_batch": 3, "episodes": 2, "iterations": 3}
     space = {"outer_lr": {"loguniform": [1e-4, 1e-2]}, "epochs": [1, 2]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ssm_metarl import pretrained
-from ssm_metarl.cli.tables import change_words, decimals, evaluation_table, modes_table
+from ssm_metarl.cli.report import groups_table
+from ssm_metarl.cli.sweep import trials_table
+from ssm_metarl.cli.tables import adaptation_table, change_words, decimals, evaluation_table, modes_table
 
 
 def lines(table: Table, width: int) -> list[str]:
@@ -60,3 +63,40 @@ def test_the_modes_fit(card: dict[str, Any], width: int) -> None:
 def test_an_evaluation_fits(card: dict[str, Any]) -> None:
     shown = lines(evaluation_table(card["evaluation"]), 60)
     assert sum(line.count("…") for line in shown) == len(card["evaluation"]["return"])
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_the_steps_of_an_adaptation_fit(width: int) -> None:
+    returns = {"return": -17364.5}
+    report = {"task": "gym:Some/Environment-With-A-Long-Name-v0", "mode": "hybrid", "before": returns, "after": returns}
+    report |= {"curve": [-17364.5, -99.5, -100.5], "best_step": 1, "effective_replay_episodes": [123.4, 5.0]}
+    shown = lines(adaptation_table(report), width)
+    steps = [line.split() for line in shown[-3:]]
+    assert steps == [["0", "-17364"], ["1", "-100", "(best)", "123.4"], ["2", "-100", "5.0"]]
+    assert all(heading in " ".join(shown) for heading in ("return of its", "own episodes", "replayed episodes"))
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_groups_fit_with_an_interval_in_one_piece(width: int) -> None:
+    interval = {"value": -12345.6, "ci_low": -117364.4, "ci_high": -12550.2}
+    better = {"value": 0.5, "ci_low": 0.001, "ci_high": 1.0}
+    name = "a group (with another adaptation and a long name)"
+    group = {"runs": 10, "iqm": interval, "mean": interval}
+    found = {"tasks": ["a"], "normalised": False, "groups": {"one": group, name: {**group, "improvement": better}}}
+    shown = lines(groups_table(found), width)
+    assert sum(line.split().count("-117364…-12550") for line in shown) == 4
+    assert sum(line.split().count("0.00…1.00") for line in shown) == 1
+    assert "than one" in " ".join(shown)
+    assert "(with" in " ".join(shown)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_trials_fit_whatever_is_searched_over(width: int) -> None:
+    config = {f"option_number_{number}": 10.0**-number for number in range(8)}
+    metrics = {"return_after": -12345.6, "training_iteration": 1000}
+    trials: Any = [SimpleNamespace(config=config, metrics=metrics)] * 2
+    shown = lines(trials_table(trials, list(config)), width)
+    rows = [line.split()[:3] for line in shown if line.startswith("-12346")]
+    assert rows == [["-12346", "1000", "option_number_0"]] * 2
+    text = " ".join(word for line in shown for word in line.split())
+    assert all(text.count(f"{name} {value:.3g}") == 2 for name, value in config.items())

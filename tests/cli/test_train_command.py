@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.progress import Progress
 
-from builders import PNG, steady
+from builders import PNG, logged, steady, tags
 from command_line import EVALUATION, IN_PROCESS, OPTIONS, SMALL, Command, join_ray, only_object
 from faulty_tasks import FaultyNavigation
 from ssm_metarl.config import TrainConfig
@@ -75,6 +77,43 @@ def test_train_is_the_default_command_and_prints_one_json_object(command: Comman
     assert f"Checkpoint: {folder / 'checkpoint_000003'}" in lines
     for number in (1, 2, 3):
         assert any(line.startswith(f"iteration {number}/3: return -") for line in lines)
+    board = tags(folder)
+    assert board["return_by_step/1"] == [1, 2, 3]
+    assert [board[f"evaluation/{name}/{step}"] for name in ("return", "ci_low") for step in (0, 1)] == [[3]] * 4
+    assert board["learning_curve"] == board["adaptation_curve"] == [3]
+
+
+@pytest.mark.slow
+def test_a_command_line_names_all_loggers(
+    command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_ray(monkeypatch)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = tmp_path / "run"
+    names = ["--log", "tensorboard", "wandb", "mlflow", "csv"]
+    outcome = command("train", "--iterations", "2", *IN_PROCESS, *names, "--run-dir", run)
+    assert outcome.code == 0, outcome.err
+    assert tags(run)["evaluation/return/1"] == [2]
+    assert len((run / "progress.csv").read_text().splitlines()) == 3
+    (kept,) = run.glob("wandb/offline-run-*/*.wandb")
+    assert b"return_after" in kept.read_bytes()
+    with sqlite3.connect(run / "mlflow.db") as records:
+        query = "SELECT value FROM metrics WHERE key = 'return_after' ORDER BY step"
+        assert records.execute(query).fetchall() == [(line["return_by_step"][-1],) for line in logged(run)]
+
+
+def test_the_first_line_is_the_run_folder(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that of Ray's dashboard; what repeats the run is in it by then."""
+
+    def start(*_: Any, **__: Any) -> None:
+        assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["eval_tasks"] == 3
+        print("Ray dashboard: …", file=sys.stderr)
+
+    monkeypatch.setattr("ssm_metarl.distributed.train.start_ray", start)
+    outcome = command("--iterations", "1", *IN_PROCESS, "--run-dir", "run")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.splitlines()[:2] == ["Run folder: run", "Ray dashboard: …"]
 
 
 def test_without_json_nothing_is_printed_to_stdout(command: Command, tmp_path: Path) -> None:
@@ -130,7 +169,7 @@ def test_an_update_that_is_not_finite_is_exit_code_1_and_one_sentence(
     monkeypatch.setattr(Learner, "update", diverge)
     outcome = command(*IN_PROCESS, "--run-dir", tmp_path / "run", "--json")
     assert (outcome.code, outcome.out) == (1, "")
-    assert outcome.err.splitlines() == ["error: The meta-gradient is not finite."]
+    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", "error: The meta-gradient is not finite."]
 
 
 def test_workers_change_nothing(
@@ -197,8 +236,10 @@ def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on(
     assert summary["checkpoint"] == str(run / iteration)
     # The last line says how to go on.
     said = lines[-1].partition("resume with: ")[2]
-    assert shlex.split(said) == ["train", "--resume", "--run-dir", str(run)]
-    outcome = command(*shlex.split(said), "--iterations", str(count + 3), "--num-workers", "0", "--eval-tasks", "2")
+    python, script, *resume = shlex.split(said)
+    assert (python, script) == ("python", str(RUN_LOCAL))
+    assert resume == ["train", "--resume", "--run-dir", str(run)]
+    outcome = command(*resume, "--iterations", str(count + 3), "--num-workers", "0", "--eval-tasks", "2")
     assert outcome.code == 0, outcome.err
     unbroken = TrainConfig.for_task("navigation-2d", iterations=count + 3, **SMALL)
     assert steady(run) == steady(train(unbroken, tmp_path / "unbroken").run_dir)

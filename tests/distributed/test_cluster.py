@@ -54,6 +54,15 @@ def test_a_ray_of_our_own_is_local_and_has_a_cpu_for_the_learner_and_each_worker
     assert capsys.readouterr() == ("", "Ray dashboard: http://127.0.0.1:8265\n")
 
 
+def test_the_line_of_a_dashboard_that_asks_for_a_token_says_where_it_is(
+    ray_starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "ensure_token", lambda: monkeypatch.setenv("RAY_AUTH_MODE", "token"))
+    start_ray(1)
+    line = "Ray dashboard: http://127.0.0.1:8265 (it asks for the token that `ray get-auth-token` prints)\n"
+    assert capsys.readouterr() == ("", line)
+
+
 def test_a_cluster_that_the_environment_names_is_joined(
     ray_starts: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

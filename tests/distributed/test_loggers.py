@@ -12,20 +12,11 @@ import matplotlib.pyplot as plt
 import pytest
 from ray.tune.logger import LoggerCallback
 
-from builders import events, logged, small_config
+from builders import events, logged, small_config, tags
 from ssm_metarl.distributed.loggers import Board
 from ssm_metarl.distributed.train import train
 
 # --- TensorBoard ------------------------------------------------------------------------------------------
-
-
-def tags(run: Path) -> dict[str, list[int]]:
-    """Steps by tag of everything in a run's events."""
-    found: dict[str, list[int]] = {}
-    for event in events(run):
-        for value in event.summary.value:
-            found.setdefault(value.tag, []).append(event.step)
-    return found
 
 
 def test_the_board_has_options_and_both_returns_on_one_chart(tmp_path: Path, without_ray: None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_an_environment_that_exits_is_one_that_raises(ray_session: None, num_wor
         rollouts = collect(pool, weights, tasks)
     assert_equal(rollouts, expected, [0, 2])
     assert not rollouts.kept()[1].any()
-    assert "SystemExit: 3" in rollouts.errors[0]
+    assert re.search(r"the environment exits with 3 in \w+, line \d+ of .*faulty_tasks\.py, which", rollouts.errors[0])
     assert pool.restarts == 0
 
 

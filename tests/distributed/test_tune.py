@@ -36,6 +36,8 @@ def test_metrics_are_numbers_by_name_with_lists_beneath() -> None:
     assert metrics["return_after"] == metrics["episode_return_mean"] == returns[2]
     lengths = metrics["details"]["episode_length_by_step"]
     assert [metrics[f"episode_length_step_{step}"] for step in range(3)] == lengths
+    assert metrics["env_steps"] == pytest.approx(4 * 2 * sum(lengths)), "of four tasks with two episodes at each stage"
+    assert {"sample", "adapt", "update", "ray", "total"} <= metrics["seconds"].keys()
     line = log_line(metrics)
     assert line["return_by_step"] == returns
     assert not {"return_after", "return_step_0", "details"} & set(line)
@@ -72,6 +74,9 @@ def test_tunes_own_searchers_and_schedulers_find_a_configuration(tmp_path: Path,
     best = results.get_best_result()
     assert best.metrics is not None
     assert math.isfinite(best.metrics["return_after"])
+    assert {"return_before", "return_step_0", "return_step_1", "episode_return_mean"} <= best.metrics.keys()
+    assert best.metrics["env_steps"] > best.metrics["training_iteration"]
+    assert best.metrics["seconds"]["total"] > 0
     assert best.config is not None
     assert 1e-4 <= best.config["outer_lr"] <= 1e-2
     done = {result.metrics["training_iteration"] for result in results if result.metrics}

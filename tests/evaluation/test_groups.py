@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ssm_metarl
+from evolved import fresh_run
 from ssm_metarl.cli.main import main
 from ssm_metarl.evaluation.groups import Group, Run, compare_groups, read_group, resampled
 from ssm_metarl.storage.documents import CheckpointError
@@ -133,6 +134,18 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path, capsys: pytest.
     assert "b has runs of bandit, a of cartpole: only runs of the same tasks compare." in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a")]) == 2
     assert "Two groups are called 'a'" in capsys.readouterr().err
+
+
+def test_a_run_of_evolve_is_told_what_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "runs" / "trained", 1.0)
+    evolved = tmp_path / "runs" / "evolved"
+    fresh_run(evolved)
+    assert main(["compare", str(evolved)]) == 2
+    said = f"{evolved} is a run of evolve, which evaluates no return: train --schedule {evolved} repeats it"
+    assert said in capsys.readouterr().err
+    beside = read_group(str(tmp_path / "runs"))
+    assert [run.folder.name for run in beside.runs] == ["trained"]
+    assert beside.missing == [evolved], "which is told"
 
 
 @pytest.mark.slow

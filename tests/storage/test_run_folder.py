@@ -17,7 +17,7 @@ from builders import (
 )
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import CheckpointError
-from ssm_metarl.storage.run_folder import check_new, checkpoints, mark_best, prune, resolve_checkpoint
+from ssm_metarl.storage.run_folder import best_return, check_new, checkpoints, mark_best, prune, resolve_checkpoint
 
 
 def names(run: Path) -> list[str]:
@@ -53,6 +53,13 @@ class TestRun:
         mark_best(run, run / "checkpoint_000030", -16.0)
         assert resolve_checkpoint(run) == run / "checkpoint_000030"
         assert resolve_checkpoint(run / "checkpoint_000009") == run / "checkpoint_000009"
+        assert best_return(run) == -16.0
+
+    def test_a_level_is_no_return(self, run: Path) -> None:
+        mark_best(run, run / "checkpoint_000010", 0.5, "level")
+        assert json.loads((run / "best.json").read_bytes()) == {"checkpoint": "checkpoint_000010", "level": 0.5}
+        assert resolve_checkpoint(run) == run / "checkpoint_000010"
+        assert best_return(run) is None
 
     def test_a_run_without_checkpoint(self, tmp_path: Path) -> None:
         for path, reason in [(tmp_path, "holds no checkpoint"), (tmp_path / "absent", "no such folder")]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from builders import assert_equal_arrays, make_checkpoint
 from scripted_trainers import ScriptedMember
@@ -14,7 +15,7 @@ from simulated import World, drive
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.run_folder import resolve_checkpoint
-from ssm_metarl.tuning.config import EvolveConfig
+from ssm_metarl.tuning.config import WITHOUT_EFFECT, EvolveConfig
 from ssm_metarl.tuning.run import START, Run, export_best, open_run
 from ssm_metarl.tuning.store import read_state
 
@@ -37,10 +38,16 @@ def play(run: Run) -> Run:
     return run
 
 
-def test_a_schedule_of_learning_rates_counts_as_constant(tmp_path: Path) -> None:
-    run = open_run(config(lr_schedule="linear"), RULES, tmp_path)
-    assert read_state(tmp_path)["base"]["lr_schedule"] == "constant"
+def test_a_run_does_not_depend_on_options_without_effect(tmp_path: Path) -> None:
+    run = open_run(config(lr_schedule="linear", learner_threads=3, iterations=7), RULES, tmp_path)
+    base = read_state(tmp_path)["base"]
+    assert (base["lr_schedule"], base["learner_threads"]) == ("constant", 1)
     assert run.export() is None
+    run.population.store.close()
+    again = open_run(config(lr_schedule="cosine", iterations=9), RULES, tmp_path, resume=True)
+    assert read_state(tmp_path)["base"] == base
+    again.population.store.close()
+    assert not set(WITHOUT_EFFECT) & set(yaml.safe_load((tmp_path / "config.yaml").read_text()))
 
 
 def test_what_is_handed_over_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
@@ -53,6 +60,8 @@ def test_what_is_handed_over_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
     exported = load_checkpoint(path)
     assert_equal_arrays(exported.policy, archived.policy)
     assert exported.progress == archived.progress
+    marked = json.loads((tmp_path / "best.json").read_text())
+    assert marked == {"checkpoint": path.name, "level": best.level}
     schedule = json.loads((tmp_path / "schedule.json").read_text())
     assert schedule == {"iterations": best.iteration, "weights": best.handed_over, "options": best.path}
     assert schedule["options"][0] == [0, read_state(tmp_path)["base"]]
