@@ -33,6 +33,7 @@ from ssm_metarl.storage.run_record import checkpoint_to_resume, read_record
 from ssm_metarl.storage.trust import check_task, is_own
 from ssm_metarl.storage.uri import is_uri, shown
 from ssm_metarl.tasks import names_code
+from ssm_metarl.tuning.config import WITHOUT_EFFECT
 from ssm_metarl.tuning.store import NOT_COPIED, read_state
 
 
@@ -250,7 +251,10 @@ def _with_file(line: Line, *, show: bool = False) -> Line:
     path = given.pop("config_file", None)
     if path is None:
         return Line(line.command, given)
-    found = read_options(path, line.command, option_names(COMMANDS[line.command]))
+    names = set(option_names(COMMANDS[line.command]))
+    # Files of evolve named options without effect until version 0.2.
+    found = read_options(path, line.command, names | set(WITHOUT_EFFECT if line.command == "evolve" else ()))
+    found = {name: value for name, value in found.items() if name in names}
     if "task" in found:
         try:
             trusted = given.get("trust_checkpoint_code", False)

@@ -118,6 +118,13 @@ def test_code_that_a_file_names_does_not_run(tmp_path: Path) -> None:
     assert end.value.code == 0
 
 
+def test_what_has_no_effect_on_evolve_is_no_mistake_in_a_file(tmp_path: Path) -> None:
+    """Runs of before named it in theirs."""
+    path = tmp_path / "a.yaml"
+    path.write_text("command: evolve\ncycles: 3\niterations: 7\nlr_schedule: linear\nlearner_threads: 2\n")
+    assert parse(["evolve", "--config", str(path)]).options() == parse(["evolve", "--cycles", "3"]).options()
+
+
 def test_a_file_of_a_larger_machine_fits_this_one(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("num_workers: 4000\nlearner_threads: 4000\n")
