@@ -68,6 +68,11 @@ def bandit_promp(arms: int) -> dict[str, Any]:
     }
 
 
+def imitation(player: str) -> dict[str, Any]:
+    """Imitation alone: rewards teach little more within as many steps."""
+    return {"imitate": player, "imitate_iterations": 200, "iterations": 200, "outer_lr": 2e-3, "hidden_dim": 128}
+
+
 TABULAR = {10: "tabular-mdp", 25: "tabular-mdp-25"}
 """Target by the number of episodes."""
 
@@ -108,6 +113,26 @@ TARGETS: Mapping[str, Target] = {
         # As many steps an iteration as with ten.
         meta_batch=make("tabular-mdp", {}).in_context["meta_batch"] * 10 // 25,
     ),
+    **{
+        f"bandit-{arms}-imitation": _with(
+            _bandit,
+            f"100 pulls of {arms} arms, learned from what the index player shows.",
+            task_options={"arms": arms},
+            **imitation("index"),
+        )
+        for arms in BANDITS
+    },
+    **{
+        f"tabular-mdp-{trial_episodes}-imitation": _with(
+            _tabular,
+            f"{trial_episodes} episodes in an unknown Markov decision process, learned from what a planner shows.",
+            trial_episodes=trial_episodes,
+            meta_batch=2000 // trial_episodes,
+            episodes=1,
+            **imitation("optimistic"),
+        )
+        for trial_episodes in TABULAR
+    },
     "navigation-2d-promp": Target(
         claim="Gradient steps find the goal, by MAML's protocol, within ten minutes of training.",
         task="navigation-2d",
@@ -169,6 +194,15 @@ TABLES: Mapping[str, Table] = {
                 least(-0.4, -0.4, -0.4),
             ),
             Row(
+                "ours, imitation of `index`",
+                tuple(ours(f"bandit-{arms}-imitation", returns(0)) for arms in BANDITS),
+            ),
+            Row(
+                "imitation less `index`, paired",
+                tuple(paired(f"bandit-{arms}-imitation", "index") for arms in BANDITS),
+                least(-0.3, -0.5, -1.0),
+            ),
+            Row(
                 "ours, `promp`",
                 tuple(ours(f"bandit-{arms}-promp", returns(0)) for arms in BANDITS),
                 least(67.1, 70.1, 70.3),
@@ -189,9 +223,14 @@ TABLES: Mapping[str, Table] = {
             Row("UCRL2 (in Duan et al. 2016)", published(146.6, 424.1)),
             *(
                 Row(f"player `{player}`", tuple(played(player, target) for target in TABULAR.values()))
-                for player in ("uniform", "psrl", "psrl-prior-0", "greedy")
+                for player in ("uniform", "psrl", "psrl-prior-0", "greedy", "optimistic")
             ),
             Row("ours, `rl2`", tuple(ours(target, returns(0)) for target in TABULAR.values()), least(160.0, 446.0)),
+            Row(
+                "ours, imitation of `optimistic`",
+                tuple(ours(f"tabular-mdp-{count}-imitation", returns(0)) for count in TABULAR),
+                least(160.0, 450.0),
+            ),
             Row("`rl2` less `psrl-prior-0`, paired", tuple(paired(name, "psrl-prior-0") for name in TABULAR.values())),
         ),
     ),
