@@ -14,7 +14,6 @@ import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
-from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
@@ -24,7 +23,7 @@ from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import StageCollector
-from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.learner import Learner, Stage
 from ssm_metarl.distributed.metrics import returns_metrics
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.resizing import Resize, resized
@@ -80,7 +79,8 @@ class MetaTrainer(tune.Trainable):
         if self._trial_info is None:
             check_resources(machine.num_workers)
         seed = seed_for(experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
-        self.learner = Learner(self.spec, self.train_config.meta, machine, int(seed))
+        horizon = self.distribution.horizon * experience.trial_episodes
+        self.learner = Learner(self.spec, self.train_config.meta, machine, int(seed), horizon)
         self.pool = Pool(
             self.distribution,
             self.spec,
@@ -108,7 +108,7 @@ class MetaTrainer(tune.Trainable):
         learner, watch = self.learner, Stopwatch(self.pool)
         collector = self._collector()
         weights = learner.weights()
-        stages, collected = list[Batch](), list[Rollouts]()
+        stages, collected = list[Stage](), list[Rollouts]()
         for stage in range(inner_steps + 1):
             with watch("sample"):
                 collected.append(collector(weights, experience.episodes, stage))

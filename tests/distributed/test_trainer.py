@@ -93,7 +93,7 @@ FAMILIES = {"navigation-2d": {"epochs": 2}, "cartpole": {"epochs": 2, "inner_ste
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """One task a shard, so that the learner's threads have something to share."""
-    monkeypatch.setattr(learner_module, "task_shards", lambda shape: [slice(i, i + 1) for i in range(shape[0])])
+    monkeypatch.setattr(learner_module, "task_shards", lambda shape, _: [slice(i, i + 1) for i in range(shape[0])])
 
 
 def experience(task: str, **changes: Any) -> tuple[list[Rollouts], list[Metrics]]:

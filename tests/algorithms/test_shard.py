@@ -1,0 +1,26 @@
+"""Sums over shards: in one order, whoever adds which of them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssm_metarl.algorithms.shard import tree_nodes, tree_total
+
+
+def bracketed(one: str, other: str) -> str:
+    return f"({one}{other})"
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_the_order_of_a_sum_does_not_depend_on_who_adds(leaves: int, learners: int) -> None:
+    single = {(i, i + 1): f" {i}" for i in range(leaves)}
+    expected = tree_total(leaves, single, bracketed)
+    borders = [leaves * i // learners for i in range(learners + 1)]
+    known = {}
+    for first, last in zip(borders, borders[1:]):
+        for low, high in tree_nodes(leaves, first, last):
+            assert first <= low < high <= last
+            within = {(i - low, i - low + 1): single[i, i + 1] for i in range(low, high)}
+            known[low, high] = tree_total(high - low, within, bracketed)
+    assert tree_total(leaves, known, bracketed) == expected
