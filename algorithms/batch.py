@@ -16,7 +16,7 @@ from ssm_metarl.algorithms.inputs import policy_inputs, task_numbers
 from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.algorithms.returns import advantages as estimate
-from ssm_metarl.algorithms.returns import discounted_returns, normalized, step_means, tells_apart
+from ssm_metarl.algorithms.returns import discounted_returns, normalized, tells_apart
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 

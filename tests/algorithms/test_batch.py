@@ -24,7 +24,6 @@ from ssm_metarl.algorithms.batch import (
 )
 from ssm_metarl.algorithms.registry import CRITICS, Baseline, MetaConfig
 
-
 minibatches = st.integers(1, 9)
 
 

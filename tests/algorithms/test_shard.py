@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ def test_the_order_of_a_sum_does_not_depend_on_who_adds(leaves: int, learners: i
     expected = tree_total(leaves, single, bracketed)
     borders = [leaves * i // learners for i in range(learners + 1)]
     known = {}
-    for first, last in zip(borders, borders[1:]):
+    for first, last in pairwise(borders):
         for low, high in tree_nodes(leaves, first, last):
             assert first <= low < high <= last
             within = {(i - low, i - low + 1): single[i, i + 1] for i in range(low, high)}
