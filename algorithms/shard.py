@@ -7,7 +7,7 @@ the shards in their order.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,18 +84,24 @@ def meta_gradient(
     return list(gradient), summary, distribution_parameters(loss.before)
 
 
-def added(one: Gradient, other: Gradient) -> Gradient:
-    """The sum of two gradients."""
+def added(one: list[Any], other: list[Any]) -> list[Any]:
+    """The sum of two gradients, of tensors or of arrays."""
     return [a if b is None else b if a is None else a + b for a, b in zip(one, other, strict=True)]
 
 
-def tree_total(leaves: int, known: Mapping[tuple[int, int], Value], add: Callable[[Value, Value], Value]) -> Value:
+def tree_total(
+    leaves: int,
+    known: Mapping[tuple[int, int], Value],
+    add: Callable[[Value, Value], Value],
+    node: tuple[int, int] | None = None,
+) -> Value:
     """The sum of n values by halves: floating-point addition depends on the order, and this one is the same for all.
 
     Args:
         leaves: n.
         known: sums of the leaves from the first to before the second number: at least of each leaf, or of what
             `tree_nodes` takes together.
+        node: one of `tree_nodes`, whose leaves alone are added; None: all.
     """
 
     def total(first: int, last: int) -> Value:
@@ -104,7 +110,7 @@ def tree_total(leaves: int, known: Mapping[tuple[int, int], Value], add: Callabl
         middle = (first + last) // 2
         return add(total(first, middle), total(middle, last))
 
-    return total(0, leaves)
+    return total(*(node or (0, leaves)))
 
 
 def tree_nodes(leaves: int, first: int, last: int) -> list[tuple[int, int]]:

@@ -116,9 +116,9 @@ class Learner:
         """The shards of a meta-batch of so many tasks with so many episode slots each."""
         return task_shards((tasks, self.horizon, episodes), self.config.minibatches)
 
-    def pieces(self, tasks: int, episodes: int) -> list[slice] | None:
-        """The tasks whose rollouts are to be kept together where they were played; None: they are brought here."""
-        return None
+    def pieces(self, tasks: int, episodes: int) -> list[slice]:
+        """The tasks whose rollouts are to be kept together where they were played; none: they are brought here."""
+        return []
 
     def first_episodes(self, rollouts: Any) -> list[Rollouts]:
         """Records that have of each task the first episode that was kept, at least."""

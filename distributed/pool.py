@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ssm_metarl.algorithms.collect import collect_family, played
+from ssm_metarl.algorithms.collect import blank, collect_family, played
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
@@ -22,6 +22,7 @@ from ssm_metarl.distributed.suspicion import Suspicion
 from ssm_metarl.distributed.watch import Part, SampleTimeout, Watch
 
 if TYPE_CHECKING:
+    from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
     from ssm_metarl.distributed.worker import WorkerHandle
 
 _log = logging.getLogger(__name__)
@@ -106,28 +107,32 @@ class Pool:
 
     def collect(
         self,
-        weights: Mapping[str, Array],
+        weights: Mapping[str, Array] | RemoteWeights,
         tasks: Sequence[Task],
         seeds: Sequence[np.random.SeedSequence],
         num_episodes: int,
         *,
         label: str = "",
         deterministic: bool = False,
-    ) -> Rollouts:
+        cuts: Sequence[int] = (),
+    ) -> Any:
         """Play `num_episodes` episodes, or trials, of every task.
 
         Args:
             weights: float32 arrays by parameter name, shared by all tasks or with a leading task axis [M, …].
-                Shared ones may be sent once while the same object comes: pass a new one when they changed.
+                Shared ones may be sent once while the same object comes: pass a new one when they changed. Remote ones
+                need not be there yet.
             tasks: M tasks, one or more.
             seeds: a node of the seed tree for each task.
             num_episodes: episodes K a task.
             label: what this is for, such as "support 7", for Ray's dashboard.
             deterministic: take the most likely action instead of sampling.
+            cuts: numbers of tasks, in order, before which the record is to be cut; it then stays where it was played.
 
         Returns:
-            One record of the M tasks in their order, in writable C-contiguous arrays. A task that was dropped
-            or timed out has no valid step, and a sentence in `errors` names it.
+            One record of the M tasks in their order, in writable C-contiguous arrays, or with `cuts` (and workers)
+            `RemoteRollouts`. A task that was dropped or timed out has no valid step, and a sentence in `errors` names
+            it.
 
         Raises:
             ValueError: without a task, or with another number of seeds than tasks.
@@ -139,17 +144,24 @@ class Pool:
         if not tasks or len(tasks) != len(seeds):
             raise ValueError(f"Tasks and as many seeds are needed, not {len(tasks)} and {len(seeds)}.")
         if not self._workers:
-            return self._collect_in_process(weights, tasks, seeds, num_episodes, deterministic)
+            arrays = weights if isinstance(weights, Mapping) else weights.fetch()
+            return self._collect_in_process(arrays, tasks, seeds, num_episodes, deterministic)
         start = time.perf_counter()
-        per_task = weights["encoder.weight"].ndim == 3
-        sent = weights if per_task else self._sent_once(weights)
+        shared = isinstance(weights, Mapping) and weights["encoder.weight"].ndim == 2
+        sent = self._sent_once(weights) if shared else weights  # type: ignore[arg-type]
         self._calls += 1
-        batch = _Batch(self._calls, sent, per_task, tasks, seeds, num_episodes, label, deterministic)
+        batch = _Batch(
+            self._calls, self._spec, sent, not shared, tasks, seeds, num_episodes, label, deterministic, cuts
+        )
         batch.split(len(self._workers))
         self._play(batch)
         rollouts = batch.joined()
         self.ray_seconds += time.perf_counter() - start - max(batch.seconds.values())
         return rollouts
+
+    def blank(self, tasks: Sequence[Task], num_episodes: int) -> Rollouts:
+        """The record of tasks that are not played."""
+        return blank(self._spec, tasks, num_episodes)
 
     def processes(self) -> list[int]:
         """Process ids of the workers, as soon as all of them run; none in process."""
@@ -206,6 +218,7 @@ class Pool:
         held: dict[WorkerHandle, Part] = {}
         try:
             while batch.waiting or held:
+                batch.look_for_weights()
                 for worker in self._workers:
                     if worker.call is None and (part := self._next(batch, worker)):
                         held[worker] = part
@@ -213,7 +226,7 @@ class Pool:
                 # A worker that is starting or restarting matters only while something waits for it.
                 called = [worker for worker in self._workers if worker.call is not None]
                 awaited = called if batch.waiting else list(held)
-                for worker in ready_workers(awaited, self._watch.seconds(held.values())):
+                for worker in ready_workers(awaited, self._watch.seconds(held.values()), list(batch.missing)):
                     self._receive(batch, worker, held)
                 for worker, part in list(held.items()):
                     self._look_after(batch, worker, part, held)
@@ -225,6 +238,8 @@ class Pool:
         """The first part that waits for a worker on this node: a suspect is rather tried where it has not been."""
         nodes = self._running_nodes()
         for part in batch.waiting:
+            if not batch.has_weights(part):
+                continue
             if len(part.tasks) > 1 or not self._suspicion.avoided(batch.key(part), worker.node, nodes):
                 batch.waiting.remove(part)
                 return part
@@ -291,6 +306,7 @@ class _Batch:
     """One call of `Pool.collect`: its arguments, what waits, what came back, what is lost."""
 
     number: int
+    spec: PolicySpec
     weights: Any
     per_task: bool
     tasks: Sequence[Task]
@@ -298,10 +314,39 @@ class _Batch:
     num_episodes: int
     label: str
     deterministic: bool
+    cuts: Sequence[int]
     waiting: deque[Part] = field(default_factory=deque)
-    played: dict[int, Rollouts] = field(default_factory=dict)  # by the number of the part's first task
+    played: dict[int, Any] = field(default_factory=dict)  # by the number of the part's first task
     lost: dict[int, str] = field(default_factory=dict)  # by the number of the task
     seconds: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))  # own sampling, by worker
+    missing: set[Any] = field(default_factory=set)  # references to weights that nobody has computed yet
+
+    def __post_init__(self) -> None:
+        if self.remote_weights:
+            self.missing.update(self.weights.needed()[1])
+
+    @property
+    def remote_weights(self) -> bool:
+        """Whether the weights are references to each shard's."""
+        return self.per_task and not isinstance(self.weights, Mapping)
+
+    def look_for_weights(self) -> None:
+        """Find out which of the missing weights are there by now."""
+        if self.missing:
+            from ssm_metarl.distributed.worker import in_store
+
+            self.missing -= in_store(list(self.missing))
+
+    def has_weights(self, part: Part) -> bool:
+        """Whether the weights of the part's tasks are there."""
+        return not self.missing or self.missing.isdisjoint(self._weights(part)[1])
+
+    def _weights(self, part: Part) -> tuple[Any, Sequence[Any]]:
+        """What a worker is called with for weights: first, and last."""
+        own = slice(part.tasks.start, part.tasks.stop)
+        if self.remote_weights:
+            return self.weights.select(own).needed()
+        return {name: value[own] for name, value in self.weights.items()} if self.per_task else self.weights, ()
 
     def key(self, part: Part) -> tuple[int, int]:
         """The name of a part's first task, also beside those of other calls."""
@@ -316,24 +361,37 @@ class _Batch:
     def submit(self, worker: WorkerHandle, part: Part) -> None:
         """Call the worker with this part's share of the arguments."""
         own = slice(part.tasks.start, part.tasks.stop)
-        weights = self.weights
-        if self.per_task:
-            weights = {name: value[own] for name, value in weights.items()}
+        weights, shards = self._weights(part)
         title = f"collect {self.label}, {len(part.tasks)} tasks"
         part.since = part.alive = time.perf_counter()
-        worker.submit(title, weights, self.tasks[own], self.seeds[own], self.num_episodes, self.deterministic)
+        fixed = (weights, self.tasks[own], self.seeds[own], self.num_episodes, self.deterministic)
+        worker.submit(title, *fixed, self._cuts(part.tasks), *shards)
 
-    def finish(self, part: Part, worker: WorkerHandle, rollouts: Rollouts, seconds: float) -> None:
+    def _cuts(self, tasks: range) -> list[int]:
+        """Where a worker is to cut the record of these tasks, from 0 to their number; empty: nowhere."""
+        if not self.cuts:
+            return []
+        within = [cut - tasks.start for cut in self.cuts if tasks.start < cut < tasks.stop]
+        return [0, *within, len(tasks)]
+
+    def finish(self, part: Part, worker: WorkerHandle, answer: Any, seconds: float) -> None:
         """Keep what a worker returned."""
-        self.played[part.tasks.start] = rollouts
         self.seconds[worker] += seconds
+        if self.cuts:
+            from ssm_metarl.distributed.references import RemoteRollouts
+
+            summary, references = answer
+            ranges = [part.tasks[first:last] for first, last in pairwise(self._cuts(part.tasks))]
+            own = tuple(self.tasks[i] for i in part.tasks)
+            answer = RemoteRollouts(list(zip(ranges, references, strict=True)), summary, own)
+        self.played[part.tasks.start] = answer
 
     def lose(self, task: int, reason: str) -> None:
         """Have an empty record in the place of a task, and say why."""
         self.lost[task] = f"Task {task}, {self.tasks[task]!r}, {reason}."
         _log.warning(self.lost[task])
 
-    def joined(self) -> Rollouts:
+    def joined(self) -> Rollouts | RemoteRollouts:
         """The record of all tasks, in order.
 
         Raises:
@@ -341,11 +399,16 @@ class _Batch:
         """
         if not self.played:
             raise EnvironmentFailure(f"Every task was lost. {next(iter(self.lost.values()))}")
-        like = next(iter(self.played.values()))
         parts = dict(self.played)
         for i, reason in self.lost.items():
-            parts[i] = Rollouts.empty([self.tasks[i]], self.num_episodes, like, [reason])
-        return _owned(Rollouts.concatenate([parts[start] for start in sorted(parts)]))
+            parts[i] = blank(self.spec, [self.tasks[i]], self.num_episodes, [reason])
+        if not self.cuts:
+            return _owned(Rollouts.concatenate([parts[start] for start in sorted(parts)]))
+        from ssm_metarl.distributed.references import RemoteRollouts
+
+        for i in self.lost:
+            parts[i] = RemoteRollouts.put(parts[i], range(i, i + 1))
+        return RemoteRollouts.concatenate([parts[start] for start in sorted(parts)])
 
 
 def _owned(rollouts: Rollouts) -> Rollouts:

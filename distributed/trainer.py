@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import ray
 from ray import tune
 from ray.tune import PlacementGroupFactory
 
@@ -18,12 +17,12 @@ from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.replay import ReplayBuffer
-from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.config import TrainConfig
+from ssm_metarl.config import MachineConfig, TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import StageCollector
-from ssm_metarl.distributed.learner import Learner, Stage
+from ssm_metarl.distributed.learner import Stage
+from ssm_metarl.distributed.learner_group import learner_gpus, new_learner
 from ssm_metarl.distributed.metrics import returns_metrics
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.resizing import Resize, resized
@@ -77,15 +76,16 @@ class MetaTrainer(tune.Trainable):
         self.distribution: TaskDistribution = distribution or self.train_config.family()
         self.spec = self.train_config.policy_spec(self.distribution)
         if self._trial_info is None:
-            check_resources(machine.num_workers)
+            check_resources(machine.num_workers, machine.num_learners)
+        name = f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}"
         seed = seed_for(experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
         horizon = self.distribution.horizon * experience.trial_episodes
-        self.learner = Learner(self.spec, self.train_config.meta, machine, int(seed), horizon)
+        self.learner = new_learner(self.spec, self.train_config.meta, machine, int(seed), horizon, name)
         self.pool = Pool(
             self.distribution,
             self.spec,
             num_workers=machine.num_workers,
-            name=f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
+            name=name,
             trial_episodes=experience.trial_episodes,
             sample_timeout_s=machine.sample_timeout_s,
         )
@@ -108,7 +108,7 @@ class MetaTrainer(tune.Trainable):
         learner, watch = self.learner, Stopwatch(self.pool)
         collector = self._collector()
         weights = learner.weights()
-        stages, collected = list[Stage](), list[Rollouts]()
+        stages, collected = list[Stage](), list[Any]()
         for stage in range(inner_steps + 1):
             with watch("sample"):
                 collected.append(collector(weights, experience.episodes, stage))
@@ -124,7 +124,8 @@ class MetaTrainer(tune.Trainable):
             )
             learner.observe(collected)
             if self.replay is not None:
-                self.replay.add(collected[-1])
+                for record in learner.first_episodes(collected[-1]):
+                    self.replay.add(record)
         self.meta_iteration += 1
         env_steps = sum(rollouts.num_steps for rollouts in collected)
         self.env_steps += env_steps
@@ -153,7 +154,13 @@ class MetaTrainer(tune.Trainable):
             return [seed_for(seed, Branch.ROLLOUTS, iteration, stage, task) for task in range(len(tasks))]
 
         last = self.train_config.meta.inner_steps
-        return StageCollector(self.pool, tasks, seeds, lambda stage: "support" if stage < last else "query")
+        return StageCollector(
+            self.pool,
+            tasks,
+            seeds,
+            lambda stage: "support" if stage < last else "query",
+            shards=self.learner.pieces(len(tasks), self.train_config.experience.episodes),
+        )
 
     def checkpoint(self) -> Checkpoint:
         """All that continues this run, as it is now."""
@@ -235,17 +242,22 @@ class MetaTrainer(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
-        """End the workers."""
+        """End workers and learners."""
         self.pool.close()
+        self.learner.close()
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """One CPU for the learner and one a worker, spread over nodes; and a GPU for a learner that computes on one."""
-        device = str(config.get("device", "cpu"))
-        wants_gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0.0) >= 1)
-        learner = {"CPU": 1.0, **({"GPU": 1.0} if wants_gpu else {})}
-        workers = [{"CPU": 1.0}] * int(config.get("num_workers", 0))
-        return PlacementGroupFactory([learner, *workers], strategy="SPREAD")
+        """One CPU for the trainer, a learner and a worker each, spread over nodes.
+
+        And a GPU for each learner that computes on one, or for the trainer where that learns itself.
+        """
+        known = {name: config[name] for name in ("device", "num_learners", "num_workers") if name in config}
+        machine = MachineConfig(**known)
+        gpus = learner_gpus(machine)
+        learner = {"CPU": 1.0, **({"GPU": gpus} if gpus else {})}
+        learners = [{"CPU": 1.0}, *[learner] * machine.num_learners] if machine.num_learners else [learner]
+        return PlacementGroupFactory([*learners, *[{"CPU": 1.0}] * machine.num_workers], strategy="SPREAD")
 
     def _setup_logdir(self) -> None:
         # Alone, Trainable would make an empty folder under ~/ray_results for every trainer.

@@ -59,7 +59,9 @@ class MachineConfig:
 
     Attributes:
         num_workers: Ray actors that collect rollouts; 0 collects in process, without Ray.
-        learner_threads: threads that share the learner's tasks (on a CPU).
+        num_learners: Ray actors, of one CPU (or GPU) each, that share the learner's tasks; 0: it is in the driver. The
+            results are the same.
+        learner_threads: threads that share the tasks of the learner in the driver (on a CPU).
         device: where the learner computes, such as "cpu" or "cuda"; "auto": on a GPU where there is one.
         checkpoint_every: iterations between checkpoints; there is one at the end, too.
         sample_timeout_s: "auto": a worker that gives no sign of life for ten times as long as any that went on, and
@@ -69,13 +71,15 @@ class MachineConfig:
     """
 
     num_workers: int = 0
+    num_learners: int = 0
     learner_threads: int = field(default_factory=available_cores)
     device: str = "cpu"
     checkpoint_every: int = 10
     sample_timeout_s: float | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
-        check_count("num_workers", self.num_workers, 0)
+        for name in ("num_workers", "num_learners"):
+            check_count(name, getattr(self, name), 0)
         for name in ("learner_threads", "checkpoint_every"):
             check_count(name, getattr(self, name), 1)
         check_text("device", self.device)
@@ -83,7 +87,7 @@ class MachineConfig:
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
 
 
-SINCE: Mapping[str, Any] = {"max_kl": 0.5}
+SINCE: Mapping[str, Any] = {"max_kl": 0.5, "num_learners": 0}
 """Options that checkpoints of earlier versions lack, and what stands for each."""
 
 

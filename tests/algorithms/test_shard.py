@@ -23,6 +23,5 @@ def test_the_order_of_a_sum_does_not_depend_on_who_adds(leaves: int, learners: i
     for first, last in pairwise(borders):
         for low, high in tree_nodes(leaves, first, last):
             assert first <= low < high <= last
-            within = {(i - low, i - low + 1): single[i, i + 1] for i in range(low, high)}
-            known[low, high] = tree_total(high - low, within, bracketed)
+            known[low, high] = tree_total(leaves, single, bracketed, (low, high))
     assert tree_total(leaves, known, bracketed) == expected
