@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import ray
 
 from builders import SMALL, assert_equal_arrays
+from faulty_tasks import FaultyNavigation
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
+from ssm_metarl.distributed.learner_group import LearnerGroup
+from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
 from ssm_metarl.distributed.trainer import MetaTrainer
+from ssm_metarl.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("ray_session", "enough_processors")
 
@@ -98,9 +108,124 @@ def assert_same_run(run: Run, expected: Run) -> None:
     assert_equal_arrays(run[1], expected[1])
 
 
-@pytest.mark.parametrize("learners", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", CASES)
+QUICK = [("two steps, normalised", 0, 2), ("privileged", 1, 1)]
+SLOW = [(case, workers, learners) for case in CASES for workers in (0, 2) for learners in (1, 2)]
+SLOW += [("promp", 0, 4), ("critic in minibatches", 0, 4), ("time", 1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("case", "workers", "learners"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
+)
 def test_the_result_depends_neither_on_learners_nor_on_workers(case: str, workers: int, learners: int) -> None:
     with running(**CASES[case], num_workers=workers, num_learners=learners) as trainer:
         assert_same_run(result(trainer), in_driver(case))
+
+
+# --- Deaths and faults ------------------------------------------------------------------------------------
+
+
+def processes(*names: str) -> list[int]:
+    """Of the actors of these classes, and of those that play (`collect`), in this test's Ray."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(tuple(f"ray::{name}" for name in names)):
+                found.append(process.pid)
+    return found
+
+
+def test_a_learner_that_dies_between_iterations_and_within_one_changes_nothing() -> None:
+    killed = []
+
+    def kill(iteration: int) -> None:
+        killed.append(trainer.learner.processes()[iteration])  # type: ignore[attr-defined]
+        os.kill(killed[-1], signal.SIGKILL)
+
+    with running(**CASES["promp"], num_learners=2) as trainer:
+        assert isinstance(trainer.learner, LearnerGroup)
+        update = trainer.learner._gradient
+
+        def dying(*arguments: Any) -> Any:
+            if trainer.meta_iteration == 1 and len(killed) == 2:  # the first epoch's references are in the store
+                kill(0)
+            return update(*arguments)
+
+        trainer.learner._gradient = dying  # type: ignore[method-assign]
+        run = result(trainer, before=kill)
+        assert not set(killed) & set(trainer.learner.processes())
+    assert len(set(killed)) == 3
+    assert_same_run(run, in_driver("promp"))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_task_that_cannot_be_played_is_lost_to_learners_as_to_the_driver(workers: int) -> None:
+    class Faulty(FaultyNavigation):  # not of this module: it travels to the workers by value
+        def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
+            tasks = super().sample(n, rng, split)
+            tasks[3] |= {"fault": "raise"}
+            return tasks
+
+    options = {"task": "navigation-2d", "meta_batch": 12, "episodes": 2, "epochs": 2}
+    with running(Faulty(), **options) as trainer:
+        expected = result(trainer)
+    with running(Faulty(), **options, num_workers=workers, num_learners=2) as trainer:
+        run = result(trainer)
+    assert expected[0][0]["invalid_episodes"] == 2
+    assert_same_run(run, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_learners_and_workers_that_die_at_random_moments_change_nothing() -> None:
+    options = {"task": "navigation-2d", "epochs": 3, "hidden_dim": 32, "episodes": 20, "meta_batch": 8}
+    with running(**options) as trainer:
+        expected = result(trainer, 12)
+    enough, kills = threading.Event(), Counter[str]()
+    rng = np.random.default_rng(0)
+
+    def kill() -> None:
+        while not enough.wait(rng.uniform(0.3, 3.0)):
+            kind = ("LearnerActor", "RolloutWorker", "collect")[rng.integers(3)]
+            for process in processes(kind)[:1]:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+                    kills[kind] += 1
+
+    with running(**options, num_workers=2, num_learners=2) as trainer:
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            run = result(trainer, 12)
+        finally:
+            enough.set()
+            killer.join()
+    print(kills)
+    assert kills["LearnerActor"] > 2
+    assert kills["RolloutWorker"] + kills["collect"] > 2
+    assert_same_run(run, expected)
+
+
+# --- What the driver holds --------------------------------------------------------------------------------
+
+
+def test_rollouts_and_weights_stay_in_the_object_store() -> None:
+    with running(**CASES["promp"], num_workers=1, num_learners=1) as trainer:
+        learner, collector = trainer.learner, trainer._collector()
+        weights = learner.weights()
+        support = collector(weights, 3, 0)
+        stage = learner.batch(weights, support)
+        adapted = learner.adapt(weights, stage)
+        query = collector(adapted, 3, 1)
+        assert isinstance(adapted, RemoteWeights)
+        for remote in (support, query):
+            assert isinstance(remote, RemoteRollouts)
+            record = remote.fetch()
+            assert remote.tasks == record.tasks
+            assert (remote.num_tasks, remote.num_steps) == (record.num_tasks, record.num_steps)
+            np.testing.assert_array_equal(remote.returns(), record.returns())
+            np.testing.assert_array_equal(remote.kept(), record.kept())
+            # A value that was sent to the driver would be known to the memory of its process alone.
+            kept = [reference for _, reference in remote.pieces]
+            ray.wait(kept, num_returns=len(kept))
+            places = ray.experimental.get_object_locations(kept)
+            assert [len(place["node_ids"]) for place in places.values()] == [1] * len(kept)
