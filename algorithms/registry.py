@@ -57,6 +57,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "trial_episodes": (1,),
             "learned_step_sizes": (False,),
             "replay_episodes": (0,),
+            "num_learners": (0,),
             "sample_timeout_s": ("auto", None),
         },
     ),

@@ -177,16 +177,20 @@ def _join(address: str) -> Any:
         raise ValueError(f"The Ray cluster at {address} (--address, RAY_ADDRESS) cannot be joined: {reason}") from None
 
 
-def auto_workers(trials: int = 1) -> int:
-    """Workers for each of as many trials: the free processors of the cluster that is joined, less one a learner.
+def auto_workers(trials: int = 1, num_learners: int = 0) -> int:
+    """Workers for each of as many trials: the free processors of the cluster that is joined, less those of the others.
 
-    Without a cluster to join (`RAY_ADDRESS`), this machine's cores: there the learner and its workers take turns.
+    Without a cluster to join (`RAY_ADDRESS`), this machine's cores: there learners and workers take turns.
+
+    Args:
+        trials: each has a trainer.
+        num_learners: of each, beside the trainer.
     """
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         return available_cores() if trials == 1 else 0
     if not ray.is_initialized():
         start_ray(0, always=True)
-    return max(int(ray.available_resources().get("CPU", 0.0)) // trials - 1, 0)
+    return max(int(ray.available_resources().get("CPU", 0.0)) // trials - 1 - num_learners, 0)
 
 
 def check_resources(num_workers: int, num_learners: int = 0) -> None:

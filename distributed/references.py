@@ -170,6 +170,11 @@ class RemoteWeights:
         return joined_weights(rows, ray.get(references))
 
 
+def here(rollouts: Rollouts | RemoteRollouts) -> Rollouts:
+    """The record of rollouts, wherever they are."""
+    return rollouts.fetch() if isinstance(rollouts, RemoteRollouts) else rollouts
+
+
 def joined_weights(rows: Sequence[Array], shards: Sequence[Kept]) -> dict[str, Array]:
     """Weights [M, ...] of tasks that stand in these rows of their shards."""
     values = [kept.value for kept in shards]

@@ -82,8 +82,9 @@ def evolve(
     SIGINT, SIGTERM and SIGHUP end the run; it resumes from the incumbent's last checkpoint.
 
     Args:
-        config: of the incumbent at first, whose `lr_schedule` counts as constant. Each member takes `1 + num_workers`
-            processors, or a share of them where there are fewer. On resume only what says where it runs may differ.
+        config: of the incumbent at first, whose `lr_schedule` counts as constant. Each member takes `1 + num_workers +
+            num_learners` processors, or a share of them where there are fewer. On resume only what says where it runs
+            may differ.
         rules: of the run; on resume those that differ from the run's replace them.
         run_dir: folder of the run, new or empty unless `resume`.
         start: a checkpoint, or a run for its best one, to start from; None: initial weights.
@@ -103,7 +104,7 @@ def evolve(
     opened = open_run(config, rules, Path(run_dir), start, resume, distribution, mirror)
     population, run = opened.population, opened.folder
     try:
-        start_ray(config.machine.num_workers, always=True)
+        start_ray(config.machine.num_workers, config.machine.num_learners, always=True)
         scheduler = RecursiveSelfImprovement.of_run(opened, trainable)
         with interrupts("The members end") as interrupted:
             _fit(scheduler, run, interrupted)
