@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ssm_metarl.algorithms.rollouts import Rollouts
-from ssm_metarl.distributed.pool import EnvironmentFailure, Pool
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.distributed.play import EnvironmentFailure
+from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.tasks import Task
 
 INVALID_EPISODES_ALLOWED = 0.1
@@ -30,6 +31,7 @@ class StageCollector:
         shards: of the tasks, whose rollouts are to stay where they were played; empty: they are brought here.
 
     Attributes:
+        shards: as given.
         invalid_episodes: that were invalid so far.
         given: records of the first stages that were played elsewhere with the same weights and seeds.
         collected: the record of every stage so far.
@@ -45,7 +47,7 @@ class StageCollector:
         deterministic: bool = False,
         shards: Sequence[slice] = (),
     ) -> None:
-        self._pool, self._tasks, self._shards = pool, tasks, shards
+        self._pool, self._tasks, self.shards = pool, tasks, shards
         self._seeds, self._label, self._deterministic = seeds, label, deterministic
         self._played = np.ones(len(tasks), bool)
         self.invalid_episodes = 0
@@ -68,6 +70,43 @@ class StageCollector:
         self.collected.append(rollouts)
         return rollouts
 
+    def overlapped(
+        self, weights: Mapping[str, Array], episodes: int, steps: int, adapt: Callable[[int, int, Any], Any]
+    ) -> list[Any]:
+        """`RemoteRollouts` of all M tasks for stages 0 to `steps`.
+
+        A task adapts, and plays on, while others still play.
+
+        Args:
+            weights: of stage 0.
+            episodes: a task.
+            adapt: see `Pool.collect_stages`.
+
+        Raises:
+            EnvironmentFailure: too many episodes are invalid.
+        """
+        stages = range(steps + 1)
+        plays = self._pool.collect_stages(
+            weights,
+            self._tasks,
+            [self._seeds(stage) for stage in stages],
+            episodes,
+            labels=[self._label(stage) for stage in stages],
+            shards=self.shards,
+            adapt=adapt,
+        )
+        for stage, play in enumerate(plays):
+            rollouts = play.joined()
+            self._check(rollouts.errors, len(play.lost), int(self._played.sum()), episodes, stage)
+            self._played &= rollouts.kept().any(1)
+            self.collected.append(rollouts)
+        return self.collected
+
+    @property
+    def can_overlap(self) -> bool:
+        """Whether `overlapped` can be called."""
+        return bool(self.shards and self._pool.num_workers and not self.given)
+
     def _play(self, weights: Any, episodes: int, step: int) -> Any:
         """The tasks that were not dropped, the others empty."""
         index = np.flatnonzero(self._played).tolist()
@@ -83,18 +122,29 @@ class StageCollector:
             deterministic=self._deterministic,
             cuts=self._cuts(index),
         )
-        # A task that the pool lost has a sentence in errors, but not the environment's.
-        bad = len(rollouts.errors) - (len(pool.dropped) + pool.timed_out - lost)
-        if bad > INVALID_EPISODES_ALLOWED * len(index) * episodes:
-            first = max(rollouts.errors, key=lambda error: "Traceback" in error)
-            share = f"{bad} of {len(index) * episodes} episodes ({self._label(step)})"
+        self._check(rollouts.errors, len(pool.dropped) + pool.timed_out - lost, len(index), episodes, step)
+        return rollouts if everything else self._with_others(rollouts, index, episodes)
+
+    def _check(self, errors: Sequence[str], lost: int, tasks: int, episodes: int, step: int) -> None:
+        """Count a stage's invalid episodes, and refuse too many.
+
+        Args:
+            errors: of the stage.
+            lost: tasks that the pool lost: each has a sentence in errors, but not the environment's.
+            tasks: that were played.
+            episodes: a task.
+            step: the stage.
+        """
+        bad = len(errors) - lost
+        if bad > INVALID_EPISODES_ALLOWED * tasks * episodes:
+            first = max(errors, key=lambda error: "Traceback" in error)
+            share = f"{bad} of {tasks * episodes} episodes ({self._label(step)})"
             raise EnvironmentFailure(f"{share} were lost; the first error:\n{first}")
         self.invalid_episodes += bad
-        return rollouts if everything else self._with_others(rollouts, index, episodes)
 
     def _cuts(self, index: Sequence[int]) -> list[int]:
         """Before which of the tasks of `index` the record is to be cut: a piece has consecutive tasks of one shard."""
-        borders = {shard.start for shard in self._shards}
+        borders = {shard.start for shard in self.shards}
         if not borders:
             return []
         return [row for row, i in enumerate(index) if i in borders or row == 0 or index[row - 1] != i - 1]

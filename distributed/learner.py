@@ -32,7 +32,9 @@ from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.shard import Gradient, ShardLoss, added, batch_of_shard, meta_gradient, tree_total
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import MachineConfig
+from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.optimizer import BoundedStep, load_state, optimizer_arrays
+from ssm_metarl.distributed.stopwatch import Stopwatch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -123,6 +125,28 @@ class Learner:
     def first_episodes(self, rollouts: Any) -> list[Rollouts]:
         """Records that have of each task the first episode that was kept, at least."""
         return [rollouts]
+
+    def collect(self, collector: StageCollector, episodes: int, watch: Stopwatch) -> tuple[list[Stage], list[Any]]:
+        """Have a meta-batch played and adapt to it, stage by stage.
+
+        Args:
+            collector: plays its tasks.
+            episodes: a task and stage.
+            watch: counts the seconds to the phases "sample" and "adapt".
+
+        Returns:
+            The S+1 stages, and the rollouts of each.
+        """
+        weights: Any = self.weights()
+        stages, collected = list[Stage](), list[Any]()
+        for stage in range(self.config.inner_steps + 1):
+            with watch("sample"):
+                collected.append(collector(weights, episodes, stage))
+            with watch("adapt"):
+                stages.append(self.batch(weights, collected[-1]))
+                if stage < self.config.inner_steps:
+                    weights = self.adapt(weights, stages[-1])
+        return stages, collected
 
     def batch(self, weights: Any, rollouts: Any) -> Stage:
         """Rollouts as the objectives read them, on the learner's device; `weights` (shared, or [M, ...]) acted."""

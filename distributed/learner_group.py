@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -17,9 +18,11 @@ from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.shard import Gradient, ShardLoss
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import MachineConfig
+from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.learner import Learner, Stage, task_weights
 from ssm_metarl.distributed.learner_actor import LearnerActor
 from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
+from ssm_metarl.distributed.stopwatch import Stopwatch
 
 
 class LearnerGroup(Learner):
@@ -70,30 +73,69 @@ class LearnerGroup(Learner):
         found = self._on_shards("first_episodes", self._remote(rollouts))
         return [record for record in ray.get(found) if record is not None]
 
+    def collect(self, collector: StageCollector, episodes: int, watch: Stopwatch) -> tuple[list[Stage], list[Any]]:
+        """See `Learner.collect`; where tasks need no others to adapt, they do so while others still play."""
+        if not (collector.can_overlap and self.config.inner_steps) or self.config.baseline in COMPARING:
+            return super().collect(collector, episodes, watch)
+        weights: Any = self.weights()
+        current = defaultdict[int, Any](lambda: weights)  # by shard
+        batches: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+        def adapt(stage: int, shard: int, rollouts: RemoteRollouts) -> Any:
+            pieces = [reference for _, reference in rollouts.pieces]
+            batches[stage, shard] = own = self._batch(shard, count, current[shard], pieces)
+            current[shard] = self._adapt(shard, count, current[shard], own[1])
+            return current[shard]
+
+        count, last = len(collector.shards), self.config.inner_steps
+        with watch("sample"):
+            collected = collector.overlapped(weights, episodes, last, adapt)
+        with watch("adapt"):
+            for i, shard in enumerate(collector.shards):
+                batches[last, i] = self._batch(i, count, current[i], collected[-1].of_shard(shard))
+            stages = [
+                self._stage([batches[stage, i] for i in range(count)], rollouts)
+                for stage, rollouts in enumerate(collected)
+            ]
+        return stages, collected
+
     def batch(self, weights: Any, rollouts: Any) -> Stage:
         """See `Learner.batch`: references to the shards' batches, which may still be computed."""
         rollouts = self._remote(rollouts)
-        shards, fixed = self.shards(*rollouts.kept().shape), self._fixed()
-        level = None
+        shards, level = self.shards(*rollouts.kept().shape), None
         if self.config.baseline in COMPARING:
-            level = mean_returns(ray.get(self._on_shards("totals", rollouts, fixed)))
-        moments, batches = [], []
-        for i, shard in enumerate(shards):
-            call = self._owner(i, len(shards)).batch.options(num_returns=2)
-            own, batch = call.remote(fixed, self._weights(weights, i), level, *rollouts.of_shard(shard))
-            moments.append(own)
-            batches.append(batch)
-        known = None if self.config.baseline == "linear" else outer_moments(ray.get(moments))
-        return Stage(shards, batches, rollouts.kept().any(1), known)
+            level = mean_returns(ray.get(self._on_shards("totals", rollouts, self._fixed())))
+        own = [
+            self._batch(i, len(shards), _of_shard(weights, i), rollouts.of_shard(shard), level)
+            for i, shard in enumerate(shards)
+        ]
+        return self._stage(own, rollouts)
 
     def adapt(self, weights: Any, stage: Stage) -> RemoteWeights:
         """See `Learner.adapt`: references to the shards' weights, which may still be computed."""
-        fixed, count = self._fixed(), len(stage.shards)
         adapted = [
-            self._owner(i, count).adapt.remote(fixed, self._weights(weights, i), batch)
-            for i, batch in enumerate(stage.batches)
+            self._adapt(i, len(stage.shards), _of_shard(weights, i), batch) for i, batch in enumerate(stage.batches)
         ]
         return RemoteWeights.of(stage.shards, adapted)
+
+    def _batch(
+        self, shard: int, shards: int, weights: Any, pieces: Sequence[Any], level: Array | None = None
+    ) -> tuple[Any, Any]:
+        """References to the moments and to the batch of a shard."""
+        call = self._owner(shard, shards).batch.options(num_returns=2)
+        moments, batch = call.remote(self._fixed(), self._sent(weights), level, *pieces)
+        return moments, batch
+
+    def _adapt(self, shard: int, shards: int, weights: Any, batch: Any) -> Any:
+        """A reference to the weights of a shard's tasks after a step."""
+        return self._owner(shard, shards).adapt.remote(self._fixed(), self._sent(weights), batch)
+
+    def _stage(self, batches: Sequence[tuple[Any, Any]], rollouts: RemoteRollouts) -> Stage:
+        """What `_batch` gave for all shards."""
+        linear = self.config.baseline == "linear"
+        moments = None if linear else outer_moments(ray.get([own for own, _ in batches]))
+        kept = rollouts.kept()
+        return Stage(self.shards(*kept.shape), [batch for _, batch in batches], np.asarray(kept.any(1)), moments)
 
     def _gradient(
         self,
@@ -154,10 +196,10 @@ class LearnerGroup(Learner):
         """The learner that has a shard."""
         return self._actors[self._owner_number(shard, shards)]
 
-    def _weights(self, weights: Any, shard: int) -> Any:
-        """A reference to the weights of a shard's tasks."""
-        if isinstance(weights, RemoteWeights):
-            return weights.references[shard]
+    def _sent(self, weights: Any) -> Any:
+        """A reference to weights: they are one, or shared by all tasks."""
+        if not isinstance(weights, Mapping):
+            return weights
         if self._shared[0] is not weights:
             self._shared = (weights, ray.put(dict(weights)))
         return self._shared[1]
@@ -173,6 +215,11 @@ class LearnerGroup(Learner):
             for actor in self._actors:
                 ray.kill(actor)
         self._actors = []
+
+
+def _of_shard(weights: Any, shard: int) -> Any:
+    """The weights of a shard's tasks, shared or a reference."""
+    return weights.references[shard] if isinstance(weights, RemoteWeights) else weights
 
 
 def learner_gpus(machine: MachineConfig) -> float:

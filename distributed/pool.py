@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from ssm_metarl.algorithms.collect import blank, collect_family, played
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
+from ssm_metarl.distributed.play import Play, owned
 from ssm_metarl.distributed.suspicion import Suspicion
 from ssm_metarl.distributed.watch import Part, SampleTimeout, Watch
 
@@ -25,14 +25,22 @@ if TYPE_CHECKING:
     from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
     from ssm_metarl.distributed.worker import WorkerHandle
 
+    Held = dict[WorkerHandle, tuple[Play, Part]]
+    """What each worker plays."""
+
 _log = logging.getLogger(__name__)
 
 INLINE_BYTES = 90_000
 """Shared weights below this travel with each call (Ray inlines up to 100 KiB): cheaper than a put."""
 
 
-class EnvironmentFailure(RuntimeError):
-    """Too many episodes are invalid, or every task is lost; the message carries a traceback where there is one."""
+def _hand_on(play: Play, following: Play, adapt: Callable[[int, RemoteRollouts], Any], tasks: range) -> None:
+    """Some tasks of a stage have arrived: have the shards adapt that are complete with them, for the next stage."""
+    for number, shard in enumerate(following.weights.shards):
+        if shard.start < tasks.stop and tasks.start < shard.stop and (rollouts := play.of_shard(shard)):
+            following.give_weights(number, adapt(number, rollouts))
+            for task in np.flatnonzero(~rollouts.kept().any(1)).tolist():
+                following.skip(shard.start + task)
 
 
 class Pool:
@@ -150,14 +158,61 @@ class Pool:
         shared = isinstance(weights, Mapping) and weights["encoder.weight"].ndim == 2
         sent = self._sent_once(weights) if shared else weights  # type: ignore[arg-type]
         self._calls += 1
-        batch = _Batch(
-            self._calls, self._spec, sent, not shared, tasks, seeds, num_episodes, label, deterministic, cuts
-        )
-        batch.split(len(self._workers))
-        self._play(batch)
-        rollouts = batch.joined()
-        self.ray_seconds += time.perf_counter() - start - max(batch.seconds.values())
+        play = Play(self._calls, self._spec, sent, not shared, tasks, seeds, num_episodes, label, deterministic, cuts)
+        play.split(len(self._workers))
+        self._play(play)
+        rollouts = play.joined()
+        self.ray_seconds += time.perf_counter() - start - max(play.seconds.values())
         return rollouts
+
+    def collect_stages(
+        self,
+        weights: Mapping[str, Array],
+        tasks: Sequence[Task],
+        seeds: Sequence[Sequence[np.random.SeedSequence]],
+        num_episodes: int,
+        *,
+        labels: Sequence[str],
+        shards: Sequence[slice],
+        adapt: Callable[[int, int, RemoteRollouts], Any],
+    ) -> list[Play]:
+        """`collect` of all stages of a meta-batch; tasks whose weights are there are played while others still are.
+
+        A task that a stage brought no episode of is not played any more. Needs workers.
+
+        Args:
+            weights: of the first stage, shared.
+            seeds: of each stage, a node of the seed tree for each task.
+            labels: of each stage.
+            shards: of tasks that adapt together.
+            adapt: told the stage, the number of a shard and its rollouts, a reference to the `Kept` weights of its
+                tasks in the next stage, see `RemoteWeights`.
+
+        Returns:
+            Each stage, played; `Play.joined` has its `RemoteRollouts`.
+        """
+        from ssm_metarl.distributed.references import RemoteWeights
+
+        start = time.perf_counter()
+        cuts = [shard.start for shard in shards]
+        plays: list[Play] = []
+        for own, label in zip(seeds, labels, strict=True):
+            self._calls += 1
+            sent = RemoteWeights.of(shards, [None] * len(shards)) if plays else self._sent_once(weights)
+            play = Play(self._calls, self._spec, sent, bool(plays), tasks, own, num_episodes, label, False, cuts)
+            play.split(len(self._workers))
+            plays.append(play)
+        for stage, (play, following) in enumerate(pairwise(plays)):
+            play.arrived = partial(_hand_on, play, following, partial(adapt, stage))
+        self._play(*plays)
+        own_seconds = sum(max(play.seconds.values(), default=0.0) for play in plays)
+        self.ray_seconds += max(0.0, time.perf_counter() - start - own_seconds)
+        return plays
+
+    @property
+    def num_workers(self) -> int:
+        """n."""
+        return len(self._workers)
 
     def blank(self, tasks: Sequence[Task], num_episodes: int) -> Rollouts:
         """The record of tasks that are not played."""
@@ -199,7 +254,7 @@ class Pool:
                 self._distribution, self._spec, weights, seeds, tasks, num_episodes, self._trial_episodes, deterministic
             )
             rollouts = played(steps)
-        return _owned(rollouts)
+        return owned(rollouts)
 
     def _sent_once(self, weights: Mapping[str, Array]) -> Any:
         """What workers are called with for shared weights: a reference, or small ones themselves."""
@@ -211,82 +266,87 @@ class Pool:
             self._put = (weights, ray.put(dict(weights)))
         return self._put[1]
 
-    def _play(self, batch: _Batch) -> None:
-        """Hand the batch's parts to free workers until none is left."""
+    def _play(self, *plays: Play) -> None:
+        """Hand the plays' parts to free workers, those of the first one first, until none is left."""
         from ssm_metarl.distributed.worker import ready_workers
 
-        held: dict[WorkerHandle, Part] = {}
+        held: Held = {}
         try:
-            while batch.waiting or held:
-                batch.look_for_weights()
+            while (waiting := any(play.waiting for play in plays)) or held:
+                for play in plays:
+                    play.look_for_weights()
                 for worker in self._workers:
-                    if worker.call is None and (part := self._next(batch, worker)):
-                        held[worker] = part
-                        batch.submit(worker, part)
+                    if worker.call is None and (found := self._next(plays, worker)):
+                        held[worker] = found
+                        found[0].submit(worker, found[1])
                 # A worker that is starting or restarting matters only while something waits for it.
                 called = [worker for worker in self._workers if worker.call is not None]
-                awaited = called if batch.waiting else list(held)
-                for worker in ready_workers(awaited, self._watch.seconds(held.values()), list(batch.missing)):
-                    self._receive(batch, worker, held)
-                for worker, part in list(held.items()):
-                    self._look_after(batch, worker, part, held)
+                awaited = called if waiting else list(held)
+                missing = [reference for play in plays for reference in play.missing]
+                timeout = self._watch.seconds([part for _, part in held.values()])
+                for worker in ready_workers(awaited, timeout, missing):
+                    self._receive(worker, held)
+                for worker in list(held):
+                    self._look_after(worker, held)
         finally:
-            for worker in held:  # after an exception: what they still answer belongs to no batch
+            for worker in held:  # after an exception: what they still answer belongs to no play
                 worker.await_process()
 
-    def _next(self, batch: _Batch, worker: WorkerHandle) -> Part | None:
+    def _next(self, plays: Sequence[Play], worker: WorkerHandle) -> tuple[Play, Part] | None:
         """The first part that waits for a worker on this node: a suspect is rather tried where it has not been."""
         nodes = self._running_nodes()
-        for part in batch.waiting:
-            if not batch.has_weights(part):
-                continue
-            if len(part.tasks) > 1 or not self._suspicion.avoided(batch.key(part), worker.node, nodes):
-                batch.waiting.remove(part)
-                return part
+        for play in plays:
+            for part in play.waiting:
+                if not play.has_weights(part):
+                    continue
+                if len(part.tasks) > 1 or not self._suspicion.avoided(play.key(part), worker.node, nodes):
+                    play.waiting.remove(part)
+                    return play, part
         return None
 
     def _running_nodes(self) -> set[str]:
         """Nodes with a worker that is not starting or restarting."""
         return {worker.node for worker in self._workers if not worker.starting}
 
-    def _receive(self, batch: _Batch, worker: WorkerHandle, held: dict[WorkerHandle, Part]) -> None:
+    def _receive(self, worker: WorkerHandle, held: Held) -> None:
         """Take an answer of a worker: a sign of life, what it played, or that it has started."""
         from ssm_metarl.distributed.worker import WorkerDied
 
-        node, part = worker.node, held.get(worker)
+        node = worker.node
         try:
             answer = worker.result()
         except WorkerDied:
-            if part is not None:
-                del held[worker]
-                self._take_back(batch, part, node)
+            if worker in held:
+                self._take_back(*held.pop(worker), node)
             return
-        if part is None:
+        if worker not in held:
             return
+        play, part = held[worker]
         self._watch.lives(part, worker.name)
         if answer is not None:
             del held[worker]
-            batch.finish(part, worker, *answer)
+            play.finish(part, worker, *answer)
             if len(part.tasks) == 1:
-                self._suspicion.played(batch.key(part))
+                self._suspicion.played(play.key(part))
 
-    def _take_back(self, batch: _Batch, part: Part, node: str) -> None:
+    def _take_back(self, play: Play, part: Part, node: str) -> None:
         """Have the tasks of a worker that ended wait, one by one; drop one that keeps ending those that play it."""
         from ssm_metarl.distributed.worker import nodes_alive
 
         self.restarts += 1
         if len(part.tasks) == 1:
-            key = batch.key(part)
+            key = play.key(part)
             self._suspicion.ended(key, node)
             if self._suspicion.condemned(key, nodes_alive(), self._running_nodes() | {node}):
                 self._suspicion.forget(key)
-                self.dropped.append(batch.tasks[part.tasks.start])
-                batch.lose(part.tasks.start, "was dropped: every worker that played it alone ended")
+                self.dropped.append(play.tasks[part.tasks.start])
+                play.lose(part.tasks.start, "was dropped: every worker that played it alone ended")
                 return
-        batch.waiting.extend(Part(range(i, i + 1)) for i in part.tasks)
+        play.waiting.extend(Part(range(i, i + 1)) for i in part.tasks)
 
-    def _look_after(self, batch: _Batch, worker: WorkerHandle, part: Part, held: dict[WorkerHandle, Part]) -> None:
+    def _look_after(self, worker: WorkerHandle, held: Held) -> None:
         """Tell of a worker that is silent, and replace one that is so for too long."""
+        play, part = held[worker]
         self._watch.tell(part, worker.name, worker.pid)
         if not self._watch.is_late(part):
             return
@@ -294,128 +354,8 @@ class Pool:
         del held[worker]
         worker.restart()
         if not self._watch.bounds_calls or len(part.tasks) > 1:
-            self._take_back(batch, part, worker.node)
+            self._take_back(play, part, worker.node)
             return
         self.restarts += 1
         self.timed_out += 1
-        batch.lose(part.tasks.start, f"took longer than sample_timeout_s = {self._watch.timeout:g}")
-
-
-@dataclass
-class _Batch:
-    """One call of `Pool.collect`: its arguments, what waits, what came back, what is lost."""
-
-    number: int
-    spec: PolicySpec
-    weights: Any
-    per_task: bool
-    tasks: Sequence[Task]
-    seeds: Sequence[np.random.SeedSequence]
-    num_episodes: int
-    label: str
-    deterministic: bool
-    cuts: Sequence[int]
-    waiting: deque[Part] = field(default_factory=deque)
-    played: dict[int, Any] = field(default_factory=dict)  # by the number of the part's first task
-    lost: dict[int, str] = field(default_factory=dict)  # by the number of the task
-    seconds: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))  # own sampling, by worker
-    missing: set[Any] = field(default_factory=set)  # references to weights that nobody has computed yet
-
-    def __post_init__(self) -> None:
-        if self.remote_weights:
-            self.missing.update(self.weights.needed()[1])
-
-    @property
-    def remote_weights(self) -> bool:
-        """Whether the weights are references to each shard's."""
-        return self.per_task and not isinstance(self.weights, Mapping)
-
-    def look_for_weights(self) -> None:
-        """Find out which of the missing weights are there by now."""
-        if self.missing:
-            from ssm_metarl.distributed.worker import in_store
-
-            self.missing -= in_store(list(self.missing))
-
-    def has_weights(self, part: Part) -> bool:
-        """Whether the weights of the part's tasks are there."""
-        return not self.missing or self.missing.isdisjoint(self._weights(part)[1])
-
-    def _weights(self, part: Part) -> tuple[Any, Sequence[Any]]:
-        """What a worker is called with for weights: first, and last."""
-        own = slice(part.tasks.start, part.tasks.stop)
-        if self.remote_weights:
-            return self.weights.select(own).needed()
-        return {name: value[own] for name, value in self.weights.items()} if self.per_task else self.weights, ()
-
-    def key(self, part: Part) -> tuple[int, int]:
-        """The name of a part's first task, also beside those of other calls."""
-        return self.number, part.tasks.start
-
-    def split(self, workers: int) -> None:
-        """Let parts of equal size (to one task) wait, at most one a worker."""
-        count = min(workers, len(self.tasks))
-        borders = [len(self.tasks) * i // count for i in range(count + 1)]
-        self.waiting.extend(Part(range(*pair)) for pair in pairwise(borders))
-
-    def submit(self, worker: WorkerHandle, part: Part) -> None:
-        """Call the worker with this part's share of the arguments."""
-        own = slice(part.tasks.start, part.tasks.stop)
-        weights, shards = self._weights(part)
-        title = f"collect {self.label}, {len(part.tasks)} tasks"
-        part.since = part.alive = time.perf_counter()
-        fixed = (weights, self.tasks[own], self.seeds[own], self.num_episodes, self.deterministic)
-        worker.submit(title, *fixed, self._cuts(part.tasks), *shards)
-
-    def _cuts(self, tasks: range) -> list[int]:
-        """Where a worker is to cut the record of these tasks, from 0 to their number; empty: nowhere."""
-        if not self.cuts:
-            return []
-        within = [cut - tasks.start for cut in self.cuts if tasks.start < cut < tasks.stop]
-        return [0, *within, len(tasks)]
-
-    def finish(self, part: Part, worker: WorkerHandle, answer: Any, seconds: float) -> None:
-        """Keep what a worker returned."""
-        self.seconds[worker] += seconds
-        if self.cuts:
-            from ssm_metarl.distributed.references import RemoteRollouts
-
-            summary, references = answer
-            ranges = [part.tasks[first:last] for first, last in pairwise(self._cuts(part.tasks))]
-            own = tuple(self.tasks[i] for i in part.tasks)
-            answer = RemoteRollouts(list(zip(ranges, references, strict=True)), summary, own)
-        self.played[part.tasks.start] = answer
-
-    def lose(self, task: int, reason: str) -> None:
-        """Have an empty record in the place of a task, and say why."""
-        self.lost[task] = f"Task {task}, {self.tasks[task]!r}, {reason}."
-        _log.warning(self.lost[task])
-
-    def joined(self) -> Rollouts | RemoteRollouts:
-        """The record of all tasks, in order.
-
-        Raises:
-            EnvironmentFailure: all are lost.
-        """
-        if not self.played:
-            raise EnvironmentFailure(f"Every task was lost. {next(iter(self.lost.values()))}")
-        parts = dict(self.played)
-        for i, reason in self.lost.items():
-            parts[i] = blank(self.spec, [self.tasks[i]], self.num_episodes, [reason])
-        if not self.cuts:
-            return _owned(Rollouts.concatenate([parts[start] for start in sorted(parts)]))
-        from ssm_metarl.distributed.references import RemoteRollouts
-
-        for i in self.lost:
-            parts[i] = RemoteRollouts.put(parts[i], range(i, i + 1))
-        return RemoteRollouts.concatenate([parts[start] for start in sorted(parts)])
-
-
-def _owned(rollouts: Rollouts) -> Rollouts:
-    """The same in writable arrays of C order.
-
-    Ray's arrays are read-only, and the order of an array in memory decides the last bits of a sum over it.
-    """
-    names = [f.name for f in fields(rollouts) if f.name not in ("tasks", "errors")]
-    arrays = {name: np.require(getattr(rollouts, name), requirements=["C", "W"]) for name in names}
-    return replace(rollouts, **arrays)
+        play.lose(part.tasks.start, f"took longer than sample_timeout_s = {self._watch.timeout:g}")

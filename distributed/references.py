@@ -83,16 +83,24 @@ class RemoteRollouts:
         pieces = [piece for part in parts for piece in part.pieces]
         return cls(pieces, summary, tuple(task for part in parts for task in part.tasks))
 
+    def split(self) -> list[RemoteRollouts]:
+        """Each piece for itself; errors are with the first."""
+        parts, row = list[RemoteRollouts](), 0
+        for tasks, reference in self.pieces:
+            own = slice(row, row + len(tasks))
+            summary = Summary(self.summary.returns[own], self.summary.lengths[own], () if row else self.errors)
+            parts.append(RemoteRollouts([(tasks, reference)], summary, self.tasks[own]))
+            row += len(tasks)
+        return parts
+
     def spread(self, index: Sequence[int], others: Mapping[int, RemoteRollouts]) -> RemoteRollouts:
         """These tasks under the numbers of `index`, with other tasks between them."""
         parts = dict(others)
-        for tasks, reference in self.pieces:
-            rows = slice(tasks.start, tasks.stop)
-            summary = Summary(self.summary.returns[rows], self.summary.lengths[rows], ())
+        for part in self.split():
+            ((tasks, reference),) = part.pieces
             first = index[tasks.start]
-            parts[first] = RemoteRollouts([(range(first, first + len(tasks)), reference)], summary, self.tasks[rows])
-        together = RemoteRollouts.concatenate([parts[i] for i in sorted(parts)])
-        return replace(together, summary=together.summary._replace(errors=self.errors))
+            parts[first] = replace(part, pieces=[(range(first, first + len(tasks)), reference)])
+        return RemoteRollouts.concatenate([parts[i] for i in sorted(parts)])
 
     @property
     def num_tasks(self) -> int:

@@ -21,7 +21,6 @@ from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import MachineConfig, TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import StageCollector
-from ssm_metarl.distributed.learner import Stage
 from ssm_metarl.distributed.learner_group import learner_gpus, new_learner
 from ssm_metarl.distributed.metrics import returns_metrics
 from ssm_metarl.distributed.pool import Pool
@@ -104,18 +103,9 @@ class MetaTrainer(tune.Trainable):
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
         """
-        experience, inner_steps = self.train_config.experience, self.train_config.meta.inner_steps
-        learner, watch = self.learner, Stopwatch(self.pool)
+        experience, learner, watch = self.train_config.experience, self.learner, Stopwatch(self.pool)
         collector = self._collector()
-        weights = learner.weights()
-        stages, collected = list[Stage](), list[Any]()
-        for stage in range(inner_steps + 1):
-            with watch("sample"):
-                collected.append(collector(weights, experience.episodes, stage))
-            with watch("adapt"):
-                stages.append(learner.batch(weights, collected[-1]))
-                if stage < inner_steps:
-                    weights = learner.adapt(weights, stages[-1])
+        stages, collected = learner.collect(collector, experience.episodes, watch)
         with watch("update"):
             statistics = learner.update(
                 stages,

@@ -16,7 +16,7 @@ from ray.tune import PlacementGroupFactory
 
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.distributed.collection import StageCollector
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.references import here
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import evaluate_policy

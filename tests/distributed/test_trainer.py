@@ -25,7 +25,7 @@ from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
 from ssm_metarl.distributed.cluster import auto_workers, check_resources
 from ssm_metarl.distributed.learner import resolve_device
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import CheckpointError

@@ -24,7 +24,7 @@ from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.learner import Learner
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.rllib.module import SSMModule, state_name
 from ssm_metarl.distributed.rllib.ppo import ppo_config
 from ssm_metarl.distributed.rllib.trainer import PolicyGradientTrainer
