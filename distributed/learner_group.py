@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import ray
@@ -41,6 +41,8 @@ class LearnerGroup(Learner):
         name: the actors are named `{name}/learner-{i}`, unique among a driver's.
     """
 
+    actor_class: ClassVar[type] = LearnerActor
+
     def __init__(
         self, spec: PolicySpec, config: MetaConfig, machine: MachineConfig, seed: int, horizon: int, name: str
     ) -> None:
@@ -56,7 +58,9 @@ class LearnerGroup(Learner):
             "scheduling_strategy": None if inside else "SPREAD",
         }
         self._actors = [
-            ray.remote(LearnerActor).options(name=f"{name}/learner-{i}", **options).remote(spec, config, machine.device)
+            ray.remote(self.actor_class)
+            .options(name=f"{name}/learner-{i}", **options)
+            .remote(spec, config, machine.device)
             for i in range(machine.num_learners)
         ]
 
