@@ -58,6 +58,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "learned_step_sizes": (False,),
             "replay_episodes": (0,),
             "num_learners": (0,),
+            "min_tasks": (1.0,),
             "sample_timeout_s": ("auto", None),
         },
     ),

@@ -145,14 +145,3 @@ class Rollouts:
             joined[name] = np.concatenate([np.pad(x, width) for x, width in zip(pair, padding, strict=True)], 2)
         last = np.concatenate([self.last_observations, other.last_observations], 1)
         return replace(self, **joined, last_observations=last)
-
-    @staticmethod
-    def empty(tasks: Sequence[Any], num_episodes: int, like: Rollouts, errors: Sequence[str] = ()) -> Rollouts:
-        """Record of `tasks` without a single valid step, shaped `like` another: what stands for dropped tasks."""
-        count = len(tasks)
-        arrays = {}
-        for name in TIMED:
-            array = getattr(like, name)
-            arrays[name] = np.zeros((count, 1, num_episodes, *array.shape[3:]), array.dtype)
-        last = np.zeros((count, num_episodes, like.last_observations.shape[-1]), np.float32)
-        return Rollouts(**arrays, last_observations=last, tasks=tuple(tasks), errors=tuple(errors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,7 @@ class StageCollector:
         seeds: of the tasks at a stage.
         label: of a stage, for errors.
         deterministic: take the most likely actions.
+        min_tasks: see `MachineConfig`.
         shards: of the tasks, whose rollouts are to stay where they were played; empty: they are brought here.
 
     Attributes:
@@ -46,9 +48,11 @@ class StageCollector:
         *,
         deterministic: bool = False,
         shards: Sequence[slice] = (),
+        min_tasks: float = 1.0,
     ) -> None:
         self._pool, self._tasks, self.shards = pool, tasks, shards
         self._seeds, self._label, self._deterministic = seeds, label, deterministic
+        self._enough = None if min_tasks == 1.0 else math.ceil(min_tasks * len(tasks))
         self._played = np.ones(len(tasks), bool)
         self.invalid_episodes = 0
         self.given: Sequence[Rollouts] = ()
@@ -94,6 +98,7 @@ class StageCollector:
             labels=[self._label(stage) for stage in stages],
             shards=self.shards,
             adapt=adapt,
+            enough=self._enough,
         )
         for stage, play in enumerate(plays):
             rollouts = play.joined()
@@ -121,6 +126,7 @@ class StageCollector:
             label=self._label(step),
             deterministic=self._deterministic,
             cuts=self._cuts(index),
+            enough=self._enough,
         )
         self._check(rollouts.errors, len(pool.dropped) + pool.timed_out - lost, len(index), episodes, step)
         return rollouts if everything else self._with_others(rollouts, index, episodes)

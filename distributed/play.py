@@ -35,6 +35,7 @@ class Play:
 
     Attributes:
         arrived: called with the tasks of a part that came back, or was lost.
+        enough: tasks that must have been played before the others are given up; None: all.
         empty: records of tasks that were lost, or not played, by number.
     """
 
@@ -55,6 +56,7 @@ class Play:
     missing: set[Any] = field(default_factory=set)  # references to weights that nobody has computed yet
     arrived: Callable[[range], None] = lambda tasks: None
     empty: dict[int, Any] = field(default_factory=dict)
+    enough: int | None = None
 
     def __post_init__(self) -> None:
         if self.remote_weights:
@@ -97,6 +99,11 @@ class Play:
         record = blank(self.spec, [self.tasks[task]], self.num_episodes, errors)
         self.empty[task] = remote(record, range(task, task + 1)) if self.cuts else record
         self.arrived(range(task, task + 1))
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether those that still play are to be given up."""
+        return self.enough is not None and sum(part.num_tasks for part in self.played.values()) >= self.enough
 
     def of_shard(self, shard: slice) -> RemoteRollouts | None:
         """The record of a shard (with `cuts` at its borders), once all of its tasks have arrived."""

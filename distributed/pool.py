@@ -123,6 +123,7 @@ class Pool:
         label: str = "",
         deterministic: bool = False,
         cuts: Sequence[int] = (),
+        enough: int | None = None,
     ) -> Any:
         """Play `num_episodes` episodes, or trials, of every task.
 
@@ -136,6 +137,7 @@ class Pool:
             label: what this is for, such as "support 7", for Ray's dashboard.
             deterministic: take the most likely action instead of sampling.
             cuts: numbers of tasks, in order, before which the record is to be cut; it then stays where it was played.
+            enough: tasks that must have been played before the others are given up; None: all. Needs workers.
 
         Returns:
             One record of the M tasks in their order, in writable C-contiguous arrays, or with `cuts` (and workers)
@@ -159,6 +161,7 @@ class Pool:
         sent = self._sent_once(weights) if shared else weights  # type: ignore[arg-type]
         self._calls += 1
         play = Play(self._calls, self._spec, sent, not shared, tasks, seeds, num_episodes, label, deterministic, cuts)
+        play.enough = enough
         play.split(len(self._workers))
         self._play(play)
         rollouts = play.joined()
@@ -175,6 +178,7 @@ class Pool:
         labels: Sequence[str],
         shards: Sequence[slice],
         adapt: Callable[[int, int, RemoteRollouts], Any],
+        enough: int | None = None,
     ) -> list[Play]:
         """`collect` of all stages of a meta-batch; tasks whose weights are there are played while others still are.
 
@@ -187,6 +191,7 @@ class Pool:
             shards: of tasks that adapt together.
             adapt: told the stage, the number of a shard and its rollouts, a reference to the `Kept` weights of its
                 tasks in the next stage, see `RemoteWeights`.
+            enough: see `collect`.
 
         Returns:
             Each stage, played; `Play.joined` has its `RemoteRollouts`.
@@ -200,6 +205,7 @@ class Pool:
             self._calls += 1
             sent = RemoteWeights.of(shards, [None] * len(shards)) if plays else self._sent_once(weights)
             play = Play(self._calls, self._spec, sent, bool(plays), tasks, own, num_episodes, label, False, cuts)
+            play.enough = enough
             play.split(len(self._workers))
             plays.append(play)
         for stage, (play, following) in enumerate(pairwise(plays)):
@@ -288,9 +294,24 @@ class Pool:
                     self._receive(worker, held)
                 for worker in list(held):
                     self._look_after(worker, held)
+                for play in plays:
+                    if play.has_enough:
+                        self._close(play, held)
         finally:
             for worker in held:  # after an exception: what they still answer belongs to no play
                 worker.await_process()
+
+    def _close(self, play: Play, held: Held) -> None:
+        """Give up the tasks of a play that are not there."""
+        late = [worker for worker, (own, _) in held.items() if own is play]
+        parts = [*(held.pop(worker)[1] for worker in late), *play.waiting]
+        play.waiting.clear()
+        for worker in late:  # it may never end
+            self.restarts += 1
+            worker.restart()
+        for task in sorted(task for part in parts for task in part.tasks):
+            self.timed_out += 1
+            play.lose(task, f"was given up: {play.enough} others were there")
 
     def _next(self, plays: Sequence[Play], worker: WorkerHandle) -> tuple[Play, Part] | None:
         """The first part that waits for a worker on this node: a suspect is rather tried where it has not been."""

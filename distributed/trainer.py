@@ -150,6 +150,7 @@ class MetaTrainer(tune.Trainable):
             seeds,
             lambda stage: "support" if stage < last else "query",
             shards=self.learner.pieces(len(tasks), self.train_config.experience.episodes),
+            min_tasks=self.train_config.machine.min_tasks,
         )
 
     def checkpoint(self) -> Checkpoint:

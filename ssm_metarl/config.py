@@ -68,6 +68,8 @@ class MachineConfig:
             for a minute at least, is replaced, and its tasks are played again with the same seeds. A number: seconds
             that a worker may take for a call; a task that takes longer alone is given up, and such a run is not
             reproducible. None: never.
+        min_tasks: share of a meta-batch's tasks that is enough: with workers, those that still play then are given up.
+            A run in which that happens (`timed_out_tasks`) is not reproducible.
     """
 
     num_workers: int = 0
@@ -76,6 +78,7 @@ class MachineConfig:
     device: str = "cpu"
     checkpoint_every: int = 10
     sample_timeout_s: float | Literal["auto"] | None = "auto"
+    min_tasks: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "num_learners"):
@@ -85,9 +88,10 @@ class MachineConfig:
         check_text("device", self.device)
         if self.sample_timeout_s is not None and self.sample_timeout_s != "auto":
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
+        check_number("min_tasks", self.min_tasks, above=0.0, high=1.0)
 
 
-SINCE: Mapping[str, Any] = {"max_kl": 0.5, "num_learners": 0}
+SINCE: Mapping[str, Any] = {"max_kl": 0.5, "num_learners": 0, "min_tasks": 1.0}
 """Options that checkpoints of earlier versions lack, and what stands for each."""
 
 

@@ -225,6 +225,22 @@ def test_a_straggler_delays_its_own_shard_alone(tmp_path: Path) -> None:
         assert_same_run(result(trainer, 1), expected)
 
 
+@pytest.mark.parametrize("learners", [0, 1])
+def test_a_batch_is_closed_when_enough_tasks_are_there(learners: int) -> None:
+    class Hanging(FaultyNavigation):
+        def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
+            first, *others = super().sample(n, rng, split)
+            return [first | {"fault": "hang"}, *others]
+
+    options = {"task": "navigation-2d", "meta_batch": 3, "num_workers": 3, "min_tasks": 0.6}
+    with running(Hanging(), **options, num_learners=learners) as trainer:
+        line = trainer.step()
+        weights = trainer.learner.weights()
+    assert (line["timed_out_tasks"], line["restarts"], line["invalid_episodes"]) == (1, 1, 0)
+    assert np.isfinite([line["return_before"], line["return_after"], line["loss"]]).all()
+    assert all(np.isfinite(value).all() for value in weights.values())
+
+
 # --- What the driver holds --------------------------------------------------------------------------------
 
 
