@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from ray import tune
+from ray.exceptions import ObjectLostError
 from ray.tune import PlacementGroupFactory
 
 from ssm_metarl.algorithms.normalizer import RunningMoments
@@ -31,6 +33,11 @@ from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
 from ssm_metarl.storage.contents import Checkpoint, CheckpointError
 from ssm_metarl.tasks import TaskDistribution, names, register
+
+MOST_REPETITIONS = 3
+"""Of a meta-iteration from which a lost node took something."""
+
+_log = logging.getLogger(__name__)
 
 
 class MetaTrainer(tune.Trainable):
@@ -103,19 +110,8 @@ class MetaTrainer(tune.Trainable):
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
         """
-        experience, learner, watch = self.train_config.experience, self.learner, Stopwatch(self.pool)
-        collector = self._collector()
-        stages, collected = learner.collect(collector, experience.episodes, watch)
-        with watch("update"):
-            statistics = learner.update(
-                stages,
-                progress=min(self.meta_iteration / experience.iterations, 1.0),
-                seed=seed_for(experience.seed, Branch.MINIBATCHES, self.meta_iteration),
-            )
-            learner.observe(collected)
-            if self.replay is not None:
-                for record in learner.first_episodes(collected[-1]):
-                    self.replay.add(record)
+        watch = Stopwatch(self.pool)
+        collected, statistics = self._learn_whole(watch)
         self.meta_iteration += 1
         env_steps = sum(rollouts.num_steps for rollouts in collected)
         self.env_steps += env_steps
@@ -127,12 +123,43 @@ class MetaTrainer(tune.Trainable):
             **returns_metrics(returns, lengths, watch.dropped_tasks()),
             "seconds": watch.seconds(),
             **watch.losses(),
-            "invalid_episodes": collector.invalid_episodes,
             **statistics,
             **({"replay_bytes": self.replay.nbytes} if self.replay is not None else {}),
         }
         self.telemetry.iteration(metrics, env_steps)
         return metrics
+
+    def _learn_whole(self, watch: Stopwatch) -> tuple[list[Any], dict[str, float]]:
+        """The rollouts of each stage, and what the update says; again where a node that held any of it was lost.
+
+        Every number follows from the weights, the optimiser and the seeds, so that it does not matter how often.
+        """
+        before = self.checkpoint() if self.train_config.machine.num_learners else None
+        for more in range(MOST_REPETITIONS, -1, -1):
+            try:
+                return self._learn(watch)
+            except ObjectLostError as error:
+                if before is None or not more:
+                    raise
+                _log.warning("Meta-iteration %d is repeated: %s", self.meta_iteration, str(error).splitlines()[-1])
+                self._continue_from(before)
+        raise AssertionError("the last repetition returns or raises")
+
+    def _learn(self, watch: Stopwatch) -> tuple[list[Any], dict[str, float]]:
+        """Collect, adapt and update once."""
+        experience, learner, collector = self.train_config.experience, self.learner, self._collector()
+        stages, collected = learner.collect(collector, experience.episodes, watch)
+        with watch("update"):
+            statistics = learner.update(
+                stages,
+                progress=min(self.meta_iteration / experience.iterations, 1.0),
+                seed=seed_for(experience.seed, Branch.MINIBATCHES, self.meta_iteration),
+            )
+            learner.observe(collected)
+            if self.replay is not None:
+                for record in learner.first_episodes(collected[-1]):
+                    self.replay.add(record)
+        return collected, {"invalid_episodes": collector.invalid_episodes, **statistics}
 
     def _collector(self) -> StageCollector:
         """What plays the tasks of this iteration, stage by stage."""

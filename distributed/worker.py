@@ -154,6 +154,7 @@ class WorkerHandle:
         self.pid, self.node = 0, ""
         self._arguments = (distribution, spec, trial_episodes)
         self.call: Any = None
+        self._given: set[str] = set()  # names of the objects that it was called with
         self._create()
 
     @property
@@ -163,6 +164,7 @@ class WorkerHandle:
 
     def submit(self, title: str, *arguments: Any) -> None:
         """Start `RolloutWorker.collect` on a free worker, under `title` in Ray's dashboard."""
+        self._given = {each.hex() for each in arguments if isinstance(each, ray.ObjectRef)}
         self.call = self.actor.collect.options(name=title, num_returns="streaming").remote(*arguments)
 
     def result(self) -> Any:
@@ -174,6 +176,7 @@ class WorkerHandle:
 
         Raises:
             WorkerDied: the worker's process ended during the call.
+            ObjectLostError: what it was called with was lost, with the node that held it.
             Exception: what the call raised, with the worker's traceback.
         """
         starting = self.starting
@@ -187,6 +190,8 @@ class WorkerHandle:
         except _DEATHS as error:
             if not starting:
                 self.await_process()
+                if isinstance(error, exceptions.ObjectLostError) and error.object_ref_hex in self._given:
+                    raise
             elif isinstance(error, exceptions.ActorDiedError) and not error.actor_init_failed:
                 self._create()  # it was ended for good: Ray does not restart it
             else:

@@ -175,6 +175,25 @@ def test_a_task_that_cannot_be_played_is_lost_to_learners_as_to_the_driver(worke
     assert_same_run(run, expected)
 
 
+@pytest.mark.parametrize(("where", "call"), [("batch", 5), ("_gradient", 2), ("_take_moments", 5)])
+def test_an_iteration_whose_objects_are_lost_is_repeated(where: str, call: int) -> None:
+    case = "two steps, normalised"
+    with running(**CASES[case], num_learners=1) as trainer:
+        method, calls = getattr(trainer.learner, where), []
+
+        def losing(*arguments: Any, **options: Any) -> Any:
+            calls.append(len(calls))
+            found = method(*arguments, **options)
+            if len(calls) == call:
+                raise ray.exceptions.ObjectLostError("00", None, "")
+            return found
+
+        setattr(trainer.learner, where, losing)
+        run = result(trainer)
+    assert len(calls) > call
+    assert_same_run(run, in_driver(case))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_learners_and_workers_that_die_at_random_moments_change_nothing() -> None:
