@@ -187,7 +187,7 @@ class WorkerHandle:
                 pieces = [next(call) for _ in range(answer.records)]
                 summary, seconds = ray.get(next(call))  # with it all of them are in the store
                 answer = ((summary, pieces), seconds)
-        except _DEATHS as error:
+        except (*_DEATHS, StopIteration) as error:  # an error that took a piece's place ends the stream
             if not starting:
                 self.await_process()
                 if isinstance(error, exceptions.ObjectLostError) and error.object_ref_hex in self._given:

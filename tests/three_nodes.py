@@ -119,3 +119,4 @@ if __name__ == "__main__":
     run = {"train": run_train, "learners": run_learners, "evolve": run_evolve}[sys.argv[1]]
     answer = run(Path(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(answer))
+    ray.shutdown()  # before the cluster ends, with which Ray would end this process
