@@ -116,7 +116,7 @@ def test_experience_and_metrics_depend_neither_on_workers_nor_on_threads(
     task: str, num_workers: int, learner_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tests' Ray has a CPU for each of four workers, but none for the learner.
-    monkeypatch.setattr(trainer_module, "check_resources", lambda num_workers: None)
+    monkeypatch.setattr(trainer_module, "check_resources", lambda *needed: None)
     expected_records, expected_metrics = alone(task)
     records, metrics = experience(task, num_workers=num_workers, learner_threads=learner_threads)
     assert len(records) == 5 * (2 if task == "navigation-2d" else 3)
