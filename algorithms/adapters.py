@@ -339,8 +339,8 @@ def log_probs(policy: SSMPolicy, weights: Mapping[str, Array], rollouts: Rollout
     resets, actions = torch.from_numpy(rollouts.resets), torch.from_numpy(rollouts.actions)
 
     @torch.no_grad()
-    def work(module: SSMPolicy, own: Parameters, part: slice) -> Array:
-        output = functional_call(module, own, (inputs[part], resets[part]))
+    def work(own: Parameters, part: slice) -> Array:
+        output = functional_call(policy, own, (inputs[part], resets[part]))
         return np.asarray(output.actions.log_prob(actions[part]).numpy())
 
     return np.concatenate(by_shard(policy, work, weights, rollouts.valid.shape))
@@ -357,10 +357,10 @@ def divergence(policy: SSMPolicy, before: Mapping[str, Array], after: Mapping[st
     """
 
     @torch.no_grad()
-    def work(module: SSMPolicy, own: Parameters, part: slice) -> Array:
+    def work(own: Parameters, part: slice) -> Array:
         batch_part = batch.tasks(part)
         other = {name: torch.as_tensor(value[part]) for name, value in after.items()}
-        old, new = (policy_outputs(module, weights, batch_part).actions for weights in (own, other))
+        old, new = (policy_outputs(policy, weights, batch_part).actions for weights in (own, other))
         return np.asarray((batch_part.counted(kl_divergence(old, new)) * batch_part.share).sum((1, 2)).numpy())
 
     return np.concatenate(by_shard(policy, work, before, batch.share.shape)).astype(np.float64)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_metarl.algorithms.inputs import policy_inputs, task_numbers
+from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.registry import MetaConfig
 from ssm_metarl.algorithms.returns import advantages as estimate
-from ssm_metarl.algorithms.returns import discounted_returns, normalized, step_means, tells_apart
+from ssm_metarl.algorithms.returns import discounted_returns, normalized, tells_apart
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 
@@ -32,7 +33,8 @@ class Batch(NamedTuple):
         share: [M, T, K] float32, each valid step's share of its task's mean; 0 where not valid, sums to 1 a task (to
             0 for a task without any step).
         outer_advantages: the same for the outer objective; with the linear baseline the same numbers. With the others
-            they are normalised over all tasks, which are told apart by what is expected of them.
+            they are normalised over all tasks, which are told apart by what is expected of them (float64 until
+            `standardized` has done that).
         targets: [M, T, K] float32, what the value head should have said, with the privileged baseline beyond the time
             step's mean return; None without a critic.
         task_features: [M, P] float32, which the privileged critic reads; None without one.
@@ -104,24 +106,46 @@ def make_batch(
         values: with a critic as baseline, what it says of `critic_inputs`, [M, T + 1, K].
         reward_scale: what rewards are divided by for the critic.
     """
+    totals = [step_totals(rollouts, config, reward_scale)] if config.baseline in COMPARING else []
+    batch = shard_batch(spec, rollouts, config, device, values, reward_scale, mean_returns(totals))
+    return standardized(batch, config, outer_moments([advantage_moments(batch, config)]))
+
+
+def shard_batch(
+    spec: PolicySpec,
+    rollouts: Rollouts,
+    config: MetaConfig,
+    device: torch.device | str = "cpu",
+    values: Array | None = None,
+    reward_scale: float = 1.0,
+    level: Array | None = None,
+) -> Batch:
+    """The same for some tasks of a meta-batch: as far as it goes without the others, see `standardized`.
+
+    Args:
+        level: `mean_returns` of the whole meta-batch, for the baselines of `COMPARING`, [T] or longer.
+    """
     rollouts = rollouts.masked()
+    steps = rollouts.valid.shape[1]
     discount, gae_lambda, baseline = config.discount, config.gae_lambda, config.baseline
-    level = np.zeros((1, 1, 1))
+    known = np.zeros(steps + 1)
+    if level is not None:
+        known[: len(level)] = level[: steps + 1]
+    beyond = np.zeros((1, 1, 1))
     if values is not None and baseline == "privileged":
         # Most of a return is what everybody gets from that step on. A critic that had to learn it, too, would for
         # long be worse than none: of the return that is left it says how a task and a past differ from the others.
-        returns = discounted_returns(rollouts.rewards / np.float32(reward_scale), rollouts.valid, discount)
-        level = step_means(returns, rollouts.valid)
-        values = values + np.pad(level, ((0, 0), (0, 1), (0, 0)))
-    raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale)
+        beyond = known[None, :-1, None]
+        values = values + known[None, :, None]
+    raw, expected = estimate(rollouts, discount, gae_lambda, baseline, values, reward_scale, known[:-1])
     some = tells_apart(rollouts, discount)
     own_raw = raw
-    if baseline in ("time", "privileged"):  # how a task adapts must depend neither on the others nor on what it is
+    if baseline in COMPARING:  # how a task adapts must depend neither on the others nor on what it is
         own_raw = estimate(rollouts, discount, gae_lambda)[0]
     own = normalized(own_raw, rollouts.valid) * some.astype(np.float32)[:, None, None]
-    outer = own if baseline == "linear" else normalized(raw, rollouts.valid, (0, 1, 2))
+    outer = own if baseline == "linear" else raw
     if not config.normalize_advantages:
-        outer = np.where(rollouts.valid, raw, 0.0).astype(np.float32)
+        outer = raw.astype(np.float32)
     total = rollouts.valid.sum((1, 2), keepdims=True)
     share = (rollouts.valid / np.where(total > 0, total, 1)).astype(np.float32)
 
@@ -136,9 +160,64 @@ def make_batch(
         advantages=tensor(own),
         share=tensor(share),
         outer_advantages=tensor(outer),
-        targets=tensor((raw + expected - level).astype(np.float32)) if values is not None else None,
+        targets=tensor((raw + expected - beyond).astype(np.float32)) if values is not None else None,
         task_features=tensor(task_numbers(rollouts.tasks)) if baseline == "privileged" else None,
     )
+
+
+COMPARING = ("time", "privileged")
+"""Baselines that compare a task with the others of its meta-batch."""
+
+
+def step_totals(rollouts: Rollouts, config: MetaConfig, reward_scale: float = 1.0) -> Array:
+    """What some tasks add to `mean_returns`: each time step's sum of returns over tasks and slots, and their number.
+
+    Returns:
+        [2, T] float64.
+    """
+    returns = discounted_returns(rollouts.rewards / np.float32(reward_scale), rollouts.valid, config.discount)
+    return np.stack([returns.sum((0, 2)), rollouts.valid.sum((0, 2))])
+
+
+def mean_returns(totals: Sequence[Array]) -> Array | None:
+    """Each time step's mean discounted return over a meta-batch, [T] float64, from its shards' `step_totals`.
+
+    None without any. Added up in the shards' order, so that it does not matter who has computed them.
+    """
+    if not totals:
+        return None
+    total = np.zeros((2, max(each.shape[1] for each in totals)))
+    for each in totals:
+        total[:, : each.shape[1]] += each
+    return np.asarray(total[0] / np.maximum(total[1], 1))
+
+
+def advantage_moments(batch: Batch, config: MetaConfig) -> RunningMoments | None:
+    """Moments of the outer advantages, where they are to be normalised over the whole meta-batch; else None."""
+    if config.baseline == "linear" or not config.normalize_advantages:
+        return None
+    moments = RunningMoments(1)
+    moments.update(batch.outer_advantages[batch.share > 0].cpu().numpy()[:, None])
+    return moments
+
+
+def outer_moments(shards: Sequence[RunningMoments | None]) -> tuple[float, float] | None:
+    """Mean and standard deviation of the outer advantages of a meta-batch, from its shards' moments in their order."""
+    together = RunningMoments(1)
+    for each in shards:
+        if each is None:
+            return None
+        together.merge(each)
+    return float(together.mean[0]), float(together.deviation[0])
+
+
+def standardized(batch: Batch, config: MetaConfig, moments: tuple[float, float] | None) -> Batch:
+    """A `shard_batch` with its outer advantages normalised over the whole meta-batch, by `outer_moments` of it."""
+    if moments is None:
+        return batch
+    mean, deviation = moments
+    outer = torch.where(batch.share > 0, batch.outer_advantages - mean, 0.0) / (deviation + 1e-8)
+    return batch._replace(outer_advantages=outer.float())
 
 
 def replayed_batch(spec: PolicySpec, rollouts: Rollouts, advantages: Array, weight: Array, ratio: Array) -> Batch:
@@ -166,17 +245,39 @@ def replayed_batch(spec: PolicySpec, rollouts: Rollouts, advantages: Array, weig
     )
 
 
-def task_shards(shape: Sequence[int], steps: int = 20_000) -> list[slice]:
+def task_shards(shape: Sequence[int], minibatches: int = 1, *, steps: int = 20_000) -> list[slice]:
     """Slices of the tasks, equal to one task and even in number, of at most about `steps` environment steps each.
 
-    Fewer and larger ones pay less for each operation's start, smaller ones need less memory. Two are the least, so that
-    two cores can share the work.
+    A shard is what is computed at once, and what a learner owns. Fewer and larger ones pay less for each operation's
+    start, smaller ones need less memory. Two are the least, so that two cores can share the work.
 
     Args:
-        shape: of the batch, [M, T, K].
+        shape: of the batch, [M, T, K]; T is the longest that an episode slot can be, so that the shards are known
+            before anything is played.
+        minibatches: B; each is made of whole shards, at least two where there are as many tasks.
         steps: about the most of a shard.
+
+    Returns:
+        B times as many shards as a minibatch has.
     """
     tasks, *per_task = shape
-    count = min(tasks, 2 * math.ceil(tasks * math.prod(per_task) / (2 * steps)))
-    borders = [tasks * i // count for i in range(count + 1)]
+    parts = min(minibatches, tasks)
+    each = min(tasks // parts, 2 * math.ceil(tasks * math.prod(per_task) / (2 * steps * parts)))
+    borders = [tasks * i // (parts * each) for i in range(parts * each + 1)]
     return [slice(*pair) for pair in pairwise(borders)]
+
+
+def draw_minibatches(shards: int, minibatches: int, rng: np.random.Generator | None) -> list[list[int]]:
+    """The shards of each minibatch of a pass, in random order, or (without `rng`) all as one.
+
+    Each minibatch has one of every `minibatches` consecutive shards: tasks are drawn independently, so that it matters
+    little which of them stand together, and learners that own consecutive shards share the work of each minibatch.
+
+    Args:
+        shards: their number, see `task_shards`.
+    """
+    if rng is None:
+        return [list(range(shards))]
+    minibatches = min(minibatches, shards)
+    columns = [first + rng.permutation(minibatches) for first in range(0, shards, minibatches)]
+    return [[int(column[i]) for column in columns] for i in range(minibatches)]

@@ -142,7 +142,7 @@ def collect_tasks(
             parts.append((yield from attempt(slice(i, i + 1))))
         except (Exception, SystemExit) as error:
             _unless_signalled(error)
-            parts.append(_blank(spec, tasks[i], num_episodes, failure(error, tasks[i])))
+            parts.append(blank(spec, tasks[i : i + 1], num_episodes, [failure(error, tasks[i])] * num_episodes))
     return Rollouts.concatenate(parts)
 
 
@@ -317,13 +317,13 @@ def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
     return final
 
 
-def _blank(spec: PolicySpec, task: Any, num_episodes: int, error: str) -> Rollouts:
-    """A record of one task and no step, with an error once an episode lost."""
-    shape = (1, 1, num_episodes)
+def blank(spec: PolicySpec, tasks: Sequence[Any], num_episodes: int, errors: Sequence[str] = ()) -> Rollouts:
+    """A record of tasks without a single valid step: what stands for dropped ones."""
+    shape = (len(tasks), 1, num_episodes)
     rewards, log_probs = np.zeros((2, *shape), np.float32)
     observations = np.zeros((*shape, spec.observation_size), np.float32)
     actions: Array = np.zeros((*shape, *spec.action_shape), spec.action_type)
     starts, resets, terminated, valid = np.zeros((4, *shape), bool)
     last = np.zeros_like(observations[:, 0])
     arrays = (observations, actions, rewards, log_probs, starts, resets, terminated, valid, last)
-    return Rollouts(*arrays, (task,), (error,) * num_episodes)
+    return Rollouts(*arrays, tuple(tasks), tuple(errors))

@@ -8,7 +8,7 @@ so that a sum of per-task losses has every task's own gradient as its gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -85,67 +85,55 @@ Weights = dict[str, Array]
 Result = TypeVar("Result")
 
 
-class Run(Protocol):
-    """Applies a function to each shard of the tasks, such as on several threads, each with a module of its own."""
-
-    def __call__(self, work: Callable[[SSMPolicy, slice], Result], shards: Sequence[slice]) -> list[Result]:
-        """The results in the shards' order."""
-
-
 def by_shard(
     policy: SSMPolicy,
-    work: Callable[[SSMPolicy, Parameters, slice], Result],
+    work: Callable[[Parameters, slice], Result],
     weights: Mapping[str, Tensor] | Mapping[str, Array],
     shape: Sequence[int],
-    run: Run | None = None,
 ) -> list[Result]:
     """The results of `work` for each shard of M tasks, in order.
 
     Args:
-        work: given a module like `policy`, the weights of the shard's tasks, and the shard.
+        work: given the weights of the shard's tasks, and the shard.
         weights: shared or [M, ...].
         shape: of the tasks' steps, [M, T, K].
-        run: see `Run`; None: one shard after the other with `policy`.
     """
-    tensors = {name: torch.as_tensor(value) for name, value in weights.items()}
-
-    def one(module: SSMPolicy, part: slice) -> Result:
-        return work(module, of_tasks(tensors, part), part)
-
-    shards = task_shards(shape)
-    return run(one, shards) if run else [one(policy, part) for part in shards]
+    device = next(policy.parameters()).device
+    tensors = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
+    return [work(of_tasks(tensors, part), part) for part in task_shards(shape)]
 
 
-def batch_for(
-    policy: SSMPolicy,
-    weights: Mapping[str, Array],
-    rollouts: Rollouts,
-    config: MetaConfig,
-    run: Run | None = None,
-) -> Batch:
+def batch_for(policy: SSMPolicy, weights: Mapping[str, Array], rollouts: Rollouts, config: MetaConfig) -> Batch:
     """Rollouts as the objectives read them, with a critic's values where one is the baseline.
 
     Args:
         weights: that acted, shared or [M, ...].
-        run: see `by_shard`.
     """
     device = next(policy.parameters()).device
     if config.baseline not in CRITICS:
         return make_batch(policy.spec, rollouts, config, device)
-    inputs, resets = critic_inputs(policy.spec, rollouts)
-    own = {name: torch.as_tensor(value, device=device) for name, value in weights.items()}
-    task_features = (
-        torch.as_tensor(task_numbers(rollouts.tasks), device=device) if config.baseline == "privileged" else None
-    )
 
-    @torch.no_grad()
-    def value(module: SSMPolicy, parameters: Parameters, part: slice) -> Array:
-        arguments = (torch.as_tensor(array[part], device=device) for array in (inputs, resets))
-        told = None if task_features is None else task_features[part]
-        return np.asarray(functional_call(module, parameters, (*arguments, None, told)).values.cpu().numpy())
+    def values(own: Parameters, part: slice) -> Array:
+        return critic_values(policy, own, rollouts.select(part), config)
 
-    values = by_shard(policy, value, own, resets.shape, run)
-    return make_batch(policy.spec, rollouts, config, device, np.concatenate(values), policy.reward_scaling)
+    found = by_shard(policy, values, weights, rollouts.valid.shape)
+    return make_batch(policy.spec, rollouts, config, device, np.concatenate(found), policy.reward_scaling)
+
+
+@torch.no_grad()
+def critic_values(policy: SSMPolicy, parameters: Parameters, rollouts: Rollouts, config: MetaConfig) -> Array:
+    """What the critic says of `critic_inputs`, [M, T + 1, K] float32.
+
+    Args:
+        parameters: that acted, shared or [M, ...].
+    """
+    device = next(policy.parameters()).device
+    arguments = (torch.as_tensor(array, device=device) for array in critic_inputs(policy.spec, rollouts))
+    inputs, resets = arguments
+    told = None
+    if config.baseline == "privileged":
+        told = torch.as_tensor(task_numbers(rollouts.tasks), device=device)
+    return np.asarray(functional_call(policy, parameters, (inputs, resets, None, told)).values.cpu().numpy())
 
 
 def adapt_weights(
@@ -153,25 +141,28 @@ def adapt_weights(
     current: Mapping[str, Tensor] | Mapping[str, Array],
     batch: Batch,
     config: MetaConfig,
-    run: Run | None = None,
 ) -> Weights:
     """One inner step of every task of `batch`, for acting with afterwards.
 
     Args:
         current: shared meta-parameters, or the tasks' own weights [M, ...] from the step before.
-        run: see `by_shard`.
 
     Returns:
         Weights by name, [M, ...] float32 each.
     """
-    device = batch.share.device
-    tensors = {name: torch.as_tensor(value, device=device) for name, value in current.items()}
-    if not per_task(tensors):
-        tensors = for_tasks(tensors, batch.share.shape[0])
-    fixed = numpy_weights({name: tensors.pop(name) for name, _ in policy.named_buffers()})  # the normaliser
 
-    def adapt(module: SSMPolicy, own: Parameters, part: slice) -> Weights:
-        return numpy_weights(inner_step(module, own, batch.tasks(part), config, differentiable=False)[0])
+    def adapt(own: Parameters, part: slice) -> Weights:
+        return adapt_shard(policy, own, batch.tasks(part), config)
 
-    parts = by_shard(policy, adapt, tensors, batch.share.shape, run)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} | fixed
+    parts = by_shard(policy, adapt, current, batch.share.shape)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def adapt_shard(policy: SSMPolicy, parameters: Parameters, batch: Batch, config: MetaConfig) -> Weights:
+    """`adapt_weights` of tasks that are few enough to be computed at once."""
+    if not per_task(parameters):
+        parameters = for_tasks(parameters, batch.share.shape[0])
+    adapting = dict(parameters)
+    normalizer = {name: adapting.pop(name) for name, _ in policy.named_buffers()}
+    adapted, _ = inner_step(policy, adapting, batch, config, differentiable=False)
+    return numpy_weights(adapted) | numpy_weights(normalizer)

@@ -31,17 +31,30 @@ class RunningMoments:
         if not len(samples):
             return
         samples = samples.astype(np.float64)
-        mean, total = samples.mean(0), self.count + len(samples)
+        mean = samples.mean(0)
+        self._add(len(samples), mean, np.square(samples - mean).sum(0))
+
+    def merge(self, other: RunningMoments) -> None:
+        """Take in the samples that other moments are of."""
+        if other.count:
+            self._add(other.count, other.mean, other._squares)
+
+    def _add(self, count: int, mean: Array, squares: Array) -> None:
+        total = self.count + count
         difference = mean - self.mean
-        self._squares += np.square(samples - mean).sum(0) + difference**2 * self.count * len(samples) / total
-        self.mean = self.mean + difference * len(samples) / total
+        self._squares += squares + difference**2 * self.count * count / total
+        self.mean = self.mean + difference * count / total
         self.count = total
+
+    @property
+    def deviation(self) -> Array:
+        """Standard deviation [size]."""
+        return np.asarray(np.sqrt(self._squares / max(self.count, 1)))
 
     @property
     def scale(self) -> Array:
         """Standard deviation [size]; 1 where there is none."""
-        std = np.sqrt(self._squares / max(self.count, 1))
-        return np.where(std > SMALLEST, std, 1.0)
+        return np.where(self.deviation > SMALLEST, self.deviation, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -71,15 +84,25 @@ class Normalizer:
 
     def update(self, rollouts: Rollouts) -> None:
         """Take in the valid steps of a record."""
-        if self._spec.task_size:
-            self._tasks.update(task_numbers(rollouts.tasks))
-        if not self._spec.normalizes:
-            return
-        valid = rollouts.valid
-        self._observations.update(rollouts.observations[valid])
-        self._rewards.update(rollouts.rewards[valid][:, None])
-        returns = discounted_returns(rollouts.rewards, valid, self._discount)
-        self._returns.update(returns[valid][:, None])
+        self.merge(self.of(rollouts))
+
+    def of(self, rollouts: Rollouts) -> dict[str, RunningMoments]:
+        """The moments of a record alone, by name."""
+        spec, valid = self._spec, rollouts.valid
+        found = {name: RunningMoments(moments.mean.size) for name, moments in self._moments().items()}
+        if spec.task_size:
+            found["tasks"].update(task_numbers(rollouts.tasks))
+        if spec.normalizes:
+            found["observations"].update(rollouts.observations[valid])
+            found["rewards"].update(rollouts.rewards[valid][:, None])
+            returns = discounted_returns(rollouts.rewards, valid, self._discount)
+            found["returns"].update(returns[valid][:, None])
+        return found
+
+    def merge(self, others: Mapping[str, RunningMoments]) -> None:
+        """Take in the samples that other moments are of, as of `of`."""
+        for name, moments in self._moments().items():
+            moments.merge(others[name])
 
     def arrays(self) -> dict[str, Array]:
         """`input_mean` and `input_scale` [I], `reward_scale` [1], `task_mean` and `task_scale` [P]."""

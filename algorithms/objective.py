@@ -121,11 +121,23 @@ def meta_loss(
 
 def detached(distribution: Distribution) -> Distribution:
     """The same distribution without a graph."""
-    if isinstance(distribution, Categorical):
-        return Categorical(logits=distribution.logits.detach(), validate_args=False)
-    assert isinstance(distribution, Independent)
-    base = distribution.base_dist
+    parameters = [parameter.detach() for parameter in distribution_parameters(distribution)]
+    return distribution_of(parameters, isinstance(distribution, Independent))
+
+
+def distribution_parameters(distribution: Distribution) -> list[Tensor]:
+    """Logits, or mean and standard deviation: what a policy's distribution is made of."""
+    base = distribution.base_dist if isinstance(distribution, Independent) else distribution
     if isinstance(base, Categorical):
-        return Independent(Categorical(logits=base.logits.detach(), validate_args=False), 1, validate_args=False)
-    normal = Normal(base.loc.detach(), base.scale.detach(), validate_args=False)
-    return Independent(normal, 1, validate_args=False)
+        return [base.logits]
+    assert isinstance(base, Normal)
+    return [base.loc, base.scale]
+
+
+def distribution_of(parameters: Sequence[Tensor], several: bool) -> Distribution:
+    """The inverse of `distribution_parameters`; `several`: an action has several numbers."""
+    if len(parameters) == 1:
+        base: Distribution = Categorical(logits=parameters[0], validate_args=False)
+    else:
+        base = Normal(parameters[0], parameters[1], validate_args=False)
+    return Independent(base, 1, validate_args=False) if several else base

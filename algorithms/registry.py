@@ -61,6 +61,8 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "normalize_advantages": (True,),
             "value_loss": ("squared",),
             "imitate": ("",),
+            "num_learners": (0,),
+            "min_tasks": (1.0,),
             "sample_timeout_s": ("auto", None),
         },
     ),

@@ -138,6 +138,7 @@ def advantages(
     baseline: str = "linear",
     values: Array | None = None,
     reward_scale: float = 1.0,
+    level: Array | None = None,
 ) -> tuple[Array, Array]:
     """Generalized advantage estimates against a baseline, not normalised.
 
@@ -149,6 +150,7 @@ def advantages(
             episodes to end at a known horizon. Any other: `values`, which bootstrap where an episode was cut.
         values: [M, T + 1, K], a critic's, for each slot up to the one after its last valid step.
         reward_scale: rewards are divided by it.
+        level: of "time", [T], where these are not all tasks; None: of these.
 
     Returns:
         Advantages and the baseline, [M, T, K] float64 each, 0 where not valid.
@@ -165,7 +167,8 @@ def advantages(
         if baseline == "linear":
             expected = linear_baseline(rollouts, returns)
         else:
-            expected = np.where(valid, step_means(returns, valid), 0.0)
+            means = step_means(returns, valid) if level is None else level[None, :, None]
+            expected = np.where(valid, means, 0.0)
     return generalized_advantages(rewards, expected, following, valid, discount, gae_lambda), expected
 
 

@@ -67,7 +67,8 @@ class Rollouts:
 
     def returns(self) -> Array:
         """Undiscounted return of each slot, [M, K] float64; NaN where the slot was dropped."""
-        total = np.where(self.valid, self.rewards, 0.0).sum(axis=1, dtype=np.float64)
+        # Step by step: how NumPy groups the terms of a sum depends on how many zeros stand behind them.
+        total = np.where(self.valid, self.rewards, 0.0).cumsum(axis=1, dtype=np.float64)[:, -1]
         return np.where(self.kept(), total, np.nan)
 
     def lengths(self) -> Array:
@@ -87,6 +88,16 @@ class Rollouts:
         """The tasks of `index` (a slice over M), as views."""
         arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "errors"}
         return replace(self, **arrays)
+
+    def trimmed(self) -> Rollouts:
+        """The record without the steps that no episode took, in writable arrays of C order.
+
+        Ray's arrays are read-only, and the order of an array in memory decides the last bits of a sum over it.
+        """
+        longest = max(1, int(self.valid.any((0, 2)).sum()))
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tasks", "errors")}
+        arrays |= {name: arrays[name][:, :longest] for name in TIMED}
+        return replace(self, **{name: np.require(a, requirements=["C", "W"]) for name, a in arrays.items()})
 
     @staticmethod
     def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
@@ -134,14 +145,3 @@ class Rollouts:
             joined[name] = np.concatenate([np.pad(x, width) for x, width in zip(pair, padding, strict=True)], 2)
         last = np.concatenate([self.last_observations, other.last_observations], 1)
         return replace(self, **joined, last_observations=last)
-
-    @staticmethod
-    def empty(tasks: Sequence[Any], num_episodes: int, like: Rollouts, errors: Sequence[str] = ()) -> Rollouts:
-        """Record of `tasks` without a single valid step, shaped `like` another: what stands for dropped tasks."""
-        count = len(tasks)
-        arrays = {}
-        for name in TIMED:
-            array = getattr(like, name)
-            arrays[name] = np.zeros((count, 1, num_episodes, *array.shape[3:]), array.dtype)
-        last = np.zeros((count, num_episodes, like.last_observations.shape[-1]), np.float32)
-        return Rollouts(**arrays, last_observations=last, tasks=tuple(tasks), errors=tuple(errors))

@@ -19,7 +19,7 @@ from rich.table import Table
 from ssm_metarl.app.guard import check_types
 from ssm_metarl.app.workspace import Kind, Workspace, job_of, runs_on
 from ssm_metarl.distributed.jobs import JobError
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 
 COMPUTE: Mapping[str, Any] = {"concurrency_id": "compute", "concurrency_limit": 1}
 """Of events that play episodes in this process: one after the other, the others wait in the queue."""

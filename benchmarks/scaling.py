@@ -1,6 +1,9 @@
 """What 1 to 64 workers cost on environments that are slow: throughput, messages, a straggler, deaths. Linux only.
 
     python benchmarks/scaling.py --show throughput
+    python benchmarks/scaling.py --show learners
+
+The latter, see `_learners.py`, stands for itself, and goes on after an interruption with what is not in `--out`.
 
 The benchmark's family sleeps in every vector step, however many environments it moves, as with simulators or robots
 that run side by side elsewhere: so there can be more workers than cores. A worker plays one task. *Ideal* is a call
@@ -30,6 +33,7 @@ from typing import Any, Literal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+import _learners as learners
 import numpy as np
 import ray
 import tyro
@@ -57,7 +61,7 @@ POLICY = PolicyConfig(hidden_dim=4, num_layers=0, inputs="observation")
 PENDING = (1, 64, 1000)
 """Numbers of calls under way among which Ray is asked for the first that has ended."""
 
-Part = Literal["throughput", "step", "ray", "iteration", "straggler", "deaths"]
+Part = Literal["throughput", "step", "ray", "iteration", "straggler", "deaths", "learners"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ class Options:
         iterations: measured meta-iterations of `iteration`, after one that is not.
         seconds: length of the run of `deaths`.
         death_every_s: seconds from one death to the next.
+        tasks: numbers of tasks for `learners`.
+        learners: numbers of simulated learners.
+        out: file of the jobs of `learners` that are done.
     """
 
     show: tuple[Part, ...] = ("throughput", "step", "ray", "iteration", "straggler", "deaths")
@@ -85,6 +92,9 @@ class Options:
     iterations: int = 2
     seconds: float = 60.0
     death_every_s: float = 5.0
+    tasks: tuple[int, ...] = (64, 256)
+    learners: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    out: Path = Path("runs/scaling-learners.jsonl")
 
     @property
     def most_workers(self) -> int:
@@ -574,7 +584,7 @@ def comparable(run: Run) -> list[str]:
     ]
 
 
-PARTS: Mapping[Part, Callable[[Options], Any]] = {
+PARTS: Mapping[str, Callable[[Options], Any]] = {
     "throughput": throughput,
     "step": step,
     "ray": ray_alone,
@@ -597,6 +607,11 @@ def start_ray(cpus: int) -> None:
 
 
 def main(options: Options) -> None:
+    if "learners" in options.show:
+        if len(options.show) > 1:
+            raise SystemExit("error: learners stands for itself: show it alone.")
+        report("scaling", learners.table(options.out, options.tasks, options.learners, options.iterations))
+        return
     results: dict[str, Any] = {}
     with redirect_stdout(sys.stderr):  # Ray reports deaths on stdout, which is the result's alone
         log("starting Ray …")

@@ -32,17 +32,17 @@ WAY_IN = "it asks for the token that `ray get-auth-token` prints"
 """Of a dashboard: how to get in."""
 
 
-def start_ray(num_workers: int, *, always: bool = False) -> None:
+def start_ray(num_workers: int, num_learners: int = 0, *, always: bool = False) -> None:
     """Have Ray in this process if it is wanted: join the cluster of `RAY_ADDRESS`, or start one on loopback.
 
     A Ray that is started here listens on loopback alone, and asks for this user's token even there. Usage reporting is
     off, and the dashboard's address is printed to stderr.
 
     Args:
-        num_workers: workers of one trainer; 0: Ray is not needed.
+        num_workers, num_learners: of one trainer; 0 and 0: Ray is not needed.
         always: it is needed without workers, too, for the trials of Tune.
     """
-    if not (num_workers or always) or ray.is_initialized():
+    if not (num_workers or num_learners or always) or ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address := os.environ.get("RAY_ADDRESS"):
@@ -54,7 +54,7 @@ def start_ray(num_workers: int, *, always: bool = False) -> None:
         with _on_loopback():
             context = ray.init(
                 address="local",
-                num_cpus=max(available_cores(), 1 + num_workers),
+                num_cpus=max(available_cores(), 1 + num_workers + num_learners),
                 include_dashboard=True,
                 dashboard_host="127.0.0.1",
                 _node_ip_address="127.0.0.1",
@@ -177,29 +177,35 @@ def _join(address: str) -> Any:
         raise ValueError(f"The Ray cluster at {address} (--address, RAY_ADDRESS) cannot be joined: {reason}") from None
 
 
-def auto_workers(trials: int = 1) -> int:
-    """Workers for each of as many trials: the free processors of the cluster that is joined, less one a learner.
+def auto_workers(trials: int = 1, num_learners: int = 0) -> int:
+    """Workers for each of as many trials: the free processors of the cluster that is joined, less those of the others.
 
-    Without a cluster to join (`RAY_ADDRESS`), this machine's cores: there the learner and its workers take turns.
+    Without a cluster to join (`RAY_ADDRESS`), this machine's cores: there learners and workers take turns.
+
+    Args:
+        trials: each has a trainer.
+        num_learners: of each, beside the trainer.
     """
     if not (os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         return available_cores() if trials == 1 else 0
     if not ray.is_initialized():
         start_ray(0, always=True)
-    return max(int(ray.available_resources().get("CPU", 0.0)) // trials - 1, 0)
+    return max(int(ray.available_resources().get("CPU", 0.0)) // trials - 1 - num_learners, 0)
 
 
-def check_resources(num_workers: int) -> None:
-    """Refuse more workers than a started Ray has processors for: Tune's placement groups would wait for ever.
+def check_resources(num_workers: int, num_learners: int = 0) -> None:
+    """Refuse more workers and learners than a started Ray has processors for: placement groups would wait for ever.
 
     Raises:
         ValueError: one sentence with both figures.
     """
-    if num_workers == 0 or not ray.is_initialized():
+    if not (num_workers or num_learners) or not ray.is_initialized():
         return
-    cpus = ray.cluster_resources().get("CPU", 0.0)
-    if 1 + num_workers > cpus:
+    cpus, needed = ray.cluster_resources().get("CPU", 0.0), 1 + num_workers + num_learners
+    if needed > cpus:
+        named = {"worker": num_workers, "learner": num_learners}
+        parts = [f"{number} {kind}{'s' * (number > 1)}" for kind, number in named.items() if number]
         raise ValueError(
-            f"{num_workers} worker{'s' * (num_workers > 1)} and the learner need {1 + num_workers} CPUs, "
-            f"but this Ray cluster has {cpus:g}; use num_workers={max(int(cpus) - 1, 0)} or fewer."
+            f"{', '.join(parts)} and the {'trainer' if num_learners else 'learner'} need {needed} CPUs, but this Ray "
+            f"cluster has {cpus:g}; use num_workers={max(int(cpus) - 1 - num_learners, 0)} or fewer."
         )

@@ -3,30 +3,70 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
-from torch.distributions import Distribution
 
-from ssm_metarl.algorithms.batch import Batch, task_shards
-from ssm_metarl.algorithms.inner_loop import adapt_weights, batch_for
+from ssm_metarl.algorithms.batch import (
+    COMPARING,
+    advantage_moments,
+    draw_minibatches,
+    mean_returns,
+    outer_moments,
+    standardized,
+    step_totals,
+    task_shards,
+)
+from ssm_metarl.algorithms.inner_loop import adapt_shard
 from ssm_metarl.algorithms.normalizer import Normalizer
-from ssm_metarl.algorithms.objective import MetaLoss, meta_loss
-from ssm_metarl.algorithms.parameters import is_memory
+from ssm_metarl.algorithms.parameters import is_memory, of_tasks
 from ssm_metarl.algorithms.policy import SSMPolicy
-from ssm_metarl.algorithms.registry import SCHEDULES, MetaConfig
+from ssm_metarl.algorithms.registry import CRITICS, SCHEDULES, MetaConfig
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.algorithms.shard import Gradient, ShardLoss, added, batch_of_shard, meta_gradient, tree_total
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import MachineConfig
+from ssm_metarl.distributed.collection import StageCollector
+from ssm_metarl.distributed.optimizer import BoundedStep, load_state, optimizer_arrays
+from ssm_metarl.distributed.stopwatch import Stopwatch
 
-Shard = TypeVar("Shard")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Stage(NamedTuple):
+    """The rollouts of a meta-batch after so many inner steps, as the objectives read them.
+
+    Attributes:
+        shards: which tasks stand in each.
+        batches: of each shard; in a `LearnerGroup` references to them.
+        complete: [M] bool, whether any episode of a task was kept.
+        moments: what `standardized` still needs; None where it is done.
+        imitates: whether the batches have demonstrations.
+    """
+
+    shards: Sequence[slice]
+    batches: Sequence[Any]
+    complete: Array
+    moments: tuple[float, float] | None = None
+    imitates: bool = False
+
+    def imitating(self, demonstrations: Array) -> Stage:
+        """The same with what a baseline policy would have done, of the shape of the meta-batch's actions."""
+        batches = [
+            batch._replace(
+                demonstrated=torch.from_numpy(demonstrations[shard, : batch.share.shape[1]]).to(batch.share.device)
+            )
+            for shard, batch in zip(self.shards, self.batches, strict=True)
+        ]
+        return self._replace(batches=batches, imitates=True)
 
 
 class Learner:
@@ -38,19 +78,21 @@ class Learner:
         query = learner.batch(adapted, pool.collect(adapted, ...))
         statistics = learner.update([support, query], progress=iteration / iterations)
 
-    On a CPU the tasks of a batch are cut into shards, `learner_threads` Python threads work on
-    them with one torch thread each (torch releases the interpreter lock), and the shards' gradients are added in
-    their order: the result does not depend on the number of threads.
+    The tasks of a meta-batch are cut into shards, each of which is computed for itself. On a CPU `learner_threads`
+    Python threads work on them with one torch thread each (torch releases the interpreter lock), and the shards'
+    gradients are added by halves: the result depends neither on the number of threads nor on who computes a shard.
 
     Args:
         spec: the policy's sizes.
         config: algorithm and learning rates.
         machine: device and threads.
         seed: of the initial weights.
+        horizon: most steps of an episode slot.
     """
 
-    def __init__(self, spec: PolicySpec, config: MetaConfig, machine: MachineConfig, seed: int) -> None:
+    def __init__(self, spec: PolicySpec, config: MetaConfig, machine: MachineConfig, seed: int, horizon: int) -> None:
         self.config = config
+        self.horizon = horizon
         self.device = torch.device(resolve_device(machine.device))
         self.policy = SSMPolicy(spec, seed).to(self.device)
         self.normalizer = Normalizer(spec, config.discount)
@@ -65,44 +107,99 @@ class Learner:
             torch.set_num_threads(1)
             keep_freed_memory()
             self._threads = machine.learner_threads
+        self._blas = ThreadpoolController()
         # functional_call lends its parameters to the module for the time of the call: a module a thread.
         self._modules: SimpleQueue[SSMPolicy] = SimpleQueue()
         self._lent = [SSMPolicy(spec).to(self.device) for _ in range(self._threads)]
         for module in self._lent:
             self._modules.put(module)
 
-    def observe(self, rollouts: Sequence[Rollouts]) -> None:
+    def observe(self, rollouts: Sequence[Any]) -> None:
         """Take an iteration's rollouts into the running moments, with which the next one is normalised."""
         for each in rollouts:
-            self.normalizer.update(each)
+            self._take_moments(each)
         self._normalize(self.normalizer.arrays())
+
+    def _take_moments(self, rollouts: Any) -> None:
+        for shard in self.shards(*rollouts.kept().shape):
+            self.normalizer.update(rollouts.select(shard))
 
     def _normalize(self, arrays: Mapping[str, Array]) -> None:
         for module in (self.policy, *self._lent):
-            for name, buffer in module.named_buffers():
-                buffer.copy_(torch.as_tensor(arrays[name]))
+            set_normalizer(module, arrays)
 
     def weights(self) -> dict[str, Array]:
         """Copies of the meta-parameters for workers."""
         return self.policy.numpy_weights()
 
-    def batch(self, weights: Mapping[str, Array], rollouts: Rollouts) -> Batch:
-        """Rollouts as the objectives read them, on the learner's device; `weights` (shared, or [M, ...]) acted."""
-        return batch_for(self.policy, weights, rollouts, self.config, self._run)
+    def shards(self, tasks: int, episodes: int) -> list[slice]:
+        """The shards of a meta-batch of so many tasks with so many episode slots each."""
+        return task_shards((tasks, self.horizon, episodes), self.config.minibatches)
 
-    def adapt(self, weights: Mapping[str, Array], batch: Batch) -> dict[str, Array]:
+    def pieces(self, tasks: int, episodes: int) -> list[slice]:
+        """The tasks whose rollouts are to be kept together where they were played; none: they are brought here."""
+        return []
+
+    def first_episodes(self, rollouts: Any) -> list[Rollouts]:
+        """Records that have of each task the first episode that was kept, at least."""
+        return [rollouts]
+
+    def collect(self, collector: StageCollector, episodes: int, watch: Stopwatch) -> tuple[list[Stage], list[Any]]:
+        """Have a meta-batch played and adapt to it, stage by stage.
+
+        Args:
+            collector: plays its tasks.
+            episodes: a task and stage.
+            watch: counts the seconds to the phases "sample" and "adapt".
+
+        Returns:
+            The S+1 stages, and the rollouts of each.
+        """
+        weights: Any = self.weights()
+        stages, collected = list[Stage](), list[Any]()
+        for stage in range(self.config.inner_steps + 1):
+            with watch("sample"):
+                collected.append(collector(weights, episodes, stage))
+            with watch("adapt"):
+                stages.append(self.batch(weights, collected[-1]))
+                if stage < self.config.inner_steps:
+                    weights = self.adapt(weights, stages[-1])
+        return stages, collected
+
+    def batch(self, weights: Any, rollouts: Any) -> Stage:
+        """Rollouts as the objectives read them, on the learner's device; `weights` (shared, or [M, ...]) acted."""
+        config, scale = self.config, reward_scale(self.policy, self.config)
+        shards = self.shards(*rollouts.kept().shape)
+        tensors = {name: torch.as_tensor(value, device=self.device) for name, value in weights.items()}
+        with self._blas.limit(limits=1, user_api="blas"):  # more threads round otherwise
+            records = [rollouts.select(shard).trimmed() for shard in shards]
+            level = mean_returns([step_totals(r, config, scale) for r in records if config.baseline in COMPARING])
+            batches = self._run(
+                lambda module, i: batch_of_shard(module, of_tasks(tensors, shards[i]), records[i], config, level),
+                range(len(shards)),
+            )
+        moments = outer_moments([advantage_moments(batch, config) for batch in batches])
+        batches = [standardized(batch, config, moments) for batch in batches]
+        return Stage(shards, batches, rollouts.kept().any(1))
+
+    def adapt(self, weights: Any, stage: Stage) -> Any:
         """The tasks' weights [M, ...] after one inner step from `weights` (shared, or [M, ...])."""
-        return adapt_weights(self.policy, weights, batch, self.config, self._run)
+        tensors = {name: torch.as_tensor(value, device=self.device) for name, value in weights.items()}
+        parts = self._run(
+            lambda module, i: adapt_shard(module, of_tasks(tensors, stage.shards[i]), stage.batches[i], self.config),
+            range(len(stage.shards)),
+        )
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def update(
-        self, stages: Sequence[Batch], progress: float = 0.0, seed: np.random.SeedSequence | None = None
+        self, stages: Sequence[Stage], progress: float = 0.0, seed: np.random.SeedSequence | None = None
     ) -> dict[str, float]:
         """One meta-update: `epochs` × `minibatches` Adam steps on the meta-objective over one iteration's rollouts.
 
         Args:
-            stages: S+1 batches, the s-th collected after s inner steps.
+            stages: S+1 of them, the s-th collected after s inner steps.
             progress: fraction of the run's iterations done, in [0, 1), for the learning-rate schedule.
-            seed: of the minibatches' tasks; needed where there are several.
+            seed: of the minibatches' shards; needed where there are several.
 
         Returns:
             `loss` (last epoch), `entropy` of the adapted policies and `kl` of the policy before adaptation
@@ -119,101 +216,99 @@ class Learner:
         objective = replace(config, entropy_bonus=config.entropy_bonus * factor)
         self._set_rate(learning_rate)
         # A task that lost all its episodes at some stage has no meta-gradient.
-        whole = torch.stack([stage.share.sum((1, 2)) > 0 for stage in stages]).all(0).float()
+        complete = np.logical_and.reduce([stage.complete for stage in stages]).astype(np.float32)
+        shards = stages[0].shards
         assert seed is not None or config.minibatches == 1, "several minibatches need a seed"
         rng = None if config.minibatches == 1 else np.random.default_rng(seed)
         norms, ratio_error = [], 0.0
-        references: list[Distribution | None] = []
-        step = _Step(self.optimizer)
+        references: dict[int, Any] = {}
+        step = BoundedStep(self.optimizer)
         for epoch in range(config.passes):
-            losses, order = list[MetaLoss](), list[Tensor]()
-            for part, complete in self._minibatches(stages, whole, rng):
-                results = self._differentiate(objective, part, complete, references)
+            losses, order = list[ShardLoss](), list[int]()
+            for part in draw_minibatches(len(shards), config.minibatches, rng):
+                keep = epoch == 0 and rng is None and config.passes > 1
+                found = self._gradient(objective, stages, part, complete, references, keep)
+                moved = [shards[i] for i in part]
                 # Whoever imitates may go as far as it takes.
-                while stages[-1].demonstrated is None and self._too_far(results, complete) and step.shorten():
-                    results = self._differentiate(objective, part, complete, references)
-                norms.append(self._set_gradients(results))
+                while not stages[-1].imitates and self._too_far(found[1], complete, moved) and step.shorten():
+                    found = self._gradient(objective, stages, part, complete, references, keep)
+                norms.append(self._set_gradient(found[0]))
                 if not np.isfinite(norms[-1]):
                     raise FloatingPointError(
                         f"The meta-gradient is not finite in epoch {epoch + 1}; lower inner_lr ({config.inner_lr:g}) "
                         f"or outer_lr ({config.outer_lr:g})."
                     )
                 step.take()
-                losses += [loss for _, loss in results]
-                order.append(complete)
+                losses += found[1]
+                order += part
                 if len(norms) == 1:
-                    ratio_error = max(float(loss.log_ratio) for loss in losses)
-            if epoch == 0 and rng is None:
-                references = [loss.before for loss in losses]
-        counted = torch.cat(order)
+                    ratio_error = max(loss.log_ratio for loss in losses)
+        counted = np.concatenate([complete[shards[i]] for i in order])
         return {
-            "loss": float((torch.cat([loss.losses.detach() for loss in losses]) * counted).sum())
+            "loss": float((np.concatenate([loss.losses for loss in losses]) * counted).sum())
             / max(float(counted.sum()), 1.0),
-            "entropy": float(np.mean([float(loss.entropy) for loss in losses])),
-            "kl": float(torch.cat([loss.kl_before for loss in losses]).mean()),
+            "entropy": float(np.mean([loss.entropy for loss in losses])),
+            "kl": float(np.concatenate([loss.kl for loss in losses]).mean()),
             "grad_norm": float(np.mean(norms)),
             "ratio_error": ratio_error,
             "learning_rate": learning_rate,
             "shortened_steps": float(step.shortened),
         }
 
-    def _too_far(self, results: Sequence[tuple[object, MetaLoss]], complete: Tensor) -> bool:
+    def _too_far(self, losses: Sequence[ShardLoss], complete: Array, shards: Sequence[slice]) -> bool:
         """Whether the adapted policies of the tasks that count are farther from those that acted than they may be."""
-        moved = torch.cat([loss.moved for _, loss in results])[complete > 0]
+        counted = np.concatenate([complete[shard] for shard in shards]) > 0
+        moved = np.concatenate([loss.moved for loss in losses])[counted]
         return bool(self.config.max_kl and len(moved) and not float(moved.mean()) <= self.config.max_kl)
 
-    def _set_gradients(self, results: Sequence[tuple[tuple[Tensor | None, ...], MetaLoss]]) -> float:
-        """Add the shards' gradients up for the optimiser; returns their norm, to which at most they are then scaled."""
+    def _set_gradient(self, gradient: Gradient) -> float:
+        """Hand the optimiser a gradient; returns its norm, to which at most it is then scaled down."""
         parameters = list(self.policy.parameters())
-        for index, parameter in enumerate(parameters):
-            shares = [gradient for gradients, _ in results if (gradient := gradients[index]) is not None]
+        for parameter, own in zip(parameters, gradient, strict=True):
             # Without a critic the value head has no part in a policy gradient.
-            parameter.grad = torch.stack(shares).sum(0) if shares else None
+            parameter.grad = own
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
 
-    def _minibatches(
-        self, stages: Sequence[Batch], whole: Tensor, rng: np.random.Generator | None
-    ) -> Iterator[tuple[Sequence[Batch], Tensor]]:
-        """The meta-batch, or (given `rng`) its tasks in random order in parts, with what `whole` says of them."""
-        if rng is None:
-            yield stages, whole
-            return
-        for index in np.array_split(rng.permutation(len(whole)), min(self.config.minibatches, len(whole))):
-            part = torch.from_numpy(index)
-            yield [stage.tasks(part) for stage in stages], whole[part]
-
-    def _differentiate(
-        self, config: MetaConfig, stages: Sequence[Batch], complete: Tensor, references: Sequence[Distribution | None]
-    ) -> list[tuple[tuple[Tensor | None, ...], MetaLoss]]:
-        """The meta-gradient of a minibatch and its diagnostics, shard by shard.
+    def _gradient(
+        self,
+        config: MetaConfig,
+        stages: Sequence[Stage],
+        part: Sequence[int],
+        complete: Array,
+        references: dict[int, Any],
+        keep: bool,
+    ) -> tuple[Gradient, list[ShardLoss]]:
+        """The meta-gradient of a minibatch, and the losses of its shards.
 
         Args:
             config: of the objective.
-            stages: S+1 batches.
+            stages: S+1 of them.
+            part: numbers of the minibatch's shards.
             complete: [M], 1 for the tasks that count, 0 for the others.
-            references: see `meta_loss`, a shard each; empty: none.
+            references: by shard, see `meta_gradient`; a shard that is not in it is its own reference.
+            keep: put the shards' references into `references`.
         """
-        names, parameters = zip(*self.policy.named_parameters(), strict=True)
-        active = max(float(complete.sum()), 1.0)
-        shards = task_shards(stages[-1].share.shape)
-        parts = [[stage.tasks(shard) for stage in stages] for shard in shards]
+        parameters = dict(self.policy.named_parameters())
+        weights = task_weights(stages[0].shards, part, complete)
 
-        def differentiate(module: SSMPolicy, index: int) -> tuple[tuple[Tensor | None, ...], MetaLoss]:
-            shared = dict(zip(names, parameters, strict=True))
-            reference = references[index] if references else None
-            loss = meta_loss(module, shared, parts[index], config, reference)
-            total = (loss.losses * complete[shards[index]]).sum() / active
-            return torch.autograd.grad(total, parameters, allow_unused=True), loss
+        def work(module: SSMPolicy, i: int) -> tuple[Gradient, ShardLoss, Any]:
+            batches = [stage.batches[part[i]] for stage in stages]
+            weight = torch.from_numpy(weights[i]).to(self.device)
+            return meta_gradient(module, parameters, batches, config, weight, references.get(part[i], ()))
 
-        return self._run(differentiate, range(len(shards)))
+        results = self._run(work, range(len(part)))
+        if keep:
+            references.update({shard: reference for shard, (_, _, reference) in zip(part, results, strict=True)})
+        leaves = {(i, i + 1): gradient for i, (gradient, _, _) in enumerate(results)}
+        return tree_total(len(part), leaves, added), [loss for _, loss, _ in results]
 
-    def _run(self, work: Callable[[SSMPolicy, Shard], Result], shards: Sequence[Shard]) -> list[Result]:
+    def _run(self, work: Callable[[SSMPolicy, Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work` on every shard, in order, on the learner's threads, with a module that no other thread uses."""
 
-        def lent(shard: Shard) -> Result:
+        def lent(item: Item) -> Result:
             module = self._modules.get()
             try:
-                return work(module, shard)
+                return work(module, item)
             finally:
                 self._modules.put(module)
 
@@ -221,7 +316,7 @@ class Learner:
         # is rounded by the number of cores.
         own = 1 if self.device.type == "cpu" else torch.get_num_threads()
         with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(own,)) as threads:
-            return list(threads.map(lent, shards))
+            return list(threads.map(lent, items))
 
     def optimizer_arrays(self) -> dict[str, Array]:
         """Adam's moments and step counts, for a checkpoint."""
@@ -254,41 +349,26 @@ class Learner:
                 f"instead of {outer_lr} and {inner_lr}."
             )
 
+    def close(self) -> None:
+        """End what computes elsewhere: nothing."""
 
-class _Step:
-    """An update's Adam steps, of which the last one can be taken back in part.
 
-    Adam's first steps are as long as its learning rate for every parameter, whatever the gradient: a policy that is
-    sure of itself, and starts with a new optimiser, can be ruined by one.
-    """
+def reward_scale(policy: SSMPolicy, config: MetaConfig) -> float:
+    """What rewards are divided by for the advantages."""
+    return policy.reward_scaling if config.baseline in CRITICS else 1.0
 
-    shorter = 0.25
-    most = 12
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._before: list[Tensor] = []
-        self.shortened = 0
+def set_normalizer(policy: SSMPolicy, arrays: Mapping[str, Array]) -> None:
+    """Give a policy the normaliser of these weights."""
+    for name, buffer in policy.named_buffers():
+        buffer.copy_(torch.as_tensor(arrays[name]))
 
-    def take(self) -> None:
-        """A step along the gradients that are set."""
-        self._before = [parameter.detach().clone() for parameter in self._parameters()]
-        self._optimizer.step()
 
-    def shorten(self) -> bool:
-        """Go back three quarters of the last step, and make the next ones as short; False where it makes no sense."""
-        if not self._before or self.shortened >= self.most:
-            return False
-        self.shortened += 1
-        for group in self._optimizer.param_groups:
-            group["lr"] *= self.shorter
-        with torch.no_grad():
-            for parameter, before in zip(self._parameters(), self._before, strict=True):
-                parameter.copy_(before + self.shorter * (parameter - before))
-        return True
-
-    def _parameters(self) -> list[Tensor]:
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+def task_weights(shards: Sequence[slice], part: Sequence[int], complete: Array) -> list[Array]:
+    """The weight of each task's loss in a minibatch's mean over those that count, [m] float32 a shard."""
+    each = [complete[shards[i]] for i in part]
+    count = np.float32(max(sum(float(own.sum()) for own in each), 1.0))
+    return [own / count for own in each]
 
 
 def keep_freed_memory() -> None:
@@ -303,54 +383,6 @@ def keep_freed_memory() -> None:
         # and 64 MiB more at a time than asked for, which keeps a thread's heaps, too.
         for parameter, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
             mallopt(parameter, value)
-
-
-def optimizer_arrays(policy: SSMPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Array]:
-    """Adam's moments and step counts as arrays by `parameter.moment`."""
-    arrays = {}
-    for name, parameter in policy.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            arrays[f"{name}.{key}"] = value.detach().cpu().numpy().copy()
-    return arrays
-
-
-def load_state(
-    policy: SSMPolicy,
-    optimizer: torch.optim.Optimizer,
-    weights: Mapping[str, Array],
-    moments: Mapping[str, Array],
-) -> None:
-    """Put the weights and moments of a checkpoint into a policy and its Adam.
-
-    Args:
-        weights: by parameter name, of exactly this policy's shapes.
-        moments: as from `optimizer_arrays`.
-
-    Raises:
-        ValueError: a name or shape does not fit; nothing is changed.
-    """
-    own = dict(policy.named_parameters()) | dict(policy.named_buffers())
-    misfit = {name for name in own.keys() | weights.keys() if name not in own or name not in weights}
-    misfit |= {name for name in own.keys() & weights.keys() if tuple(own[name].shape) != weights[name].shape}
-    # Adam keeps all three of its numbers for a parameter, or, without a gradient so far, none.
-    for name in {key.rpartition(".")[0] for key in moments}:
-        shape = tuple(own[name].shape) if name in own else None
-        for moment, size in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape)):
-            key = f"{name}.{moment}"
-            if shape is None or key not in moments or moments[key].shape != size:
-                misfit.add(key)
-    misfit |= {key for key in moments if key.rpartition(".")[2] not in ("step", "exp_avg", "exp_avg_sq")}
-    if misfit:
-        raise ValueError(f"The checkpoint's policy has other sizes: {', '.join(sorted(misfit))} do not fit.")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(torch.as_tensor(weights[name]))
-    optimizer.state.clear()
-    for key, value in moments.items():
-        name, moment = key.rsplit(".", 1)
-        tensor = torch.as_tensor(np.array(value))
-        # Adam keeps its step count on the CPU whatever the parameters' device.
-        optimizer.state[own[name]][moment] = tensor if moment == "step" else tensor.to(own[name].device)
 
 
 def resolve_device(name: str) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from ssm_metarl.algorithms.collect import collect_family, played
+from ssm_metarl.algorithms.collect import blank, collect_family, played
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
+from ssm_metarl.distributed.play import Play, owned
 from ssm_metarl.distributed.suspicion import Suspicion
 from ssm_metarl.distributed.watch import Part, SampleTimeout, Watch
 
 if TYPE_CHECKING:
+    from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
     from ssm_metarl.distributed.worker import WorkerHandle
+
+    Held = dict[WorkerHandle, tuple[Play, Part]]
+    """What each worker plays."""
 
 _log = logging.getLogger(__name__)
 
@@ -30,8 +34,13 @@ INLINE_BYTES = 90_000
 """Shared weights below this travel with each call (Ray inlines up to 100 KiB): cheaper than a put."""
 
 
-class EnvironmentFailure(RuntimeError):
-    """Too many episodes are invalid, or every task is lost; the message carries a traceback where there is one."""
+def _hand_on(play: Play, following: Play, adapt: Callable[[int, RemoteRollouts], Any], tasks: range) -> None:
+    """Some tasks of a stage have arrived: have the shards adapt that are complete with them, for the next stage."""
+    for number, shard in enumerate(following.weights.shards):
+        if shard.start < tasks.stop and tasks.start < shard.stop and (rollouts := play.of_shard(shard)):
+            following.give_weights(number, adapt(number, rollouts))
+            for task in np.flatnonzero(~rollouts.kept().any(1)).tolist():
+                following.skip(shard.start + task)
 
 
 class Pool:
@@ -106,28 +115,34 @@ class Pool:
 
     def collect(
         self,
-        weights: Mapping[str, Array],
+        weights: Mapping[str, Array] | RemoteWeights,
         tasks: Sequence[Task],
         seeds: Sequence[np.random.SeedSequence],
         num_episodes: int,
         *,
         label: str = "",
         deterministic: bool = False,
-    ) -> Rollouts:
+        cuts: Sequence[int] = (),
+        enough: int | None = None,
+    ) -> Any:
         """Play `num_episodes` episodes, or trials, of every task.
 
         Args:
             weights: float32 arrays by parameter name, shared by all tasks or with a leading task axis [M, …].
-                Shared ones may be sent once while the same object comes: pass a new one when they changed.
+                Shared ones may be sent once while the same object comes: pass a new one when they changed. Remote ones
+                need not be there yet.
             tasks: M tasks, one or more.
             seeds: a node of the seed tree for each task.
             num_episodes: episodes K a task.
             label: what this is for, such as "support 7", for Ray's dashboard.
             deterministic: take the most likely action instead of sampling.
+            cuts: numbers of tasks, in order, before which the record is to be cut; it then stays where it was played.
+            enough: tasks that must have been played before the others are given up; None: all. Needs workers.
 
         Returns:
-            One record of the M tasks in their order, in writable C-contiguous arrays. A task that was dropped
-            or timed out has no valid step, and a sentence in `errors` names it.
+            One record of the M tasks in their order, in writable C-contiguous arrays, or with `cuts` (and workers)
+            `RemoteRollouts`. A task that was dropped or timed out has no valid step, and a sentence in `errors` names
+            it.
 
         Raises:
             ValueError: without a task, or with another number of seeds than tasks.
@@ -139,17 +154,75 @@ class Pool:
         if not tasks or len(tasks) != len(seeds):
             raise ValueError(f"Tasks and as many seeds are needed, not {len(tasks)} and {len(seeds)}.")
         if not self._workers:
-            return self._collect_in_process(weights, tasks, seeds, num_episodes, deterministic)
+            arrays = weights if isinstance(weights, Mapping) else weights.fetch()
+            return self._collect_in_process(arrays, tasks, seeds, num_episodes, deterministic)
         start = time.perf_counter()
-        per_task = weights["encoder.weight"].ndim == 3
-        sent = weights if per_task else self._sent_once(weights)
+        shared = isinstance(weights, Mapping) and weights["encoder.weight"].ndim == 2
+        sent = self._sent_once(weights) if shared else weights  # type: ignore[arg-type]
         self._calls += 1
-        batch = _Batch(self._calls, sent, per_task, tasks, seeds, num_episodes, label, deterministic)
-        batch.split(len(self._workers))
-        self._play(batch)
-        rollouts = batch.joined()
-        self.ray_seconds += time.perf_counter() - start - max(batch.seconds.values())
+        play = Play(self._calls, self._spec, sent, not shared, tasks, seeds, num_episodes, label, deterministic, cuts)
+        play.enough = enough
+        play.split(len(self._workers))
+        self._play(play)
+        rollouts = play.joined()
+        self.ray_seconds += time.perf_counter() - start - max(play.seconds.values())
         return rollouts
+
+    def collect_stages(
+        self,
+        weights: Mapping[str, Array],
+        tasks: Sequence[Task],
+        seeds: Sequence[Sequence[np.random.SeedSequence]],
+        num_episodes: int,
+        *,
+        labels: Sequence[str],
+        shards: Sequence[slice],
+        adapt: Callable[[int, int, RemoteRollouts], Any],
+        enough: int | None = None,
+    ) -> list[Play]:
+        """`collect` of all stages of a meta-batch; tasks whose weights are there are played while others still are.
+
+        A task that a stage brought no episode of is not played any more. Needs workers.
+
+        Args:
+            weights: of the first stage, shared.
+            seeds: of each stage, a node of the seed tree for each task.
+            labels: of each stage.
+            shards: of tasks that adapt together.
+            adapt: told the stage, the number of a shard and its rollouts, a reference to the `Kept` weights of its
+                tasks in the next stage, see `RemoteWeights`.
+            enough: see `collect`.
+
+        Returns:
+            Each stage, played; `Play.joined` has its `RemoteRollouts`.
+        """
+        from ssm_metarl.distributed.references import RemoteWeights
+
+        start = time.perf_counter()
+        cuts = [shard.start for shard in shards]
+        plays: list[Play] = []
+        for own, label in zip(seeds, labels, strict=True):
+            self._calls += 1
+            sent = RemoteWeights.of(shards, [None] * len(shards)) if plays else self._sent_once(weights)
+            play = Play(self._calls, self._spec, sent, bool(plays), tasks, own, num_episodes, label, False, cuts)
+            play.enough = enough
+            play.split(len(self._workers))
+            plays.append(play)
+        for stage, (play, following) in enumerate(pairwise(plays)):
+            play.arrived = partial(_hand_on, play, following, partial(adapt, stage))
+        self._play(*plays)
+        own_seconds = sum(max(play.seconds.values(), default=0.0) for play in plays)
+        self.ray_seconds += max(0.0, time.perf_counter() - start - own_seconds)
+        return plays
+
+    @property
+    def num_workers(self) -> int:
+        """n."""
+        return len(self._workers)
+
+    def blank(self, tasks: Sequence[Task], num_episodes: int) -> Rollouts:
+        """The record of tasks that are not played."""
+        return blank(self._spec, tasks, num_episodes)
 
     def processes(self) -> list[int]:
         """Process ids of the workers, as soon as all of them run; none in process."""
@@ -187,7 +260,7 @@ class Pool:
                 self._distribution, self._spec, weights, seeds, tasks, num_episodes, self._trial_episodes, deterministic
             )
             rollouts = played(steps)
-        return _owned(rollouts)
+        return owned(rollouts)
 
     def _sent_once(self, weights: Mapping[str, Array]) -> Any:
         """What workers are called with for shared weights: a reference, or small ones themselves."""
@@ -199,79 +272,102 @@ class Pool:
             self._put = (weights, ray.put(dict(weights)))
         return self._put[1]
 
-    def _play(self, batch: _Batch) -> None:
-        """Hand the batch's parts to free workers until none is left."""
+    def _play(self, *plays: Play) -> None:
+        """Hand the plays' parts to free workers, those of the first one first, until none is left."""
         from ssm_metarl.distributed.worker import ready_workers
 
-        held: dict[WorkerHandle, Part] = {}
+        held: Held = {}
         try:
-            while batch.waiting or held:
+            while (waiting := any(play.waiting for play in plays)) or held:
+                for play in plays:
+                    play.look_for_weights()
                 for worker in self._workers:
-                    if worker.call is None and (part := self._next(batch, worker)):
-                        held[worker] = part
-                        batch.submit(worker, part)
+                    if worker.call is None and (found := self._next(plays, worker)):
+                        held[worker] = found
+                        found[0].submit(worker, found[1])
                 # A worker that is starting or restarting matters only while something waits for it.
                 called = [worker for worker in self._workers if worker.call is not None]
-                awaited = called if batch.waiting else list(held)
-                for worker in ready_workers(awaited, self._watch.seconds(held.values())):
-                    self._receive(batch, worker, held)
-                for worker, part in list(held.items()):
-                    self._look_after(batch, worker, part, held)
+                awaited = called if waiting else list(held)
+                missing = [reference for play in plays for reference in play.missing]
+                timeout = self._watch.seconds([part for _, part in held.values()])
+                for worker in ready_workers(awaited, timeout, missing):
+                    self._receive(worker, held)
+                for worker in list(held):
+                    self._look_after(worker, held)
+                for play in plays:
+                    if play.has_enough:
+                        self._close(play, held)
         finally:
-            for worker in held:  # after an exception: what they still answer belongs to no batch
+            for worker in held:  # after an exception: what they still answer belongs to no play
                 worker.await_process()
 
-    def _next(self, batch: _Batch, worker: WorkerHandle) -> Part | None:
+    def _close(self, play: Play, held: Held) -> None:
+        """Give up the tasks of a play that are not there."""
+        late = [worker for worker, (own, _) in held.items() if own is play]
+        parts = [*(held.pop(worker)[1] for worker in late), *play.waiting]
+        play.waiting.clear()
+        for worker in late:  # it may never end
+            self.restarts += 1
+            worker.restart()
+        for task in sorted(task for part in parts for task in part.tasks):
+            self.timed_out += 1
+            play.lose(task, f"was given up: {play.enough} others were there")
+
+    def _next(self, plays: Sequence[Play], worker: WorkerHandle) -> tuple[Play, Part] | None:
         """The first part that waits for a worker on this node: a suspect is rather tried where it has not been."""
         nodes = self._running_nodes()
-        for part in batch.waiting:
-            if len(part.tasks) > 1 or not self._suspicion.avoided(batch.key(part), worker.node, nodes):
-                batch.waiting.remove(part)
-                return part
+        for play in plays:
+            for part in play.waiting:
+                if not play.has_weights(part):
+                    continue
+                if len(part.tasks) > 1 or not self._suspicion.avoided(play.key(part), worker.node, nodes):
+                    play.waiting.remove(part)
+                    return play, part
         return None
 
     def _running_nodes(self) -> set[str]:
         """Nodes with a worker that is not starting or restarting."""
         return {worker.node for worker in self._workers if not worker.starting}
 
-    def _receive(self, batch: _Batch, worker: WorkerHandle, held: dict[WorkerHandle, Part]) -> None:
+    def _receive(self, worker: WorkerHandle, held: Held) -> None:
         """Take an answer of a worker: a sign of life, what it played, or that it has started."""
         from ssm_metarl.distributed.worker import WorkerDied
 
-        node, part = worker.node, held.get(worker)
+        node = worker.node
         try:
             answer = worker.result()
         except WorkerDied:
-            if part is not None:
-                del held[worker]
-                self._take_back(batch, part, node)
+            if worker in held:
+                self._take_back(*held.pop(worker), node)
             return
-        if part is None:
+        if worker not in held:
             return
+        play, part = held[worker]
         self._watch.lives(part, worker.name)
         if answer is not None:
             del held[worker]
-            batch.finish(part, worker, *answer)
+            play.finish(part, worker, *answer)
             if len(part.tasks) == 1:
-                self._suspicion.played(batch.key(part))
+                self._suspicion.played(play.key(part))
 
-    def _take_back(self, batch: _Batch, part: Part, node: str) -> None:
+    def _take_back(self, play: Play, part: Part, node: str) -> None:
         """Have the tasks of a worker that ended wait, one by one; drop one that keeps ending those that play it."""
         from ssm_metarl.distributed.worker import nodes_alive
 
         self.restarts += 1
         if len(part.tasks) == 1:
-            key = batch.key(part)
+            key = play.key(part)
             self._suspicion.ended(key, node)
             if self._suspicion.condemned(key, nodes_alive(), self._running_nodes() | {node}):
                 self._suspicion.forget(key)
-                self.dropped.append(batch.tasks[part.tasks.start])
-                batch.lose(part.tasks.start, "was dropped: every worker that played it alone ended")
+                self.dropped.append(play.tasks[part.tasks.start])
+                play.lose(part.tasks.start, "was dropped: every worker that played it alone ended")
                 return
-        batch.waiting.extend(Part(range(i, i + 1)) for i in part.tasks)
+        play.waiting.extend(Part(range(i, i + 1)) for i in part.tasks)
 
-    def _look_after(self, batch: _Batch, worker: WorkerHandle, part: Part, held: dict[WorkerHandle, Part]) -> None:
+    def _look_after(self, worker: WorkerHandle, held: Held) -> None:
         """Tell of a worker that is silent, and replace one that is so for too long."""
+        play, part = held[worker]
         self._watch.tell(part, worker.name, worker.pid)
         if not self._watch.is_late(part):
             return
@@ -279,80 +375,8 @@ class Pool:
         del held[worker]
         worker.restart()
         if not self._watch.bounds_calls or len(part.tasks) > 1:
-            self._take_back(batch, part, worker.node)
+            self._take_back(play, part, worker.node)
             return
         self.restarts += 1
         self.timed_out += 1
-        batch.lose(part.tasks.start, f"took longer than sample_timeout_s = {self._watch.timeout:g}")
-
-
-@dataclass
-class _Batch:
-    """One call of `Pool.collect`: its arguments, what waits, what came back, what is lost."""
-
-    number: int
-    weights: Any
-    per_task: bool
-    tasks: Sequence[Task]
-    seeds: Sequence[np.random.SeedSequence]
-    num_episodes: int
-    label: str
-    deterministic: bool
-    waiting: deque[Part] = field(default_factory=deque)
-    played: dict[int, Rollouts] = field(default_factory=dict)  # by the number of the part's first task
-    lost: dict[int, str] = field(default_factory=dict)  # by the number of the task
-    seconds: defaultdict[Any, float] = field(default_factory=lambda: defaultdict(float))  # own sampling, by worker
-
-    def key(self, part: Part) -> tuple[int, int]:
-        """The name of a part's first task, also beside those of other calls."""
-        return self.number, part.tasks.start
-
-    def split(self, workers: int) -> None:
-        """Let parts of equal size (to one task) wait, at most one a worker."""
-        count = min(workers, len(self.tasks))
-        borders = [len(self.tasks) * i // count for i in range(count + 1)]
-        self.waiting.extend(Part(range(*pair)) for pair in pairwise(borders))
-
-    def submit(self, worker: WorkerHandle, part: Part) -> None:
-        """Call the worker with this part's share of the arguments."""
-        own = slice(part.tasks.start, part.tasks.stop)
-        weights = self.weights
-        if self.per_task:
-            weights = {name: value[own] for name, value in weights.items()}
-        title = f"collect {self.label}, {len(part.tasks)} tasks"
-        part.since = part.alive = time.perf_counter()
-        worker.submit(title, weights, self.tasks[own], self.seeds[own], self.num_episodes, self.deterministic)
-
-    def finish(self, part: Part, worker: WorkerHandle, rollouts: Rollouts, seconds: float) -> None:
-        """Keep what a worker returned."""
-        self.played[part.tasks.start] = rollouts
-        self.seconds[worker] += seconds
-
-    def lose(self, task: int, reason: str) -> None:
-        """Have an empty record in the place of a task, and say why."""
-        self.lost[task] = f"Task {task}, {self.tasks[task]!r}, {reason}."
-        _log.warning(self.lost[task])
-
-    def joined(self) -> Rollouts:
-        """The record of all tasks, in order.
-
-        Raises:
-            EnvironmentFailure: all are lost.
-        """
-        if not self.played:
-            raise EnvironmentFailure(f"Every task was lost. {next(iter(self.lost.values()))}")
-        like = next(iter(self.played.values()))
-        parts = dict(self.played)
-        for i, reason in self.lost.items():
-            parts[i] = Rollouts.empty([self.tasks[i]], self.num_episodes, like, [reason])
-        return _owned(Rollouts.concatenate([parts[start] for start in sorted(parts)]))
-
-
-def _owned(rollouts: Rollouts) -> Rollouts:
-    """The same in writable arrays of C order.
-
-    Ray's arrays are read-only, and the order of an array in memory decides the last bits of a sum over it.
-    """
-    names = [f.name for f in fields(rollouts) if f.name not in ("tasks", "errors")]
-    arrays = {name: np.require(getattr(rollouts, name), requirements=["C", "W"]) for name in names}
-    return replace(rollouts, **arrays)
+        play.lose(part.tasks.start, f"took longer than sample_timeout_s = {self._watch.timeout:g}")

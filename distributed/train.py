@@ -219,7 +219,7 @@ def _train(
     machine, kind = config.machine, trainer_class(config)
     if schedule is not None and not last:
         replace_file(run / SCHEDULE, schedule_file(schedule).read_bytes())
-    start_ray(machine.num_workers, always=kind.always_ray or needs_ray(callbacks))
+    start_ray(machine.num_workers, machine.num_learners, always=kind.always_ray or needs_ray(callbacks))
     trainer = kind.of_run(config, distribution)
     metrics: dict[str, Any] = {}
     checkpoint = last

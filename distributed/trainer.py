@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -10,23 +11,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import ray
-import torch
 from ray import tune
+from ray.exceptions import ObjectLostError
 from ray.tune import PlacementGroupFactory
-from torch import Tensor
 
-from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.normalizer import RunningMoments
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.replay import ReplayBuffer
-from ssm_metarl.algorithms.rollouts import Rollouts
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.config import TrainConfig
+from ssm_metarl.config import MachineConfig, TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import StageCollector
-from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.learner_group import learner_gpus, new_learner
 from ssm_metarl.distributed.metrics import returns_metrics
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.resizing import Resize, resized
@@ -38,6 +36,11 @@ from ssm_metarl.storage.contents import Checkpoint, CheckpointError
 from ssm_metarl.tasks import TaskDistribution, names, register
 from ssm_metarl.tasks.baselines.play import baseline_policy, demonstrate
 from ssm_metarl.tasks.baselines.policy import Trials
+
+MOST_REPETITIONS = 3
+"""Of a meta-iteration from which a lost node took something."""
+
+_log = logging.getLogger(__name__)
 
 
 class MetaTrainer(tune.Trainable):
@@ -86,14 +89,16 @@ class MetaTrainer(tune.Trainable):
             if not self.spec.discrete:
                 raise ValueError("imitate needs integer actions: a baseline policy shows no standard deviation.")
         if self._trial_info is None:
-            check_resources(machine.num_workers)
+            check_resources(machine.num_workers, machine.num_learners)
+        name = f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}"
         seed = seed_for(experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
-        self.learner = Learner(self.spec, self.train_config.meta, machine, int(seed))
+        horizon = self.distribution.horizon * experience.trial_episodes
+        self.learner = new_learner(self.spec, self.train_config.meta, machine, int(seed), horizon, name)
         self.pool = Pool(
             self.distribution,
             self.spec,
             num_workers=machine.num_workers,
-            name=f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}",
+            name=name,
             trial_episodes=experience.trial_episodes,
             sample_timeout_s=machine.sample_timeout_s,
         )
@@ -112,29 +117,8 @@ class MetaTrainer(tune.Trainable):
         Raises:
             EnvironmentFailure: more than a tenth of the support's or the query's episodes are invalid.
         """
-        experience, inner_steps = self.train_config.experience, self.train_config.meta.inner_steps
-        learner, watch = self.learner, Stopwatch(self.pool)
-        collector = self._collector()
-        weights = learner.weights()
-        stages, collected = list[Batch](), list[Rollouts]()
-        for stage in range(inner_steps + 1):
-            with watch("sample"):
-                collected.append(collector(weights, experience.episodes, stage))
-            with watch("adapt"):
-                stages.append(learner.batch(weights, collected[-1]))
-                if stage < inner_steps:
-                    weights = learner.adapt(weights, stages[-1])
-        with watch("update"):
-            if self.meta_iteration < self.imitations:
-                stages[-1] = stages[-1]._replace(demonstrated=self._demonstrations(collected[-1]))
-            statistics = learner.update(
-                stages,
-                progress=min(self.meta_iteration / experience.iterations, 1.0),
-                seed=seed_for(experience.seed, Branch.MINIBATCHES, self.meta_iteration),
-            )
-            learner.observe(collected)
-            if self.replay is not None:
-                self.replay.add(collected[-1])
+        watch = Stopwatch(self.pool)
+        collected, statistics = self._learn_whole(watch)
         self.meta_iteration += 1
         env_steps = sum(rollouts.num_steps for rollouts in collected)
         self.env_steps += env_steps
@@ -146,19 +130,52 @@ class MetaTrainer(tune.Trainable):
             **returns_metrics(returns, lengths, watch.dropped_tasks()),
             "seconds": watch.seconds(),
             **watch.losses(),
-            "invalid_episodes": collector.invalid_episodes,
             **statistics,
             **({"replay_bytes": self.replay.nbytes} if self.replay is not None else {}),
         }
         self.telemetry.iteration(metrics, env_steps)
         return metrics
 
+    def _learn_whole(self, watch: Stopwatch) -> tuple[list[Any], dict[str, float]]:
+        """The rollouts of each stage, and what the update says; again where a node that held any of it was lost.
+
+        Every number follows from the weights, the optimiser and the seeds, so that it does not matter how often.
+        """
+        before = self.checkpoint() if self.train_config.machine.num_learners else None
+        for more in range(MOST_REPETITIONS, -1, -1):
+            try:
+                return self._learn(watch)
+            except ObjectLostError as error:
+                if before is None or not more:
+                    raise
+                _log.warning("Meta-iteration %d is repeated: %s", self.meta_iteration, str(error).splitlines()[-1])
+                self._continue_from(before)
+        raise AssertionError("the last repetition returns or raises")
+
+    def _learn(self, watch: Stopwatch) -> tuple[list[Any], dict[str, float]]:
+        """Collect, adapt and update once."""
+        experience, learner, collector = self.train_config.experience, self.learner, self._collector()
+        stages, collected = learner.collect(collector, experience.episodes, watch)
+        with watch("update"):
+            if self.meta_iteration < self.imitations:
+                stages[-1] = stages[-1].imitating(self._demonstrations(collected[-1]))
+            statistics = learner.update(
+                stages,
+                progress=min(self.meta_iteration / experience.iterations, 1.0),
+                seed=seed_for(experience.seed, Branch.MINIBATCHES, self.meta_iteration),
+            )
+            learner.observe(collected)
+            if self.replay is not None:
+                for record in learner.first_episodes(collected[-1]):
+                    self.replay.add(record)
+        return collected, {"invalid_episodes": collector.invalid_episodes, **statistics}
+
     @property
     def imitations(self) -> int:
         """How many iterations at first imitate a baseline policy."""
         return self.train_config.meta.imitate_iterations if self.train_config.meta.imitate else 0
 
-    def _demonstrations(self, rollouts: Rollouts) -> Tensor:
+    def _demonstrations(self, rollouts: Rollouts) -> Array:
         """What the baseline policy that is imitated would have done at each step, of the shape of the actions."""
         experience = self.train_config.experience
         nodes = [
@@ -170,7 +187,7 @@ class MetaTrainer(tune.Trainable):
         )
         player = baseline_policy(self.distribution, self.train_config.meta.imitate)
         steps = (rollouts.observations, rollouts.actions, rollouts.rewards, rollouts.starts)
-        return torch.from_numpy(demonstrate(player, trials, *steps)).to(self.learner.device)
+        return demonstrate(player, trials, *steps)
 
     def _collector(self) -> StageCollector:
         """What plays the tasks of this iteration, stage by stage."""
@@ -182,7 +199,14 @@ class MetaTrainer(tune.Trainable):
             return [seed_for(seed, Branch.ROLLOUTS, iteration, stage, task) for task in range(len(tasks))]
 
         last = self.train_config.meta.inner_steps
-        return StageCollector(self.pool, tasks, seeds, lambda stage: "support" if stage < last else "query")
+        return StageCollector(
+            self.pool,
+            tasks,
+            seeds,
+            lambda stage: "support" if stage < last else "query",
+            shards=self.learner.pieces(len(tasks), self.train_config.experience.episodes),
+            min_tasks=self.train_config.machine.min_tasks,
+        )
 
     def checkpoint(self) -> Checkpoint:
         """All that continues this run, as it is now."""
@@ -264,17 +288,22 @@ class MetaTrainer(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
-        """End the workers."""
+        """End workers and learners."""
         self.pool.close()
+        self.learner.close()
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> PlacementGroupFactory:
-        """One CPU for the learner and one a worker, spread over nodes; and a GPU for a learner that computes on one."""
-        device = str(config.get("device", "cpu"))
-        wants_gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0.0) >= 1)
-        learner = {"CPU": 1.0, **({"GPU": 1.0} if wants_gpu else {})}
-        workers = [{"CPU": 1.0}] * int(config.get("num_workers", 0))
-        return PlacementGroupFactory([learner, *workers], strategy="SPREAD")
+        """One CPU for the trainer, a learner and a worker each, spread over nodes.
+
+        And a GPU for each learner that computes on one, or for the trainer where that learns itself.
+        """
+        known = {name: config[name] for name in ("device", "num_learners", "num_workers") if name in config}
+        machine = MachineConfig(**known)
+        gpus = learner_gpus(machine)
+        learner = {"CPU": 1.0, **({"GPU": gpus} if gpus else {})}
+        learners = [{"CPU": 1.0}, *[learner] * machine.num_learners] if machine.num_learners else [learner]
+        return PlacementGroupFactory([*learners, *[{"CPU": 1.0}] * machine.num_workers], strategy="SPREAD")
 
     def _setup_logdir(self) -> None:
         # Alone, Trainable would make an empty folder under ~/ray_results for every trainer.

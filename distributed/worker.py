@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -19,6 +20,7 @@ from ssm_metarl.algorithms.collect import collect_family
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
+from ssm_metarl.distributed.references import Kept, Summary, joined_weights
 
 _DEATHS = (
     exceptions.RayActorError,
@@ -34,6 +36,12 @@ BEAT_SECONDS = 2.0
 
 CLOSING_SECONDS = 3.0
 """What workers have to close their environments before they are ended."""
+
+
+class Announcement(NamedTuple):
+    """So many `Kept` records follow, and then the `Summary` of them all."""
+
+    records: int
 
 
 class RolloutWorker:
@@ -67,19 +75,28 @@ class RolloutWorker:
 
     def collect(
         self,
-        weights: Mapping[str, Array],
+        weights: Mapping[str, Array] | Sequence[Array],
         tasks: Sequence[Task],
         seeds: Sequence[np.random.SeedSequence],
         num_episodes: int,
         deterministic: bool,
-    ) -> Iterator[tuple[Rollouts, float] | None]:
+        cuts: Sequence[int] = (),
+        *shards: Kept,
+    ) -> Iterator[tuple[Rollouts | Summary, float] | Announcement | Kept | None]:
         """Play `num_episodes` episodes of each task; see `collect_family`.
+
+        Args:
+            weights: of the policy, or the rows of `shards` where those of the tasks stand.
+            cuts: from 0 to the number of tasks, where the record is cut for the object store; empty: it is answered.
+            shards: see `joined_weights`.
 
         Yields:
             None every `BEAT_SECONDS` in which there was a step; at last the record, and the seconds that sampling took
-            in this process.
+            in this process. With cuts an `Announcement` and the pieces of the record, and its `Summary` instead.
         """
         start = beat = time.perf_counter()
+        if not isinstance(weights, Mapping):
+            weights = joined_weights(weights, shards)
         steps = collect_family(
             self._distribution, self._spec, weights, seeds, tasks, num_episodes, self._trial_episodes, deterministic
         )
@@ -87,11 +104,19 @@ class RolloutWorker:
             try:
                 next(steps)
             except StopIteration as end:
-                yield end.value, time.perf_counter() - start
-                return
+                record: Rollouts = end.value
+                break
             if (now := time.perf_counter()) - beat > BEAT_SECONDS:
                 beat = now
                 yield None
+        seconds = time.perf_counter() - start
+        if not cuts:
+            yield record, seconds
+            return
+        yield Announcement(len(cuts) - 1)
+        for piece in pairwise(cuts):
+            yield Kept.of(record.select(slice(*piece)))
+        yield Summary.of(record), seconds
 
     def close_environments(self) -> None:
         """Close those that the family has kept for the next call."""
@@ -129,6 +154,7 @@ class WorkerHandle:
         self.pid, self.node = 0, ""
         self._arguments = (distribution, spec, trial_episodes)
         self.call: Any = None
+        self._given: set[str] = set()  # names of the objects that it was called with
         self._create()
 
     @property
@@ -138,25 +164,34 @@ class WorkerHandle:
 
     def submit(self, title: str, *arguments: Any) -> None:
         """Start `RolloutWorker.collect` on a free worker, under `title` in Ray's dashboard."""
+        self._given = {each.hex() for each in arguments if isinstance(each, ray.ObjectRef)}
         self.call = self.actor.collect.options(name=title, num_returns="streaming").remote(*arguments)
 
     def result(self) -> Any:
         """Wait for the next answer of the call under way.
 
         Returns:
-            Of `collect`: None for a sign of life, and the call goes on, or its result. Of a start: the process id.
+            Of `collect`: None for a sign of life, and the call goes on, or its result; with cuts the `Summary` together
+            with references to the pieces. Of a start: the process id.
 
         Raises:
             WorkerDied: the worker's process ended during the call.
+            ObjectLostError: what it was called with was lost, with the node that held it.
             Exception: what the call raised, with the worker's traceback.
         """
         starting = self.starting
         call, self.call = self.call, None
         try:
             answer = ray.get(call if starting else next(call))
-        except _DEATHS as error:
+            if isinstance(answer, Announcement):
+                pieces = [next(call) for _ in range(answer.records)]
+                summary, seconds = ray.get(next(call))  # with it all of them are in the store
+                answer = ((summary, pieces), seconds)
+        except (*_DEATHS, StopIteration) as error:  # an error that took a piece's place ends the stream
             if not starting:
                 self.await_process()
+                if isinstance(error, exceptions.ObjectLostError) and error.object_ref_hex in self._given:
+                    raise
             elif isinstance(error, exceptions.ActorDiedError) and not error.actor_init_failed:
                 self._create()  # it was ended for good: Ray does not restart it
             else:
@@ -224,9 +259,19 @@ def nodes_alive() -> set[str]:
     return {str(node["NodeID"]) for node in ray.nodes() if node["Alive"]}
 
 
-def ready_workers(workers: Sequence[WorkerHandle], timeout_s: float | None) -> list[WorkerHandle]:
-    """Those of `workers` whose call has an answer, or none when `timeout_s` passed before the first had."""
+def ready_workers(
+    workers: Sequence[WorkerHandle], timeout_s: float | None, others: Sequence[Any] = ()
+) -> list[WorkerHandle]:
+    """Those of `workers` whose call has an answer.
+
+    None when `timeout_s` passed before the first had one, or one of the `others`, references, was there.
+    """
     by_call = {worker.call: worker for worker in workers}
-    if not ray.wait(list(by_call), num_returns=1, timeout=timeout_s)[0]:
+    if not ray.wait([*by_call, *others], num_returns=1, timeout=timeout_s, fetch_local=False)[0] or not by_call:
         return []
     return [by_call[call] for call in ray.wait(list(by_call), num_returns=len(by_call), timeout=0)[0]]
+
+
+def in_store(references: Sequence[Any]) -> set[Any]:
+    """Those of `references` whose values are somewhere in the cluster."""
+    return set(ray.wait(list(references), num_returns=len(references), timeout=0, fetch_local=False)[0])

@@ -59,28 +59,36 @@ class MachineConfig:
 
     Attributes:
         num_workers: Ray actors that collect rollouts; 0 collects in process, without Ray.
-        learner_threads: threads that share the learner's tasks (on a CPU).
+        num_learners: Ray actors, of one CPU (or GPU) each, that share the learner's tasks; 0: it is in the driver. The
+            results are the same.
+        learner_threads: threads that share the tasks of the learner in the driver (on a CPU).
         device: where the learner computes, such as "cpu" or "cuda"; "auto": on a GPU where there is one.
         checkpoint_every: iterations between checkpoints; there is one at the end, too.
         sample_timeout_s: "auto": a worker that gives no sign of life for ten times as long as any that went on, and
             for a minute at least, is replaced, and its tasks are played again with the same seeds. A number: seconds
             that a worker may take for a call; a task that takes longer alone is given up, and such a run is not
             reproducible. None: never.
+        min_tasks: share of a meta-batch's tasks that is enough: with workers, those that still play then are given up.
+            A run in which that happens (`timed_out_tasks`) is not reproducible.
     """
 
     num_workers: int = 0
+    num_learners: int = 0
     learner_threads: int = field(default_factory=available_cores)
     device: str = "cpu"
     checkpoint_every: int = 10
     sample_timeout_s: float | Literal["auto"] | None = "auto"
+    min_tasks: float = 1.0
 
     def __post_init__(self) -> None:
-        check_count("num_workers", self.num_workers, 0)
+        for name in ("num_workers", "num_learners"):
+            check_count(name, getattr(self, name), 0)
         for name in ("learner_threads", "checkpoint_every"):
             check_count(name, getattr(self, name), 1)
         check_text("device", self.device)
         if self.sample_timeout_s is not None and self.sample_timeout_s != "auto":
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
+        check_number("min_tasks", self.min_tasks, above=0.0, high=1.0)
 
 
 SINCE: Mapping[str, Any] = {
@@ -91,6 +99,8 @@ SINCE: Mapping[str, Any] = {
     "imitate": "",
     "imitate_iterations": 100,
     "separate_critic": False,
+    "num_learners": 0,
+    "min_tasks": 1.0,
 }
 """Options that checkpoints of earlier versions lack, and what stands for each."""
 
@@ -130,6 +140,8 @@ class TrainConfig:
         for name, values in ALGORITHMS[self.meta.algorithm].fixed.items():
             if options[name] not in values:
                 raise ValueError(f"{name} must be {values[0]!r} for {self.meta.algorithm}, not {brief(options[name])}.")
+        if self.meta.imitate and self.machine.num_learners:
+            raise ValueError(f"num_learners must be 0 to imitate, not {self.machine.num_learners}.")
 
     def family(self) -> TaskDistribution:
         """A new instance of the task family.

@@ -42,4 +42,4 @@ def only_object(out: str) -> dict[str, Any]:
 def join_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a command take the Ray of the test session, which there must be, instead of starting one."""
     for module in ("distributed.train", "evaluation.tasks"):
-        monkeypatch.setattr(f"ssm_metarl.{module}.start_ray", lambda num_workers, always=False: None)
+        monkeypatch.setattr(f"ssm_metarl.{module}.start_ray", lambda *needed, always=False: None)

@@ -53,8 +53,8 @@ def ray_session() -> Iterator[None]:
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training and evaluation fail where they would start Ray."""
 
-    def refuse(num_workers: int, *, always: bool = False) -> None:
-        assert num_workers == 0, "Ray would have been started"
+    def refuse(num_workers: int, num_learners: int = 0, *, always: bool = False) -> None:
+        assert num_workers == num_learners == 0, "Ray would have been started"
         assert not always, "Ray would have been started"
 
     for module in ("distributed.train", "evaluation.tasks"):

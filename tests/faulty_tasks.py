@@ -72,12 +72,26 @@ class FaultyEnv(NavigationEnv):
                 time.sleep(task["pause"])
             if "announce" in task and self._step == 0:
                 _announce(Path(task["announce"]))
+            if "tally" in task and self._step == 0:
+                with Path(task["tally"]).open("a") as lines:
+                    lines.write("played\n")
+            if "waits_for" in task and self._step == 0:
+                _wait_for_two(Path(task["waits_for"]))
             if "fault" in task and self._step == FAULTY_STEP:
                 FAULTS[task["fault"]](self, number * self._num_episodes)
         self._step += 1
         rewards, terminated = super()._advance(actions)
         rewards[self.broken] = np.nan
         return rewards, terminated
+
+
+def _wait_for_two(tally: Path) -> None:
+    """Wait until the task with this tally has been played twice; an error where it is not."""
+    end = time.monotonic() + 60
+    while not (tally.exists() and tally.read_text().count("\n") >= 2):
+        if time.monotonic() > end:
+            raise OSError("the other task was not played again")
+        time.sleep(0.02)
 
 
 def _announce(path: Path) -> None:

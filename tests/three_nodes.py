@@ -1,6 +1,6 @@
 """A program of test_node_loss.py: a run on a cluster of three nodes on this machine, one of which is killed.
 
-    python three_nodes.py train|evolve FOLDER ANSWER
+    python three_nodes.py train|learners|evolve FOLDER ANSWER
 
 Writes one JSON object to the file ANSWER.
 """
@@ -11,6 +11,7 @@ import json
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,20 +67,29 @@ def holders(name: str) -> dict[str, int]:
     return found
 
 
-def run_train(folder: Path) -> dict[str, Any]:
-    """Four workers over three nodes; the second node is killed after two iterations."""
-    cluster, nodes = cluster_of(1, 2, 2)
+def run_train(folder: Path, num_workers: int = 3, num_learners: int = 0) -> dict[str, Any]:
+    """Workers and learners over three nodes; the second node is killed after two iterations."""
+    cluster, nodes = cluster_of(2, 2, 2)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     held: dict[str, int] = {}
+    lost: list[int] = []
 
     def kill(_: object) -> None:
-        held.update(holders("RolloutWorker"))
+        held.update(Counter(holders("RolloutWorker")) + Counter(holders("LearnerActor")))
+        lost.append(held[nodes[0].node_id])
         cluster.remove_node(nodes[0], allow_graceful=False)
 
     when(lambda: len(lines(folder / "metrics.jsonl")) >= 2, kill).join(0)
-    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, learner_threads=1, num_workers=3)
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, learner_threads=1)
+    config = config.replace(num_workers=num_workers, num_learners=num_learners)
     train(config, folder, on_iteration=lambda metrics: time.sleep(0.05))
-    return {"spread": sorted(held.values()), "alive": sum(node["Alive"] for node in ray.nodes())}
+    alive = sum(node["Alive"] for node in ray.nodes())
+    return {"spread": sorted(held.values()), "lost": lost, "alive": alive}
+
+
+def run_learners(folder: Path) -> dict[str, Any]:
+    """The same with as many of each kind as the two nodes that stay have room for."""
+    return run_train(folder, num_workers=1, num_learners=2)
 
 
 def run_evolve(folder: Path) -> dict[str, Any]:
@@ -106,6 +116,7 @@ def run_evolve(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run = {"train": run_train, "evolve": run_evolve}[sys.argv[1]]
+    run = {"train": run_train, "learners": run_learners, "evolve": run_evolve}[sys.argv[1]]
     answer = run(Path(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(answer))
+    ray.shutdown()  # before the cluster ends, with which Ray would end this process

@@ -83,8 +83,8 @@ def evolve(
 
     Args:
         config: of the incumbent at first; `iterations`, `lr_schedule` and `learner_threads` have no effect. Each member
-            takes `1 + num_workers` processors, or a share of them where there are fewer. On resume only what says where
-            it runs may differ.
+            takes `1 + num_workers + num_learners` processors, or a share of them where there are fewer. On resume only
+            what says where it runs may differ.
         rules: of the run; on resume those that differ from the run's replace them.
         run_dir: folder of the run, new or empty unless `resume`.
         start: a checkpoint, or a run for its best one, to start from; None: initial weights.
@@ -104,7 +104,7 @@ def evolve(
     opened = open_run(config, rules, Path(run_dir), start, resume, distribution, mirror)
     population, run = opened.population, opened.folder
     try:
-        start_ray(config.machine.num_workers, always=True)
+        start_ray(config.machine.num_workers, config.machine.num_learners, always=True)
         scheduler = RecursiveSelfImprovement.of_run(opened, trainable)
         with interrupts("The members end") as interrupted:
             _fit(scheduler, run, interrupted)

@@ -16,7 +16,8 @@ from ray.tune import PlacementGroupFactory
 
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.distributed.collection import StageCollector
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
+from ssm_metarl.distributed.references import here
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import evaluate_policy
 from ssm_metarl.storage.checkpoint import load_checkpoint, save_checkpoint
@@ -148,7 +149,7 @@ class MemberTrainer(MetaTrainer):
         share, weights = np.float32(max(1 / (count + 1), 1 / self._reach)), self.learner.weights()
         self._mean = count + 1, {name: old + share * (weights[name] - old) for name, old in (mean or weights).items()}
         if first and assignment.share:
-            self._exchange.offer(assignment.share, self._collected.collected)
+            self._exchange.offer(assignment.share, [here(rollouts) for rollouts in self._collected.collected])
         # The incumbent's, and counted with it, also where they had to be played again because its process is gone.
         shared = self._collected.collected[: assignment.stages] if first and assignment.take else []
         taken = sum(rollouts.num_steps for rollouts in shared)

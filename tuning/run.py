@@ -29,7 +29,7 @@ from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.records import START
 from ssm_metarl.tuning.store import RunStore, read_state
 
-MACHINE = ("num_workers", "learner_threads", "device", "sample_timeout_s")
+MACHINE = ("num_workers", "num_learners", "learner_threads", "device", "sample_timeout_s", "min_tasks")
 """Options that say where members run, not what they do."""
 
 

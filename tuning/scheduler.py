@@ -117,20 +117,21 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
             CheckpointError: `start` is damaged.
         """
         run = open_run(config, rules or EvolveConfig(), Path(run_dir), start, resume, distribution, mirror)
-        start_ray(run.config.machine.num_workers, always=True)
+        start_ray(run.config.machine.num_workers, run.config.machine.num_learners, always=True)
         return cls.of_run(run, trainable)
 
     @classmethod
     def of_run(cls, run: Run, trainable: type[tune.Trainable] = MemberTrainer) -> RecursiveSelfImprovement:
         """The scheduler of an open run, once Ray is started."""
         machine = {name: value for name, value in run.config.to_dict().items() if name in MACHINE}
+        processes = 1 + run.config.machine.num_workers + run.config.machine.num_learners
         space = {
             "member": tune.grid_search(list(range(run.population.config.members))),
             "exchange": f"ssm-metarl/evolve/{uuid.uuid4().hex}",
             "archive": run.population.store.archive,
             "mean_iterations": run.population.config.mean_iterations,
             "machine": machine,
-            "share": _share(run.population.config.members, int(machine["num_workers"])),
+            "share": _share(run.population.config.members, processes),
             "task_distribution": run.family,
         }
         scheduler = cls(run.population, space, trainable)
@@ -253,12 +254,12 @@ class RecursiveSelfImprovement(PopulationBasedTraining):
             self._deliver()
 
 
-def _share(members: int, num_workers: int) -> float:
-    """Of a processor that each process of a member gets, so that all members run at the same time."""
+def _share(members: int, processes: int) -> float:
+    """Of a processor that each of so many processes of a member gets, so that all members run at the same time."""
     if not ray.is_initialized():
         return 1.0
     processors = float(ray.cluster_resources().get("CPU", 1.0))
-    return min(1.0, int(1000 * processors / (members * (1 + num_workers))) / 1000)
+    return min(1.0, int(1000 * processors / (members * processes)) / 1000)
 
 
 def _last_error(trial: Trial) -> str:

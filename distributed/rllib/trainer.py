@@ -22,9 +22,9 @@ from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import INVALID_EPISODES_ALLOWED
-from ssm_metarl.distributed.learner import load_state, optimizer_arrays
 from ssm_metarl.distributed.metrics import returns_metrics
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.optimizer import load_state, optimizer_arrays
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.rllib.module import SSMModule
 from ssm_metarl.distributed.rllib.ppo import EpisodicPPO, build, ppo_config
 from ssm_metarl.distributed.trainer import check_sizes

@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None, *, end: Callable[[int], int] = 
 def _failures() -> tuple[type[Exception], ...]:
     """What ends a command that was asked for rightly; looked up when something has failed, for it loads Ray."""
     from ssm_metarl.distributed.jobs import JobError
-    from ssm_metarl.distributed.pool import EnvironmentFailure
+    from ssm_metarl.distributed.play import EnvironmentFailure
 
     return EnvironmentFailure, FloatingPointError, JobError, OSError
 

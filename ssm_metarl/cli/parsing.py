@@ -122,13 +122,13 @@ class Line:
             if self.command == "train" and other and not (show and names_code(config.task)):
                 kept = {name: value for name, value in config.to_dict().items() if OPTIONS[name] in ("", "policy")}
                 config = TrainConfig.for_task(**{**kept, **origin})
-            config = config.replace(**{**_of_this_machine(config.to_dict()), "num_workers": 0})
+            config = config.replace(**{**_of_this_machine(config.to_dict()), "num_workers": 0, "num_learners": 0})
         else:
             config = TrainConfig.for_task(**{"task": TrainConfig.task, **origin})
         if self.command == "train":
             return {**config.to_dict(), "num_workers": "auto", "device": "auto"}
         # A member is one process on one processor, so that a race fits a laptop.
-        single = {"num_workers": 0, "device": "cpu"}
+        single = {"num_workers": 0, "num_learners": 0, "device": "cpu"}
         endless = {"cycles": 0} if given.get("budget") else {}
         return {**config.to_dict(), **single, **endless}
 
@@ -182,6 +182,7 @@ def _of_this_machine(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **options,
         "num_workers": options["num_workers"] if options["num_workers"] <= cores else "auto",
+        "num_learners": min(options["num_learners"], cores),
         "learner_threads": min(options["learner_threads"], cores),
         "device": device if device == "cpu" else "auto",
     }
@@ -265,8 +266,8 @@ def _with_file(line: Line, *, show: bool = False) -> Line:
                 raise
             del found["task"]  # nothing of it runs to be shown
     cores = available_cores()
-    for name, most in (("num_workers", cores), ("learner_threads", cores)):
-        if isinstance(found.get(name), int) and found[name] > most:  # of another machine
+    for name in ("num_workers", "num_learners", "learner_threads"):
+        if isinstance(found.get(name), int) and found[name] > cores:  # of another machine
             del found[name]
     return Line(line.command, {**found, **given})
 

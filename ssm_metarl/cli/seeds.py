@@ -43,7 +43,7 @@ def run_seeds(options: Train, folder: Path) -> int:
     say(f"Run folders: {folder}")
     number = 0 if options.num_workers == "auto" else options.num_workers
     assert isinstance(number, int)
-    together = max(available_cores() // (1 + number), 1)
+    together = max(available_cores() // (1 + number + options.config.machine.num_learners), 1)
     waiting, running, codes = list(options.seeds), dict[int, subprocess.Popen[bytes]](), dict[int, int]()
     with progress_bar() as progress, interrupts("The iterations are being finished") as interrupted:
         total = options.config.experience.iterations

@@ -38,7 +38,7 @@ SHOWN = 10
 def run_sweep(options: Sweep) -> int:
     """Carry out `sweep`; returns the exit code."""
     given, space = sweep_file(options.file)
-    given = {"num_workers": 0, "learner_threads": 1, "device": "cpu", **given}
+    given = {"num_workers": 0, "num_learners": 0, "learner_threads": 1, "device": "cpu", **given}
     command = Line("train", given).options()
     assert isinstance(command, Train)
     base = command.config
@@ -140,7 +140,7 @@ def _fit(options: Sweep, base: TrainConfig, space: Mapping[str, Any], folder: Pa
             searcher = OptunaSearch(seed=base.experience.seed)
         except (ImportError, AssertionError):
             raise ValueError("--search optuna needs a package: pip install 'ssm-metarl[tune]'.") from None
-    start_ray(base.machine.num_workers, always=True)
+    start_ray(base.machine.num_workers, base.machine.num_learners, always=True)
     return tune.Tuner(
         MetaTrainer,
         param_space={**base.to_dict(), **space},

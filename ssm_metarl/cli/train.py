@@ -34,8 +34,8 @@ def checked_config(options: Run, trials: int) -> TrainConfig:
     """The options of a run; the workers of "auto" are counted last, for Ray may have to be started for that."""
     options.config.family()  # refuses an unknown task, or impossible options of one
     check_device(options.config.machine.device)
-    automatic = options.num_workers == "auto"
-    return options.config.replace(num_workers=auto_workers(trials) if automatic else options.num_workers)
+    automatic, learners = options.num_workers == "auto", options.config.machine.num_learners
+    return options.config.replace(num_workers=auto_workers(trials, learners) if automatic else options.num_workers)
 
 
 def run_place(options: Run, name: str) -> tuple[Path, str | None]:

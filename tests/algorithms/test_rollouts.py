@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from builders import ARRAYS, assert_same, make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
+from ssm_metarl.algorithms.collect import blank
 from ssm_metarl.algorithms.rollouts import Rollouts
 
 
@@ -59,7 +60,7 @@ def test_totals_are_of_valid_steps_and_kept_slots() -> None:
 
 def test_an_empty_record_joins_and_says_what_was_lost() -> None:
     whole = record(2, True, 0)
-    lost = Rollouts.empty([{"a": 1}], 3, whole, ["it broke"])
+    lost = blank(make_spec(discrete=True), [{"a": 1}], 3, ["it broke"])
     joined = Rollouts.concatenate([whole, lost])
     assert joined.tasks[-1] == {"a": 1}
     assert joined.errors == ("it broke",)
@@ -67,6 +68,24 @@ def test_an_empty_record_joins_and_says_what_was_lost() -> None:
     assert_same(joined.select(slice(0, 2)), whole)
     for name in ARRAYS:
         assert getattr(lost, name).dtype == getattr(whole, name).dtype
+
+
+@settings(max_examples=20)
+@given(seed=seeds, shard=st.integers(0, 3), own=st.booleans())
+def test_a_shard_is_the_same_from_whatever_record_it_was_cut(seed: int, shard: int, own: bool) -> None:
+    """Padding, order in memory and what stood beside it leave no trace."""
+    whole = record(4, True, seed)
+    alone = dataclasses.replace(whole.select(slice(shard, shard + 1)))
+    longer = Rollouts.concatenate([alone.trimmed(), record(1, True, seed + 1, horizon=9)]).select(slice(0, 1))
+    for name in ARRAYS:
+        getattr(longer, name).flags.writeable = own
+    one, other = alone.trimmed(), longer.trimmed()
+    assert_same(one, other)
+    np.testing.assert_array_equal(one.returns(), alone.returns())
+    for name in ARRAYS:
+        flags = getattr(other, name).flags
+        assert flags.c_contiguous
+        assert flags.writeable
 
 
 def test_nothing_cannot_be_joined() -> None:

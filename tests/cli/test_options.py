@@ -252,14 +252,23 @@ def test_interrupted_seeds_are_resumed_by_the_line_that_is_printed(
     assert (line.given["run_dir"], line.given["seeds"]) == (Path("two runs"), (0, 1))
 
 
-def test_more_workers_than_the_cluster_has_cpus_are_refused_in_one_sentence(
-    command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--num-workers 7", "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or"),
+        (
+            "--num-workers 4 --num-learners 1",
+            "4 workers, 1 learner and the trainer need 6 CPUs, but this Ray cluster has 4; use num_workers=2 or",
+        ),
+    ],
+)
+def test_more_actors_than_the_cluster_has_cpus_are_refused_in_one_sentence(
+    command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch, words: str, sentence: str
 ) -> None:
     join_ray(monkeypatch)
-    outcome = command("--num-workers", "7", "--run-dir", tmp_path / "run")
+    outcome = command(*words.split(), "--run-dir", tmp_path / "run")
     assert (outcome.code, outcome.out) == (2, "")
-    sentence = "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer."
-    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", f"error: {sentence}"]
+    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", f"error: {sentence} fewer."]
 
 
 def test_train_takes_a_gpu_where_there_is_one_and_trials_do_not_queue_for_it() -> None:

@@ -13,14 +13,12 @@ import pytest
 import torch
 
 from builders import assert_equal_arrays, drop, make_spec, toy_rollouts, uneven
-from ssm_metarl.algorithms import inner_loop
-from ssm_metarl.algorithms.batch import Batch
 from ssm_metarl.algorithms.inner_loop import policy_outputs
 from ssm_metarl.algorithms.registry import ALGORITHMS
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as module
-from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.learner import Learner, Stage
 
 TASKS, NUM_EPISODES, HORIZON = 6, 5, 8
 
@@ -30,7 +28,7 @@ OURS = [name for name in ALGORITHMS if name != "policy-gradient"]  # which RLlib
 def make_learner(seed: int = 0, discrete: bool = False, hidden_dim: int = 6, **options: Any) -> Learner:
     options = {"learner_threads": 1, "epochs": 3} | options
     config = TrainConfig().replace(**options)
-    return Learner(make_spec(discrete=discrete, hidden_dim=hidden_dim), config.meta, config.machine, seed)
+    return Learner(make_spec(discrete=discrete, hidden_dim=hidden_dim), config.meta, config.machine, seed, HORIZON)
 
 
 def rollouts(learner: Learner, weights: Any, seed: int, num_episodes: int = NUM_EPISODES) -> Rollouts:
@@ -38,7 +36,7 @@ def rollouts(learner: Learner, weights: Any, seed: int, num_episodes: int = NUM_
     return toy_rollouts(learner.policy.spec, weights, tasks, num_episodes, HORIZON, seed)
 
 
-def experience(learner: Learner, seed: int = 0, num_episodes: int = NUM_EPISODES) -> list[Batch]:
+def experience(learner: Learner, seed: int = 0, num_episodes: int = NUM_EPISODES) -> list[Stage]:
     """The batches of every stage of an iteration."""
     weights, stages = learner.weights(), []
     for stage in range(learner.config.inner_steps + 1):
@@ -59,9 +57,8 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One task a shard, in the update and in adaptation."""
-    for user in (module, inner_loop):
-        monkeypatch.setattr(user, "task_shards", lambda shape: [slice(i, i + 1) for i in range(shape[0])])
+    """One task a shard."""
+    monkeypatch.setattr(module, "task_shards", lambda shape, _: [slice(i, i + 1) for i in range(shape[0])])
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -92,15 +89,13 @@ def test_threads_change_nothing_in_any_environment() -> None:
 PROGRAM = """
 import hashlib
 from builders import make_spec, toy_rollouts, uneven
-from ssm_metarl.algorithms import inner_loop
 from ssm_metarl.distributed import learner as module
 from ssm_metarl.config import TrainConfig
 
-for user in (module, inner_loop):
-    user.task_shards = lambda shape: [slice(i, i + 1) for i in range(shape[0])]
+module.task_shards = lambda shape, _: [slice(i, i + 1) for i in range(shape[0])]
 for threads in (1, 2, 3):
     config = TrainConfig().replace(learner_threads=threads, epochs=3, step_weights=(1, 2))
-    learner = module.Learner(make_spec(hidden_dim=6), config.meta, config.machine, 0)
+    learner = module.Learner(make_spec(hidden_dim=6), config.meta, config.machine, 0, 8)
     weights, stages = learner.weights(), []
     for stage in range(2):
         played = toy_rollouts(learner.policy.spec, weights, uneven(6, 5, 8, stage), 5, 8, stage)
@@ -113,11 +108,10 @@ for threads in (1, 2, 3):
 
 def test_shards_change_only_the_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_learner()
-    stages = experience(whole)
-    expected = whole.update(stages)
-    monkeypatch.setattr(module, "task_shards", lambda shape: [slice(0, 1), slice(1, 4), slice(4, TASKS)])
+    expected = whole.update(experience(whole))
+    monkeypatch.setattr(module, "task_shards", lambda shape, _: [slice(0, 1), slice(1, 4), slice(4, TASKS)])
     parts = make_learner()
-    statistics = parts.update(stages)
+    statistics = parts.update(experience(parts))
     assert_close(snapshot(parts), snapshot(whole))
     for name in ("loss", "kl", "grad_norm", "learning_rate"):
         assert statistics[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
@@ -178,11 +172,14 @@ def test_the_memory_can_learn_at_a_rate_of_its_own() -> None:
     learner.check_rates(learner.config.inner_lr, 1e-3)
 
 
-def moved(learner: Learner, stages: list[Batch]) -> float:
+def moved(learner: Learner, stages: list[Stage]) -> float:
     """½ (log ratio)² of the policy from the one that acted, mean over the valid steps."""
-    output = policy_outputs(learner.policy, dict(learner.policy.named_parameters()), stages[-1])
-    change = stages[-1].log_ratio(output.actions.log_prob(stages[-1].actions)).detach().numpy()
-    return float(0.5 * np.square(change)[stages[-1].share.numpy() > 0].mean())
+    squares = []
+    for batch in stages[-1].batches:
+        output = policy_outputs(learner.policy, dict(learner.policy.named_parameters()), batch)
+        change = batch.log_ratio(output.actions.log_prob(batch.actions)).detach().numpy()
+        squares.append(0.5 * np.square(change)[batch.share.numpy() > 0])
+    return float(np.concatenate(squares).mean())
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -314,7 +311,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_parameters(stage: int) -
     learner = make_learner()
     learner.update(experience(learner))
     stages = experience(learner, 1)
-    batch = stages[stage]
+    batch = stages[stage].batches[0]
     for advantages in (batch.advantages, batch.outer_advantages):
         advantages[0, 0, 0] = float("nan")
     before = snapshot(learner)
@@ -330,13 +327,15 @@ def test_a_task_lost_at_one_stage_has_no_influence(stage: int, algorithm: str) -
     """The update is that of the other tasks alone."""
     learner, others = make_learner(algorithm=algorithm), make_learner(algorithm=algorithm)
     weights, batches, rest = learner.weights(), [], []
+    others_weights = weights
     for index in range(2):
         record = rollouts(learner, weights, index)
         batch = learner.batch(weights, drop(record, 2) if index == stage else record)
         weights = learner.adapt(weights, batch)
         batches.append(batch)
-        keep = [0, 1, 3, 4, 5]
-        rest.append(Batch(*(None if x is None else x[keep] for x in batch)))
+        kept = Rollouts.concatenate([record.select(slice(0, 2)), record.select(slice(3, TASKS))])
+        rest.append(others.batch(others_weights, kept))
+        others_weights = others.adapt(others_weights, rest[-1])
     statistics, expected = learner.update(batches), others.update(rest)
     assert_close(snapshot(learner), snapshot(others))
     for name in ("loss", "grad_norm"):

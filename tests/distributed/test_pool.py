@@ -22,7 +22,8 @@ from faulty_tasks import Buggy, FaultyNavigation, Unstartable
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.distributed.pool import EnvironmentFailure, Pool
+from ssm_metarl.distributed.play import EnvironmentFailure
+from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.seeds import seed_for
 from ssm_metarl.tasks import Task, TaskDistribution, make
 

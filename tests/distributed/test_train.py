@@ -20,7 +20,7 @@ from builders import (
     steady,
 )
 from faulty_tasks import FaultyAfter
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.train import train
 from ssm_metarl.storage.checkpoint import load_checkpoint, load_policy
 from ssm_metarl.storage.contents import CheckpointError

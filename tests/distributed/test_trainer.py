@@ -25,7 +25,7 @@ from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
 from ssm_metarl.distributed.cluster import auto_workers, check_resources
 from ssm_metarl.distributed.learner import resolve_device
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import CheckpointError
@@ -93,7 +93,7 @@ FAMILIES = {"navigation-2d": {"epochs": 2}, "cartpole": {"epochs": 2, "inner_ste
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """One task a shard, so that the learner's threads have something to share."""
-    monkeypatch.setattr(learner_module, "task_shards", lambda shape: [slice(i, i + 1) for i in range(shape[0])])
+    monkeypatch.setattr(learner_module, "task_shards", lambda shape, _: [slice(i, i + 1) for i in range(shape[0])])
 
 
 def experience(task: str, **changes: Any) -> tuple[list[Rollouts], list[Metrics]]:
@@ -116,7 +116,7 @@ def test_experience_and_metrics_depend_neither_on_workers_nor_on_threads(
     task: str, num_workers: int, learner_threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tests' Ray has a CPU for each of four workers, but none for the learner.
-    monkeypatch.setattr(trainer_module, "check_resources", lambda num_workers: None)
+    monkeypatch.setattr(trainer_module, "check_resources", lambda *needed: None)
     expected_records, expected_metrics = alone(task)
     records, metrics = experience(task, num_workers=num_workers, learner_threads=learner_threads)
     assert len(records) == 5 * (2 if task == "navigation-2d" else 3)

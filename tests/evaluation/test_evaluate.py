@@ -28,7 +28,7 @@ from ssm_metarl.algorithms.batch import make_batch
 from ssm_metarl.algorithms.inner_loop import adapt_weights, for_tasks, inner_step
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import MetaConfig
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.train import train
 from ssm_metarl.evaluation.evaluate import Evaluation, evaluate, evaluate_checkpoint
 from ssm_metarl.tasks import Task

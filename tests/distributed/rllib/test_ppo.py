@@ -24,7 +24,7 @@ from faulty_tasks import FaultyNavigation
 from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.learner import Learner
-from ssm_metarl.distributed.pool import EnvironmentFailure
+from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.rllib.module import SSMModule, state_name
 from ssm_metarl.distributed.rllib.ppo import ppo_config
 from ssm_metarl.distributed.rllib.trainer import PolicyGradientTrainer
@@ -107,7 +107,7 @@ def test_a_checkpoint_goes_to_the_central_learner_and_back_to_the_last_bit(tmp_p
     assert any(moments[f"{name}.exp_avg"].any() for name in weights)
     checkpoint = load_checkpoint(tmp_path / "rllib")
     options = TrainConfig.for_task("navigation-2d", algorithm="rl2")
-    learner = Learner(checkpoint.spec, options.meta, options.machine, seed=3)
+    learner = Learner(checkpoint.spec, options.meta, options.machine, seed=3, horizon=20)
     learner.load(checkpoint.policy, checkpoint.optimizer)
     assert_equal_arrays(learner.weights(), weights)
     assert_equal_arrays(learner.optimizer_arrays(), moments)

@@ -1,0 +1,279 @@
+"""What a group of learners costs and saves: the jobs of `scaling.py --show learners`, each a process of its own.
+
+- `update`: meta-iterations of `navigation-2d` with the options that train it, with so many learners of one thread.
+- `simulated`: an Adam step on learners that sleep `SLEEP` seconds a task instead of computing: what messages, sums and
+  waiting add to the ideal, in which a learner sleeps for its tasks and nothing else. A task is a shard.
+- `driver`: processor, memory and messages of the driver of such meta-iterations. Bytes are those of what it puts into
+  the object store, gets from there and calls actors with, as pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import numpy as np
+import ray
+import ray.actor
+from _report import log
+
+from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.algorithms.shard import ShardLoss, tree_nodes
+from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.learner import Stage
+from ssm_metarl.distributed.learner_group import LearnerGroup
+from ssm_metarl.distributed.references import Kept
+from ssm_metarl.distributed.trainer import MetaTrainer
+
+SLEEP = 0.18
+"""Seconds of a task's share of a meta-update, five epochs, as measured on one core."""
+
+TASK = "navigation-2d"
+SHARD_STEPS = 20_000
+"""Of a task that is a shard for itself."""
+
+
+def start(cpus: int) -> None:
+    """A Ray that takes this machine for one of so many processors."""
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+# --- A meta-iteration ---------------------------------------------------------------------------------------
+
+
+def update(learners: int, tasks: int, iterations: int) -> dict[str, float]:
+    """Median seconds of the phases of a meta-iteration; 0 learners: in the driver, with one thread."""
+    config = TrainConfig.for_task(TASK, meta_batch=tasks, num_learners=learners, learner_threads=1, device="cpu")
+    start(1 + learners)
+    trainer = MetaTrainer(config.to_dict())
+    try:
+        initial, measured = trainer.learner.weights(), []
+        for _ in range(1 + iterations):
+            trainer.learner.load(initial, {})
+            measured.append(trainer.step()["seconds"])
+    finally:
+        trainer.stop()
+    return {phase: statistics.median(seconds[phase] for seconds in measured[1:]) for phase in measured[0]}
+
+
+# --- Learners that sleep ------------------------------------------------------------------------------------
+
+
+def simulated(learners: int, tasks: int, repetitions: int) -> dict[str, float]:
+    """Median seconds of an Adam step, and the ideal."""
+
+    class SleepingLearner:  # not of this module: it travels by value, and loads no torch
+        def __init__(self, spec: Any, config: Any, device: str) -> None:
+            self._gradient = [np.zeros(1000, np.float32) for _ in range(9)]
+
+        def process(self) -> int:
+            return os.getpid()
+
+        def gradient(self, *arguments: Any) -> tuple[Any, ...]:
+            _, _, _, place, weights, *_ = arguments
+            time.sleep(SLEEP * sum(map(len, weights)))
+            losses = [ShardLoss(w, w, w, 0.0, 0.0) for w in weights]
+            nodes = tree_nodes(place[0], place[1], place[1] + len(weights))
+            return losses, Kept.of(dict.fromkeys(nodes, self._gradient)), *[Kept((), b"")] * len(weights)
+
+        def add(self, shards: int, *partial: Any) -> list[Array]:
+            return [sum(arrays) for arrays in zip(*(value for each in partial for value in each.value.values()))]
+
+    class SleepingGroup(LearnerGroup):
+        actor_class = SleepingLearner
+
+        def _set_gradient(self, gradient: Any) -> float:
+            return 0.0
+
+    config = TrainConfig.for_task(TASK, num_learners=learners, epochs=1, device="cpu")
+    start(1 + learners)
+    spec = config.policy_spec(config.family())
+    group = SleepingGroup(spec, config.meta, config.machine, 0, SHARD_STEPS, "simulated")
+    try:
+        group.processes()
+        shards = group.shards(tasks, 1)
+        stage = Stage(shards, [ray.put(Kept((), b"")) for _ in shards], np.ones(tasks, bool))
+        seconds = []
+        for _ in range(1 + repetitions):
+            begin = time.perf_counter()
+            group.update([stage, stage])
+            seconds.append(time.perf_counter() - begin)
+    finally:
+        group.close()
+    ideal = SLEEP * tasks / learners
+    return {
+        "seconds": statistics.median(seconds[1:]),
+        "ideal": ideal,
+        "of_ideal": ideal / statistics.median(seconds[1:]),
+    }
+
+
+# --- The driver ---------------------------------------------------------------------------------------------
+
+
+class Traffic:
+    """Bytes that pass through this process on their way to and from Ray's object store and actors."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def count(self, value: Any) -> None:
+        """Add the pickle of a value; a reference has 28 bytes."""
+        if isinstance(value, ray.ObjectRef):
+            self.bytes += 28
+        elif isinstance(value, list | tuple):
+            for each in value:
+                self.count(each)
+        elif isinstance(value, Mapping):
+            for name, each in value.items():
+                self.count((name, each))
+        else:
+            self.bytes += value.nbytes if isinstance(value, np.ndarray) else len(ray.cloudpickle.dumps(value))
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count while this lasts."""
+        get, put, call = ray.get, ray.put, ray.actor.ActorHandle._actor_method_call
+
+        def counted_get(*arguments: Any, **options: Any) -> Any:
+            found = get(*arguments, **options)
+            self.count(found)
+            return found
+
+        def counted_put(value: Any, **options: Any) -> Any:
+            self.count(value)
+            return put(value, **options)
+
+        def counted_call(actor: Any, method_name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+            self.count((args, kwargs))
+            return call(actor, method_name, args, kwargs, **options)
+
+        ray.get, ray.put, ray.actor.ActorHandle._actor_method_call = counted_get, counted_put, counted_call
+        try:
+            yield
+        finally:
+            ray.get, ray.put, ray.actor.ActorHandle._actor_method_call = get, put, call
+
+
+def driver(learners: int, workers: int, tasks: int, iterations: int) -> dict[str, float]:
+    """What a meta-iteration costs the driver, and what a task does."""
+    config = TrainConfig.for_task(
+        TASK, meta_batch=tasks, num_learners=learners, num_workers=workers, learner_threads=1, device="cpu"
+    )
+    start(1 + learners + workers)
+    trainer, traffic = MetaTrainer(config.to_dict()), Traffic()
+    try:
+        trainer.step()
+        before = time.process_time()
+        for _ in range(iterations):
+            trainer.step()
+        seconds = time.process_time() - before
+        with traffic.counted():
+            trainer.step()
+    finally:
+        trainer.stop()
+    return {
+        "cpu_ms_per_task": 1000 * seconds / iterations / tasks,
+        "kb_per_task": traffic.bytes / 1000 / tasks,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+    }
+
+
+# --- All of them --------------------------------------------------------------------------------------------
+
+JOBS = {"update": update, "simulated": simulated, "driver": driver}
+
+
+def plan(tasks: Sequence[int], learners: Sequence[int], iterations: int) -> list[dict[str, Any]]:
+    """The jobs, in order."""
+    jobs: list[dict[str, Any]] = [
+        {"job": "update", "learners": count, "tasks": tasks[0], "iterations": iterations} for count in (0, 1, 2)
+    ]
+    jobs += [
+        {"job": "simulated", "learners": count, "tasks": number, "repetitions": iterations}
+        for number in tasks
+        for count in learners
+    ]
+    jobs += [
+        {"job": "driver", "learners": 1, "workers": 1, "tasks": number, "iterations": iterations} for number in tasks
+    ]
+    return jobs
+
+
+def results(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: int) -> dict[str, dict[str, float]]:
+    """The results of all jobs by `key`; those that are done are read from the file `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lines = out.read_text().splitlines() if out.exists() else []
+    done = {key(line["what"]): line["result"] for line in map(json.loads, lines)}
+    for job in plan(tasks, learners, iterations):
+        if key(job) in done:
+            continue
+        log(f"{key(job)} …")
+        # A process of its own: peak memory is one of a process, and Ray starts with as many processors as it is told.
+        answer = subprocess.run(
+            [sys.executable, __file__, json.dumps(job)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        done[key(job)] = json.loads(answer.stdout.splitlines()[-1])
+        log(json.dumps(done[key(job)]))
+        with out.open("a") as file:
+            file.write(json.dumps({"what": job, "result": done[key(job)]}) + "\n")
+    return done
+
+
+def key(job: Mapping[str, Any]) -> str:
+    """The name of a job."""
+    return ", ".join(f"{name} {value}" for name, value in job.items())
+
+
+def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: int) -> dict[str, Any]:
+    """The result as `render.py` reads it."""
+    found = results(out, tasks, learners, iterations)
+    jobs = {(job["job"], job["learners"], job["tasks"]): found[key(job)] for job in plan(tasks, learners, iterations)}
+    first = tasks[0]
+    one, two = (jobs["update", count, first]["update"] for count in (1, 2))
+    rows: list[tuple[str, float]] = [
+        (f"meta-update of {first} tasks, in the driver, s", jobs["update", 0, first]["update"]),
+        (f"meta-update of {first} tasks, one learner, s", one),
+        (f"meta-update of {first} tasks, two learners, of the time of one", two / one),
+    ]
+    rows += [
+        (f"simulated learners, {number} tasks on {count}: of ideal", jobs["simulated", count, number]["of_ideal"])
+        for number in tasks
+        for count in learners
+    ]
+    for name, unit in (("cpu_ms_per_task", "processor, ms a task"), ("kb_per_task", "messages, kB a task"),
+                       ("peak_mb", "peak memory, MB")):  # fmt: skip
+        rows += [(f"driver's {unit}, {number} tasks", jobs["driver", 1, number][name]) for number in tasks]
+    return {
+        "title": "Learners: Ray actors that share the learner's work",
+        "columns": ["measured"],
+        "rows": [{"name": name, "cells": [value]} for name, value in rows],
+        "notes": [
+            f"`{TASK}` with the options that train it, one thread a learner; simulated learners sleep {SLEEP} s a task "
+            "and a task is a shard."
+        ],
+    }
+
+
+if __name__ == "__main__":
+    arguments = json.loads(sys.argv[1])
+    print(json.dumps(JOBS[arguments.pop("job")](**arguments)))
