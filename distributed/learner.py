@@ -102,17 +102,11 @@ class Learner:
         groups = [{"params": others, "share": 1.0}, {"params": memory, "share": config.memory_lr}]
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=config.outer_lr)
         self._set_rate(config.outer_lr)
-        self._threads = 1
         if self.device.type == "cpu":
             torch.set_num_threads(1)
             keep_freed_memory()
-            self._threads = machine.learner_threads
         self._blas = ThreadpoolController()
-        # functional_call lends its parameters to the module for the time of the call: a module a thread.
-        self._modules: SimpleQueue[SSMPolicy] = SimpleQueue()
-        self._lent = [SSMPolicy(spec).to(self.device) for _ in range(self._threads)]
-        for module in self._lent:
-            self._modules.put(module)
+        self._run = ShardThreads(spec, self.device, machine.learner_threads if self.device.type == "cpu" else 1)
 
     def observe(self, rollouts: Sequence[Any]) -> None:
         """Take an iteration's rollouts into the running moments, with which the next one is normalised."""
@@ -125,7 +119,7 @@ class Learner:
             self.normalizer.update(rollouts.select(shard))
 
     def _normalize(self, arrays: Mapping[str, Array]) -> None:
-        for module in (self.policy, *self._lent):
+        for module in (self.policy, *self._run.modules):
             set_normalizer(module, arrays)
 
     def weights(self) -> dict[str, Array]:
@@ -137,7 +131,7 @@ class Learner:
         return task_shards((tasks, self.horizon, episodes), self.config.minibatches)
 
     def pieces(self, tasks: int, episodes: int) -> list[slice]:
-        """The tasks whose rollouts are to be kept together where they were played; none: they are brought here."""
+        """The tasks whose rollouts are to stay together where they were played; none: they are brought here."""
         return []
 
     def first_episodes(self, rollouts: Any) -> list[Rollouts]:
@@ -302,22 +296,6 @@ class Learner:
         leaves = {(i, i + 1): gradient for i, (gradient, _, _) in enumerate(results)}
         return tree_total(len(part), leaves, added), [loss for _, loss, _ in results]
 
-    def _run(self, work: Callable[[SSMPolicy, Item], Result], items: Sequence[Item]) -> list[Result]:
-        """`work` on every shard, in order, on the learner's threads, with a module that no other thread uses."""
-
-        def lent(item: Item) -> Result:
-            module = self._modules.get()
-            try:
-                return work(module, item)
-            finally:
-                self._modules.put(module)
-
-        # A new thread knows of torch's number of threads only from its first parallel operation on; what comes before
-        # is rounded by the number of cores.
-        own = 1 if self.device.type == "cpu" else torch.get_num_threads()
-        with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(own,)) as threads:
-            return list(threads.map(lent, items))
-
     def optimizer_arrays(self) -> dict[str, Array]:
         """Adam's moments and step counts, for a checkpoint."""
         return optimizer_arrays(self.policy, self.optimizer)
@@ -351,6 +329,44 @@ class Learner:
 
     def close(self) -> None:
         """End what computes elsewhere: nothing."""
+
+
+class ShardThreads:
+    """Threads that compute shards, each with a module that no other one uses meanwhile.
+
+    functional_call lends its parameters to the module for the time of the call.
+
+    Args:
+        spec: the policy's sizes.
+        device: of the modules.
+        count: of threads.
+
+    Attributes:
+        modules: one a thread.
+    """
+
+    def __init__(self, spec: PolicySpec, device: torch.device, count: int) -> None:
+        self.modules = [SSMPolicy(spec).to(device) for _ in range(count)]
+        self._free: SimpleQueue[SSMPolicy] = SimpleQueue()
+        for module in self.modules:
+            self._free.put(module)
+        self._on_cpu = device.type == "cpu"
+
+    def __call__(self, work: Callable[[SSMPolicy, Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work` on every item, in order."""
+
+        def lent(item: Item) -> Result:
+            module = self._free.get()
+            try:
+                return work(module, item)
+            finally:
+                self._free.put(module)
+
+        # A new thread knows of torch's number of threads only from its first parallel operation on; what comes before
+        # is rounded by the number of cores.
+        own = 1 if self._on_cpu else torch.get_num_threads()
+        with ThreadPoolExecutor(len(self.modules), initializer=torch.set_num_threads, initargs=(own,)) as threads:
+            return list(threads.map(lent, items))
 
 
 def reward_scale(policy: SSMPolicy, config: MetaConfig) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,18 +16,13 @@ from ssm_metarl.algorithms.collect import blank, collect_family, played
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.core import Task, TaskDistribution
+from ssm_metarl.distributed.dispatch import Dispatcher
 from ssm_metarl.distributed.play import Play, owned
-from ssm_metarl.distributed.suspicion import Suspicion
-from ssm_metarl.distributed.watch import Part, SampleTimeout, Watch
+from ssm_metarl.distributed.watch import SampleTimeout
 
 if TYPE_CHECKING:
     from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
     from ssm_metarl.distributed.worker import WorkerHandle
-
-    Held = dict[WorkerHandle, tuple[Play, Part]]
-    """What each worker plays."""
-
-_log = logging.getLogger(__name__)
 
 INLINE_BYTES = 90_000
 """Shared weights below this travel with each call (Ray inlines up to 100 KiB): cheaper than a put."""
@@ -92,15 +86,10 @@ class Pool:
             raise ValueError(f"num_workers must be 0 (in process) or more, not {num_workers}.")
         if isinstance(sample_timeout_s, int | float) and not sample_timeout_s > 0:
             raise ValueError(f'sample_timeout_s must be a positive number, "auto" or None, not {sample_timeout_s}.')
-        self.restarts = 0
-        self.dropped: list[Task] = []
-        self.timed_out = 0
         self.ray_seconds = 0.0
         self._distribution = distribution
         self._spec = spec
         self._trial_episodes = trial_episodes
-        self._watch = Watch(sample_timeout_s)
-        self._suspicion = Suspicion()
         self._calls = 0
         self._put: tuple[Mapping[str, Array], Any] | None = None  # the last shared weights, their reference
         self._workers: list[WorkerHandle] = []
@@ -112,6 +101,7 @@ class Pool:
             self._workers = [WorkerHandle(worker_name, distribution, spec, trial_episodes) for worker_name in names]
         else:
             self._threads = ThreadpoolController()
+        self._dispatcher = Dispatcher(self._workers, sample_timeout_s)
 
     def collect(
         self,
@@ -163,7 +153,7 @@ class Pool:
         play = Play(self._calls, self._spec, sent, not shared, tasks, seeds, num_episodes, label, deterministic, cuts)
         play.enough = enough
         play.split(len(self._workers))
-        self._play(play)
+        self._dispatcher.play(play)
         rollouts = play.joined()
         self.ray_seconds += time.perf_counter() - start - max(play.seconds.values())
         return rollouts
@@ -210,10 +200,25 @@ class Pool:
             plays.append(play)
         for stage, (play, following) in enumerate(pairwise(plays)):
             play.arrived = partial(_hand_on, play, following, partial(adapt, stage))
-        self._play(*plays)
+        self._dispatcher.play(*plays)
         own_seconds = sum(max(play.seconds.values(), default=0.0) for play in plays)
         self.ray_seconds += max(0.0, time.perf_counter() - start - own_seconds)
         return plays
+
+    @property
+    def restarts(self) -> int:
+        """See the class."""
+        return self._dispatcher.restarts
+
+    @property
+    def dropped(self) -> list[Task]:
+        """See the class."""
+        return self._dispatcher.dropped
+
+    @property
+    def timed_out(self) -> int:
+        """See the class."""
+        return self._dispatcher.timed_out
 
     @property
     def num_workers(self) -> int:
@@ -271,112 +276,3 @@ class Pool:
 
             self._put = (weights, ray.put(dict(weights)))
         return self._put[1]
-
-    def _play(self, *plays: Play) -> None:
-        """Hand the plays' parts to free workers, those of the first one first, until none is left."""
-        from ssm_metarl.distributed.worker import ready_workers
-
-        held: Held = {}
-        try:
-            while (waiting := any(play.waiting for play in plays)) or held:
-                for play in plays:
-                    play.look_for_weights()
-                for worker in self._workers:
-                    if worker.call is None and (found := self._next(plays, worker)):
-                        held[worker] = found
-                        found[0].submit(worker, found[1])
-                # A worker that is starting or restarting matters only while something waits for it.
-                called = [worker for worker in self._workers if worker.call is not None]
-                awaited = called if waiting else list(held)
-                missing = [reference for play in plays for reference in play.missing]
-                timeout = self._watch.seconds([part for _, part in held.values()])
-                for worker in ready_workers(awaited, timeout, missing):
-                    self._receive(worker, held)
-                for worker in list(held):
-                    self._look_after(worker, held)
-                for play in plays:
-                    if play.has_enough:
-                        self._close(play, held)
-        finally:
-            for worker in held:  # after an exception: what they still answer belongs to no play
-                worker.await_process()
-
-    def _close(self, play: Play, held: Held) -> None:
-        """Give up the tasks of a play that are not there."""
-        late = [worker for worker, (own, _) in held.items() if own is play]
-        parts = [*(held.pop(worker)[1] for worker in late), *play.waiting]
-        play.waiting.clear()
-        for worker in late:  # it may never end
-            self.restarts += 1
-            worker.restart()
-        for task in sorted(task for part in parts for task in part.tasks):
-            self.timed_out += 1
-            play.lose(task, f"was given up: {play.enough} others were there")
-
-    def _next(self, plays: Sequence[Play], worker: WorkerHandle) -> tuple[Play, Part] | None:
-        """The first part that waits for a worker on this node: a suspect is rather tried where it has not been."""
-        nodes = self._running_nodes()
-        for play in plays:
-            for part in play.waiting:
-                if not play.has_weights(part):
-                    continue
-                if len(part.tasks) > 1 or not self._suspicion.avoided(play.key(part), worker.node, nodes):
-                    play.waiting.remove(part)
-                    return play, part
-        return None
-
-    def _running_nodes(self) -> set[str]:
-        """Nodes with a worker that is not starting or restarting."""
-        return {worker.node for worker in self._workers if not worker.starting}
-
-    def _receive(self, worker: WorkerHandle, held: Held) -> None:
-        """Take an answer of a worker: a sign of life, what it played, or that it has started."""
-        from ssm_metarl.distributed.worker import WorkerDied
-
-        node = worker.node
-        try:
-            answer = worker.result()
-        except WorkerDied:
-            if worker in held:
-                self._take_back(*held.pop(worker), node)
-            return
-        if worker not in held:
-            return
-        play, part = held[worker]
-        self._watch.lives(part, worker.name)
-        if answer is not None:
-            del held[worker]
-            play.finish(part, worker, *answer)
-            if len(part.tasks) == 1:
-                self._suspicion.played(play.key(part))
-
-    def _take_back(self, play: Play, part: Part, node: str) -> None:
-        """Have the tasks of a worker that ended wait, one by one; drop one that keeps ending those that play it."""
-        from ssm_metarl.distributed.worker import nodes_alive
-
-        self.restarts += 1
-        if len(part.tasks) == 1:
-            key = play.key(part)
-            self._suspicion.ended(key, node)
-            if self._suspicion.condemned(key, nodes_alive(), self._running_nodes() | {node}):
-                self._suspicion.forget(key)
-                self.dropped.append(play.tasks[part.tasks.start])
-                play.lose(part.tasks.start, "was dropped: every worker that played it alone ended")
-                return
-        play.waiting.extend(Part(range(i, i + 1)) for i in part.tasks)
-
-    def _look_after(self, worker: WorkerHandle, held: Held) -> None:
-        """Tell of a worker that is silent, and replace one that is so for too long."""
-        play, part = held[worker]
-        self._watch.tell(part, worker.name, worker.pid)
-        if not self._watch.is_late(part):
-            return
-        _log.warning("%s is replaced.", worker.name)
-        del held[worker]
-        worker.restart()
-        if not self._watch.bounds_calls or len(part.tasks) > 1:
-            self._take_back(play, part, worker.node)
-            return
-        self.restarts += 1
-        self.timed_out += 1
-        play.lose(part.tasks.start, f"took longer than sample_timeout_s = {self._watch.timeout:g}")

@@ -175,7 +175,10 @@ def test_a_task_that_cannot_be_played_is_lost_to_learners_as_to_the_driver(worke
     assert_same_run(run, expected)
 
 
-@pytest.mark.parametrize(("where", "call"), [("batch", 5), ("_gradient", 2), ("_take_moments", 5)])
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [("_gradient", 2), *(pytest.param(where, 5, marks=pytest.mark.slow) for where in ("batch", "_take_moments"))],
+)
 def test_an_iteration_whose_objects_are_lost_is_repeated(where: str, call: int) -> None:
     case = "two steps, normalised"
     with running(**CASES[case], num_learners=1) as trainer:
@@ -244,7 +247,7 @@ def test_a_straggler_delays_its_own_shard_alone(tmp_path: Path) -> None:
         assert_same_run(result(trainer, 1), expected)
 
 
-@pytest.mark.parametrize("learners", [0, 1])
+@pytest.mark.parametrize("learners", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_batch_is_closed_when_enough_tasks_are_there(learners: int) -> None:
     class Hanging(FaultyNavigation):
         def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
