@@ -129,6 +129,7 @@ TARGETS: Mapping[str, Target] = {
             trial_episodes=trial_episodes,
             meta_batch=2000 // trial_episodes,
             episodes=1,
+            memory_slots=64,  # there are 50 states and actions to remember
             **imitation("optimistic"),
         )
         for trial_episodes in TABULAR
