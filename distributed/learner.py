@@ -88,11 +88,15 @@ class Learner:
         machine: device and threads.
         seed: of the initial weights.
         horizon: most steps of an episode slot.
+
+    Attributes:
+        longest: steps of the longest episode slot of the last meta-iteration, by which the next one is cut into shards:
+            they must be known before anything is played.
     """
 
     def __init__(self, spec: PolicySpec, config: MetaConfig, machine: MachineConfig, seed: int, horizon: int) -> None:
         self.config = config
-        self.horizon = horizon
+        self.longest = self._horizon = horizon
         self.device = torch.device(resolve_device(machine.device))
         self.policy = SSMPolicy(spec, seed).to(self.device)
         self.normalizer = Normalizer(spec, config.discount)
@@ -113,6 +117,11 @@ class Learner:
         for each in rollouts:
             self._take_moments(each)
         self._normalize(self.normalizer.arrays())
+        self.expect(max(int(each.lengths().max()) for each in rollouts))
+
+    def expect(self, longest: int) -> None:
+        """Cut the next meta-iteration into shards for episode slots of so many steps."""
+        self.longest = min(max(longest, 1), self._horizon)
 
     def _take_moments(self, rollouts: Any) -> None:
         for shard in self.shards(*rollouts.kept().shape):
@@ -128,7 +137,7 @@ class Learner:
 
     def shards(self, tasks: int, episodes: int) -> list[slice]:
         """The shards of a meta-batch of so many tasks with so many episode slots each."""
-        return task_shards((tasks, self.horizon, episodes), self.config.minibatches)
+        return task_shards((tasks, self.longest, episodes), self.config.minibatches)
 
     def pieces(self, tasks: int, episodes: int) -> list[slice]:
         """The tasks whose rollouts are to stay together where they were played; none: they are brought here."""

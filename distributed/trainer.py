@@ -216,6 +216,7 @@ class MetaTrainer(tune.Trainable):
             progress={
                 "iteration": self.meta_iteration,
                 "env_steps": self.env_steps,
+                "longest": self.learner.longest,
                 **({"normalizer": moments} if (moments := self.learner.normalizer.to_dict()) else {}),
             },
             policy=self.learner.weights(),
@@ -278,6 +279,7 @@ class MetaTrainer(tune.Trainable):
             self.replay = ReplayBuffer(self.replay.capacity)
             if checkpoint.replay is not None:
                 self.replay.extend(checkpoint.replay)
+        self.learner.expect(int(checkpoint.progress.get("longest", self.learner.longest)))
         self.meta_iteration = int(checkpoint.progress["iteration"])
         self.env_steps = int(checkpoint.progress["env_steps"])
 

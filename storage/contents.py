@@ -76,6 +76,7 @@ PROGRESS_FORM = record(
     {"iteration": whole(), "env_steps": whole()},
     {
         "normalizer": record({}, dict.fromkeys(("observations", "rewards", "returns", "tasks"), _MOMENTS)),
+        "longest": whole(1),
         "mean_iterations": whole(),
         "adapted_to": anything,
     },

@@ -55,9 +55,6 @@ class Assessing(Rules):
         halves = np.array_split(curve, 2)
         better = len(curve) < 2 or z_score([halves[1].ravel()], [halves[0].ravel()], paired=False) >= 1.0
         progress.flat = 0 if better else progress.flat + 1
-        if len(curve) >= 2:
-            gain = float(np.nanmean(halves[1]) - np.nanmean(halves[0]))
-            progress.rise = gain / (len(curve) / 2) if np.isfinite(gain) else 0.0
         if self.level.suspicious(record.level) and (yield from self._confirmed(record)):
             return
         self.progress.collapses = 0

@@ -34,7 +34,6 @@ class Running(Assessing):
         progress = self.progress
         while not self.finished:
             self._apply_requests()
-            self._cool()
             if progress.left:
                 yield from self._stretch()
             elif not self._affordable() or 0 < self.config.cycles <= progress.cycle:
@@ -48,8 +47,7 @@ class Running(Assessing):
     def _stretch(self) -> Course:
         """The incumbent trains alone: a checkpoint after every leg, and an assessment at the end."""
         progress, incumbent = self.progress, self.incumbent
-        longest = min(int(incumbent.config["checkpoint_every"]), self._affordable(), self._until_cooler())
-        leg = max(min(progress.left, longest), 1)
+        leg = max(min(progress.left, int(incumbent.config["checkpoint_every"]), self._affordable()), 1)
         name = self._name(incumbent.iteration + leg)
         reports = yield from self._alone(iterations=leg, checkpoint=name)
         if reports[-1].failure is not None:

@@ -127,7 +127,6 @@ _PROGRESS = record(
         "seconds": map_of(number(low=0.0)),
         "finished": maybe(text),
     },
-    {"cooled": whole(), "rise": number()},
     others=True,
 )
 
@@ -176,7 +175,6 @@ _OF_DECISION: Mapping[str, Form] = {
     Decision.CONTINUED: record(
         {"metrics": _ALL_METRICS, "intervals": _INTERVALS, "curve": list_of(number())}, others=True
     ),
-    Decision.COOLED: record({"before": number(above=0.0), "after": number(above=0.0)}, others=True),
     Decision.ROLLED_BACK: record({"checkpoint": text, "reason": text}, others=True),
     Decision.REFUSED: record({"reason": text}, others=True),
     Decision.FAILED: record({"member": whole(), "reason": text}, others=True),

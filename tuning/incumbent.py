@@ -66,8 +66,6 @@ class Progress:
         left: meta-iterations left of the stretch.
         length: meta-iterations of the next stretch.
         flat: stretches in a row that brought no improvement.
-        rise: normalised return that an iteration of the last stretch added.
-        cooled: at how many shares of the budget it was decided whether to halve the learning rate.
         best: the record that is handed over.
         failures: in a row: until something is decided without one.
         collapses: in a row: until a stretch ends without one.
@@ -83,8 +81,6 @@ class Progress:
     left: int = 0
     length: int = 0
     flat: int = 0
-    rise: float = 0.0
-    cooled: int = 0
     best: str | None = None
     failures: int = 0
     collapses: int = 0

@@ -42,7 +42,6 @@ class Decision(StrEnum):
     ACCEPTED = "accepted"
     REJECTED = "rejected"
     CONTINUED = "continued"
-    COOLED = "cooled"
     ROLLED_BACK = "rolled back"
     REFUSED = "refused"
     FAILED = "failed"

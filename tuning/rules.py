@@ -28,13 +28,6 @@ ROUNDS = 3
 FEWEST = 2
 """Challengers of a race, an option in both directions, unless the run has fewer or an option has just won."""
 
-COOLING = (0.7, 0.8, 0.9)
-"""Shares of the budget at which the incumbent's learning rate is halved, unless there is hope; no race begins after the
-first one."""
-
-HOPE = 0.1
-"""Normalised return that a policy would still gain at its pace, for which it keeps its learning rate to the end."""
-
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
 
@@ -100,7 +93,9 @@ class Rules(Ledger):
             return
         incumbent = self.incumbent
         node = seed_for(self.seed, Branch.CHILD_SEED, self.progress.assignments)
-        changes = {"seed": int(node.generate_state(1)[0]), "outer_lr": self._halved(1)}
+        low = self.config.bounds.get("outer_lr", (OPTIONS["outer_lr"].low,))[0]
+        rate = float(incumbent.config["outer_lr"])
+        changes = {"seed": int(node.generate_state(1)[0]), "outer_lr": max(rate / 2, min(low, rate))}
         incumbent.config = {**incumbent.config, **changes}
         incumbent.path.append([incumbent.iteration, changes])
         self._boundary()
@@ -112,42 +107,8 @@ class Rules(Ledger):
         incumbent.config, incumbent.checkpoint = {**record.config, **seed}, record.name
         incumbent.iteration, incumbent.env_steps = record.iteration, record.env_steps
         incumbent.path, incumbent.latest = [*(list(change) for change in record.path), [record.iteration, seed]], []
-        self.progress.cooled = 0  # its learning rate is that of then
         self.progress.best = record.name
         self._log(Phase.STRETCH, Decision.ROLLED_BACK, record=record, reason=reason)
-
-    def _cool(self) -> None:
-        """Halve the incumbent's learning rate where the budget runs out, unless much is still to be gained.
-
-        A rate that wins races lets a policy learn fast, and at the end swing around what it has learnt. A policy that
-        is far from what it can learn, and on its way, needs its rate.
-        """
-        due = sum(self.progress.spent["total"] >= share for share in self._cooling())
-        times, self.progress.cooled = due - self.progress.cooled, max(due, self.progress.cooled)
-        if times > 0 and self.progress.rise * self._affordable() < HOPE:
-            incumbent, before = self.incumbent, float(self.incumbent.config["outer_lr"])
-            after = self._halved(times)
-            incumbent.config = {**incumbent.config, "outer_lr": after}
-            incumbent.path.append([incumbent.iteration, {"outer_lr": after}])
-            self._log(Phase.STRETCH, Decision.COOLED, before=before, after=after)
-            self._boundary()
-
-    def _halved(self, times: int) -> float:
-        """The incumbent's learning rate, halved so often, but for its lower bound."""
-        rate = float(self.incumbent.config["outer_lr"])
-        low = self.config.bounds.get("outer_lr", (OPTIONS["outer_lr"].low,))[0]
-        return max(rate * 0.5**times, min(low, rate))
-
-    def _cooling(self) -> list[float]:
-        """Environment steps at which the learning rate is halved; none without a budget, or where it may not move."""
-        config = self.config
-        moves = config.mutate and config.budget and "outer_lr" in config.evolve
-        return [share * config.budget for share in COOLING] if moves else []
-
-    def _until_cooler(self) -> int:
-        """Meta-iterations until then."""
-        each, left = self._iteration_steps(), self._cooling()[self.progress.cooled :]
-        return max(int((left[0] - self.progress.spent["total"]) / each + 0.5), 1) if left and each else 1 << 30
 
     def _apply_requests(self) -> None:
         """Go back to the checkpoint that a person asked for last."""
@@ -222,9 +183,6 @@ class Rules(Ledger):
         """Whether there is to be another race, and there are steps for it and for the winner to go on."""
         config = self.config
         if not config.mutate or 0 < config.cycles <= self.progress.cycle or len(self._alive()) < 2:
-            return False
-        cooling = self._cooling()
-        if cooling and self.progress.spent["total"] >= cooling[0]:
             return False
         challengers = self._challengers()
         iterations = config.race.rounds + 1 + challengers + config.stretch

@@ -250,8 +250,6 @@ def _what(event: Values) -> str:
             return f"race {event['cycle'] + 1} rejected {_changes(event['changes'])}"
         case Decision.CONTINUED:
             return f"level {event['metrics']['average_return']:.3f} after a stretch{_composite_words(event)}"
-        case Decision.COOLED:
-            return f"outer_lr {_arrow(event['before'], event['after'])}, for the budget runs out"
         case Decision.ROLLED_BACK:
             return f"rolled back to {event['checkpoint']}: {event['reason']}"
         case Decision.REFUSED:

@@ -330,9 +330,9 @@ def ask(population: Population, name: str) -> None:
 
 
 def test_a_person_goes_back_to_a_checkpoint(tmp_path: Path) -> None:
-    population = new_population(tmp_path, **SHORT)
+    population = new_population(tmp_path, **{**SHORT, "cycles": 6})
     with pytest.raises(Killed):
-        drive(population, World(), reports=30)
+        drive(population, World(), reports=40)
     name = min(population.archive)
     iteration = population.archive[name].iteration
     assert iteration < population.incumbent.iteration
@@ -340,7 +340,7 @@ def test_a_person_goes_back_to_a_checkpoint(tmp_path: Path) -> None:
     drive(again := resumed(population), World())
     (back,) = events(again, decision=Decision.ROLLED_BACK)
     assert (back["checkpoint"], back["reason"], back["iteration"]) == (name, "asked for", iteration)
-    assert again.finished == "3 cycles"
+    assert again.finished == "6 cycles"
     assert again.store.requests() == []
     assert [iteration] == [at for at, changes in again.incumbent.path[1:] if set(changes) == {"seed"}]
     assert again.incumbent.config["seed"] != again.base["seed"]

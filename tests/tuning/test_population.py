@@ -52,9 +52,7 @@ def test_a_learning_rate_ten_times_too_small_is_mended(folders: Iterator[Path], 
     ours = drive(new_population(next(folders), base=base, budget=budget, cycles=0), world)
     plain = drive(new_population(next(folders), base=base, budget=budget, cycles=0, mutate=False), World())
     assert skill_of(ours) > skill_of(plain) + 0.2
-    rates = [event["before"] for event in events(ours, decision=Decision.COOLED)]
-    assert BEST_RATE / 3 < rates[0] < BEST_RATE * 3
-    assert ours.incumbent.config["outer_lr"] == rates[0] / 8
+    assert BEST_RATE / 3 < ours.incumbent.config["outer_lr"] < BEST_RATE * 3
     accepted = events(ours, decision=Decision.ACCEPTED)
     assert accepted[0]["accepted"][0]["option"] == "outer_lr"
     assert accepted[0]["accepted"][0]["after"] == 4 * accepted[0]["accepted"][0]["before"]
@@ -168,7 +166,9 @@ def test_a_budget_is_kept(folders: Iterator[Path], iterations: int, seed: int) -
     spent = population.progress.spent
     assert population.finished == "the budget is spent"
     assert spent["total"] == world.spent, "every step is counted once"
-    assert budget - 2.5 * ITERATION <= spent["total"] <= budget + ITERATION
+    # What is set aside for assessments, and not spent on them, is left.
+    assert 0.95 * budget - ITERATION <= spent["total"] - spent["assessments"]
+    assert spent["total"] <= budget + ITERATION
     assert spent["assessments"] <= 0.05 * budget
     assert spent["charged"] <= spent["losers"] < spent["total"]
     assert spent["charged"] <= 0.2 * budget + 8 * ITERATION
@@ -355,45 +355,3 @@ def test_losers_of_a_race_that_was_won_cost_little(tmp_path: Path, own: float, c
     won = max(contender["z"] for contender in race["contenders"] if contender["option"])
     assert (won >= CLEAR) == clear
     assert population.progress.spent["charged"] == round((0.0 if clear else BARE) * race["losers"])
-
-
-def test_where_the_budget_runs_out_the_learning_rate_is_halved(folders: Iterator[Path]) -> None:
-    budget = 100 * ITERATION
-    population = drive(new_population(next(folders), budget=budget, cycles=0), World(gain=lambda *_: 0.0))
-    log = events(population, decision=Decision.COOLED)
-    assert [round(event["spent"]["total"] / budget, 1) for event in log] == [0.7, 0.8, 0.9]
-    assert all(event["after"] == event["before"] / 2 for event in log)
-    cooled = [change for change in population.incumbent.path if list(change[1]) == ["outer_lr"]][-3:]
-    assert [change[0] for change in cooled] == [event["iteration"] for event in log]
-    assert all(event["spent"]["total"] < 0.8 * budget for event in events(population, phase=Phase.RACE))
-
-
-def test_a_policy_that_still_learns_keeps_its_rate(folders: Iterator[Path]) -> None:
-    """All of what is left is needed where every stretch brings an improvement."""
-    budget = 60 * ITERATION
-    population = drive(new_population(next(folders), budget=budget, cycles=0), World(gain=lambda *_: 0.012))
-    (cooled,) = events(population, decision=Decision.COOLED)
-    assert cooled["spent"]["total"] >= 0.9 * budget  # what is left then brings less than a tenth
-
-
-@pytest.mark.parametrize(
-    "rules",
-    [{"cycles": 4}, {"budget": 60.0 * ITERATION, "mutate": False}, {"budget": 60.0 * ITERATION, "evolve": ("epochs",)}],
-    ids=["without a budget", "plain", "fixed"],
-)
-def test_otherwise_it_stays(tmp_path: Path, rules: dict[str, Any]) -> None:
-    population = drive(new_population(tmp_path, **{"cycles": 0, **rules}), World())
-    assert events(population, decision=Decision.COOLED) == []
-
-
-def test_a_policy_that_comes_back_is_cooled_again(folders: Iterator[Path]) -> None:
-    """What a person goes back to has the rate of then, and the budget runs out all the same."""
-    flat = World(gain=lambda *_: 0.0)
-    population = drive(new_population(next(folders), budget=100 * ITERATION, cycles=0), flat)
-    record = next(iter(population.archive.values()))
-    population.progress.finished = None
-    population._return_to(record, "asked for")
-    assert population.progress.cooled == 0
-    before = population.incumbent.config["outer_lr"]
-    population._cool()
-    assert population.incumbent.config["outer_lr"] == before / 8
