@@ -194,6 +194,7 @@ def test_a_policy_goes_on_with_another_critic(tmp_path: Path) -> None:
 # --- Imitation --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_policy_that_imitates_comes_to_play_as_the_player() -> None:
     """Twelve iterations, then reward alone: from there on nothing is demonstrated."""
     options = {"task_options": {"arms": 3, "pulls": 20}, "meta_batch": 60, "iterations": 16, "learner_threads": 1}
