@@ -210,6 +210,28 @@ def test_a_policy_that_imitates_comes_to_play_as_the_player() -> None:
     trainer.stop()
 
 
+def test_every_stage_that_counts_imitates(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "task_options": {"arms": 3, "pulls": 6},
+        "algorithm": "promp",
+        "inner_steps": 1,
+        "step_weights": (1.0, 1.0),
+    }
+    config = TrainConfig.for_task("bandit", **options, imitate="index", imitate_iterations=1, meta_batch=4, episodes=2)
+    trainer, shown = MetaTrainer.of_run(config), list[list[bool]]()
+    update = trainer.learner.update
+
+    def seen(stages: Any, **how: Any) -> Any:
+        shown.append([stage.demonstrated is not None and stage.demonstrated.shape == (4, 6, 2) for stage in stages])
+        return update(stages, **how)
+
+    monkeypatch.setattr(trainer.learner, "update", seen)
+    trainer.step()
+    trainer.step()
+    assert shown == [[True, True], [False, False]]
+    trainer.stop()
+
+
 def held_out(trainer: MetaTrainer) -> Any:
     tasks = trainer.distribution.sample(500, np.random.default_rng(0), "test")
     return trainer.distribution, tasks, [np.random.SeedSequence([0, i]) for i in range(500)]
