@@ -67,19 +67,24 @@ def holders(name: str) -> dict[str, int]:
 
 
 def run_train(folder: Path) -> dict[str, Any]:
-    """Four workers over three nodes; the second node is killed after two iterations."""
+    """Three workers over three nodes; as soon as two nodes hold one, a node that does is killed."""
     cluster, nodes = cluster_of(1, 2, 2)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    held: dict[str, int] = {}
+    spread: list[int] = []
 
-    def kill(_: object) -> None:
-        held.update(holders("RolloutWorker"))
-        cluster.remove_node(nodes[0], allow_graceful=False)
+    def kill_once(metrics: dict[str, Any]) -> None:
+        """Between two iterations, once the workers have started; they start beside the first iterations."""
+        time.sleep(0.05)
+        if spread or metrics["iteration"] < 2:
+            return
+        while len(held := holders("RolloutWorker")) < 2:
+            time.sleep(0.05)
+        spread.extend(sorted(held.values()))
+        cluster.remove_node(next(node for node in nodes if node.node_id in held), allow_graceful=False)
 
-    when(lambda: len(lines(folder / "metrics.jsonl")) >= 2, kill).join(0)
     config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, learner_threads=1, num_workers=3)
-    train(config, folder, on_iteration=lambda metrics: time.sleep(0.05))
-    return {"spread": sorted(held.values()), "alive": sum(node["Alive"] for node in ray.nodes())}
+    train(config, folder, on_iteration=kill_once)
+    return {"spread": spread, "alive": sum(node["Alive"] for node in ray.nodes())}
 
 
 def run_evolve(folder: Path) -> dict[str, Any]:
