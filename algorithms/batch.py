@@ -143,9 +143,10 @@ def shard_batch(
     if baseline in COMPARING:  # how a task adapts must depend neither on the others nor on what it is
         own_raw = estimate(rollouts, discount, gae_lambda)[0]
     own = normalized(own_raw, rollouts.valid) * some.astype(np.float32)[:, None, None]
-    outer = own if baseline == "linear" else raw
     if not config.normalize_advantages:
         outer = raw.astype(np.float32)
+    else:
+        outer = own if baseline == "linear" else raw
     total = rollouts.valid.sum((1, 2), keepdims=True)
     share = (rollouts.valid / np.where(total > 0, total, 1)).astype(np.float32)
 

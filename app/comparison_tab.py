@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import gradio as gr
 import numpy as np
@@ -75,18 +75,32 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace, store: gr.BrowserS
     it = Controls(runs, split, num_tasks, measure, picture, table)
     asked = [it.runs, it.split, it.num_tasks]
     restored = remember(page, store, dict(zip(Controls._fields, asked, strict=False)))
-    it.runs.change(do.show, it.runs, [it.picture, it.table, it.measure], **LOOK)
-    it.measure.click(do.measure, asked, [it.picture, it.table], **COMPUTE)
+    shown = [it.picture, it.table, it.measure]
+    # One after the other: a look that began before the returns were there must not end after the one that has them.
+    look = {**LOOK, "concurrency_id": "curves", "concurrency_limit": 1}
+    it.runs.change(do.show, asked, shown, **look)
+    it.measure.click(do.measure, asked, shown[:2], **COMPUTE).success(do.show, asked, shown, **look)
     with place:
         command_line(do.command, asked, restored, elem_id="measure-command")
     restored.then(do.offer, it.runs, it.runs, **POLL)
     tab.select(do.offer, it.runs, it.runs, **POLL)
 
 
-class Handlers(NamedTuple):
-    """What the tab does, in its workspace; without a page, too."""
+Row: TypeAlias = tuple[float, ...]
+"""Of a checkpoint: environment steps, mean return after adaptation on held-out tasks, low and high of its interval."""
+
+
+@dataclass(frozen=True)
+class Handlers:
+    """What the tab does, in its workspace; without a page, too.
+
+    Attributes:
+        workspace: whose runs they are.
+        measured: what was measured since the app began, by checkpoint, when it was written, split and tasks.
+    """
 
     workspace: Workspace
+    measured: dict[tuple[Path, int, str, int], Row] = field(default_factory=dict)
 
     @readable
     def offer(self, chosen: list[str] | None) -> Any:
@@ -94,25 +108,41 @@ class Handlers(NamedTuple):
         names = self.workspace.list_runs("train", [])
         return gr.update(choices=names, value=[name for name in chosen or [] if name in names])
 
-    def show(self, names: list[str] | None) -> tuple[str, str, Any]:
-        """Curves and aggregates of runs, and whether there is anything to measure; an error is the answer."""
+    def show(self, names: list[str] | None, split: str, num_tasks: int) -> tuple[str, str, Any]:
+        """Curves, aggregates, and the returns on held-out tasks that were measured; an error is the answer.
+
+        The third is whether there is anything to measure.
+        """
         try:
-            return *self.drawn(self.curves(names)), gr.update(interactive=bool(names))
+            curves = [self.with_held_out(curve, split, int(num_tasks)) for curve in self.curves(names)]
+            return *self.drawn(curves), gr.update(interactive=bool(names))
         except Exception as error:
             return line_html(sentence(error)), "", gr.update(interactive=False)
 
     @readable
-    def measure(self, names: list[str] | None, split: str, num_tasks: int) -> tuple[str, str]:
-        """The same, with the returns of the runs' kept checkpoints on held-out tasks."""
-        curves = self.curves(names)
-        for curve in curves:
+    def measure(self, names: list[str] | None, split: str, num_tasks: int) -> tuple[Any, Any]:
+        """Have the runs' kept checkpoints play held-out tasks; `show` shows their returns.
+
+        Raises:
+            ValueError: a checkpoint is damaged or cannot play; one sentence.
+        """
+        for curve in self.curves(names):
             self.workspace.check_code(curve.name, curve.config.get("task"))
-        return self.drawn(
-            [
-                dataclasses.replace(curve, held_out=held_out(self.workspace.folder(curve.name), split, int(num_tasks)))
-                for curve in curves
-            ]
-        )
+            for path, key in self.keys(curve.name, split, int(num_tasks)):
+                if key not in self.measured:
+                    self.measured[key] = play(path, split, int(num_tasks))
+        return gr.skip(), gr.skip()
+
+    def keys(self, name: str, split: str, num_tasks: int) -> list[tuple[Path, tuple[Path, int, str, int]]]:
+        """The checkpoints that a run has kept, and under what their returns are found."""
+        saved = checkpoints(self.workspace.folder(name))
+        return [(path, (path, (path / MANIFEST).lstat().st_mtime_ns, split, num_tasks)) for path in saved]
+
+    def with_held_out(self, curve: Curve, split: str, num_tasks: int) -> Curve:
+        """The curve with what was measured of its run."""
+        keys = [key for _, key in self.keys(curve.name, split, num_tasks)]
+        rows = [self.measured[key] for key in keys if key in self.measured]
+        return dataclasses.replace(curve, held_out=HeldOut(*np.array(rows, float).T)) if rows else curve
 
     def command(self, names: list[str] | None, split: str, num_tasks: int) -> list[list[str]]:
         """The commands that do the same: one for each checkpoint."""
@@ -140,20 +170,12 @@ class Handlers(NamedTuple):
         return shown, table_html(aggregates_table(groups))
 
 
-def held_out(run: Path, split: str, num_tasks: int) -> HeldOut:
-    """Returns after adaptation of a run's kept checkpoints on the same held-out tasks.
+def play(path: Path, split: str, num_tasks: int) -> Row:
+    """Of a checkpoint: environment steps, mean return after adaptation on held-out tasks, and the mean's interval.
 
     Raises:
-        ValueError: a checkpoint is damaged or cannot play; one sentence.
+        ValueError: it is damaged or cannot play; one sentence.
     """
-    stamps = [(path, (path / MANIFEST).lstat().st_mtime_ns) for path in checkpoints(run)]
-    rows = np.array([_measured(path, stamp, split, num_tasks) for path, stamp in stamps], float)
-    return HeldOut(*rows.T)
-
-
-@functools.lru_cache(maxsize=256)
-def _measured(path: Path, stamp: int, split: str, num_tasks: int) -> tuple[float, ...]:
-    """Of a checkpoint written at `stamp`: environment steps, mean return after adaptation, and the mean's interval."""
     checkpoint = load_checkpoint(path)
     TrainConfig.from_checkpoint(checkpoint.config)
     report = evaluate_checkpoint(path, split=split, num_tasks=num_tasks).summary()

@@ -329,11 +329,12 @@ class Learner:
         Raises:
             RuntimeError: the optimiser's or the inner step's learning rate is another one.
         """
-        outer = self.optimizer.param_groups[0]["lr"]
-        if outer != outer_lr or self.config.inner_lr != inner_lr:
+        groups = self.optimizer.param_groups
+        outer, wanted = [group["lr"] for group in groups], [outer_lr * group["share"] for group in groups]
+        if outer != wanted or self.config.inner_lr != inner_lr:
             raise RuntimeError(
                 f"The learner has outer_lr {outer} and inner_lr {self.config.inner_lr} "
-                f"instead of {outer_lr} and {inner_lr}."
+                f"instead of {wanted} and {inner_lr}."
             )
 
     def close(self) -> None:

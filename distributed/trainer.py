@@ -158,7 +158,10 @@ class MetaTrainer(tune.Trainable):
         stages, collected = learner.collect(collector, experience.episodes, watch)
         with watch("update"):
             if self.meta_iteration < self.imitations:
-                stages[-1] = stages[-1].imitating(self._demonstrations(collected[-1]))
+                stages = [
+                    stage.imitating(self._demonstrations(number, collected[number]))
+                    for number, stage in enumerate(stages)
+                ]
             statistics = learner.update(
                 stages,
                 progress=min(self.meta_iteration / experience.iterations, 1.0),
@@ -175,12 +178,11 @@ class MetaTrainer(tune.Trainable):
         """How many iterations at first imitate a baseline policy."""
         return self.train_config.meta.imitate_iterations if self.train_config.meta.imitate else 0
 
-    def _demonstrations(self, rollouts: Rollouts) -> Array:
+    def _demonstrations(self, stage: int, rollouts: Rollouts) -> Array:
         """What the baseline policy that is imitated would have done at each step, of the shape of the actions."""
         experience = self.train_config.experience
-        nodes = [
-            seed_for(experience.seed, Branch.DEMONSTRATIONS, self.meta_iteration, i) for i in range(rollouts.num_tasks)
-        ]
+        path = (Branch.DEMONSTRATIONS, self.meta_iteration, stage)
+        nodes = [seed_for(experience.seed, *path, task) for task in range(rollouts.num_tasks)]
         generators = [np.random.default_rng(node) for node in nodes]
         trials = Trials(
             self.distribution, rollouts.tasks, rollouts.valid.shape[2], experience.trial_episodes, generators

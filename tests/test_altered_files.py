@@ -26,6 +26,7 @@ from ssm_metarl.app import evolution_tab, pretrained_tab, training_tab
 from ssm_metarl.app.workspace import Workspace
 from ssm_metarl.cli.plots import has_lineage, plot_evolution, plot_run
 from ssm_metarl.cli.population import decisions_table, population_view
+from ssm_metarl.config import SINCE
 from ssm_metarl.distributed.schedule import Schedule
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
@@ -112,7 +113,7 @@ def load(runs: Path, trainer: MetaTrainer) -> None:
         stored = safetensors.numpy.load((folder / f"{name}.safetensors").read_bytes())
         assert {key: each.tobytes() for key, each in arrays.items()} == {k: v.tobytes() for k, v in stored.items()}
     read = TrainConfig.from_checkpoint(found.config).to_dict()
-    assert same_json(read, config["train"]), "an option is not what the file says"
+    assert same_json(read, {**SINCE, **config["train"]}), "an option is not what the file says"
     assert same_json(found.spec.to_dict(), config["policy"]), "a size is not what the file says"
     player = player_of(found)
     assert player.trial_episodes == config["train"]["trial_episodes"]

@@ -68,23 +68,28 @@ def holders(name: str) -> dict[str, int]:
 
 
 def run_train(folder: Path, num_workers: int = 3, num_learners: int = 0) -> dict[str, Any]:
-    """Workers and learners over three nodes; the second node is killed after two iterations."""
+    """Workers and learners over three nodes; as soon as two nodes hold some, a node that does is killed."""
     cluster, nodes = cluster_of(2, 2, 2)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    held: dict[str, int] = {}
-    lost: list[int] = []
+    answer: dict[str, Any] = {}
 
-    def kill(_: object) -> None:
-        held.update(Counter(holders("RolloutWorker")) + Counter(holders("LearnerActor")))
-        lost.append(held[nodes[0].node_id])
-        cluster.remove_node(nodes[0], allow_graceful=False)
+    def kill_once(metrics: dict[str, Any]) -> None:
+        """Between two iterations, once workers have started; they start beside the first iterations."""
+        time.sleep(0.05)
+        if answer or metrics["iteration"] < 2:
+            return
+        held: Counter[str] = Counter()
+        while len(held) < 2 or not holders("RolloutWorker"):
+            time.sleep(0.05)
+            held = Counter(holders("RolloutWorker")) + Counter(holders("LearnerActor"))
+        lost = next(node for node in nodes if node.node_id in held)
+        answer.update(spread=sorted(held.values()), lost=held[lost.node_id])
+        cluster.remove_node(lost, allow_graceful=False)
 
-    when(lambda: len(lines(folder / "metrics.jsonl")) >= 2, kill).join(0)
     config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, learner_threads=1)
     config = config.replace(num_workers=num_workers, num_learners=num_learners)
-    train(config, folder, on_iteration=lambda metrics: time.sleep(0.05))
-    alive = sum(node["Alive"] for node in ray.nodes())
-    return {"spread": sorted(held.values()), "lost": lost, "alive": alive}
+    train(config, folder, on_iteration=kill_once)
+    return {**answer, "alive": sum(node["Alive"] for node in ray.nodes())}
 
 
 def run_learners(folder: Path) -> dict[str, Any]:

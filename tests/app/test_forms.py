@@ -190,20 +190,24 @@ def test_runs_that_differ_in_their_seed_alone_are_a_group(workspace: Workspace) 
 
 def test_runs_are_measured_on_held_out_tasks(workspace: Workspace) -> None:
     do = comparison_tab.Handlers(workspace)
-    shown, table, button = do.show(["one", "two"])
+    shown, table, button = do.show(["one", "two"], "test", 5)
     assert "<img" in shown
     assert "held-out" not in table
     assert button["interactive"]
-    shown, table = do.measure(["one", "two"], "test", 5)
-    assert "held-out mean" in table
-    found = comparison_tab.held_out(workspace.folder("one"), "test", 5)
+    do.measure(["one", "two"], "test", 5)
+    assert "held-out mean" in do.show(["one", "two"], "test", 5)[1]
+    assert "held-out" not in do.show(["one", "two"], "test", 6)[1]
+    assert "held-out" not in do.show(["one", "two"], "train", 5)[1]
+    (curve,) = do.curves(["one"])
+    found = do.with_held_out(curve, "test", 5).held_out
+    assert found is not None
     assert list(found.steps) == sorted(found.steps)
     assert len(found.mean) == len(do.command(["one"], "test", 5)) == 2
     assert (found.low < found.mean).all()
-    assert do.show([])[0] == comparison_tab.NO_RUNS
-    refused, _, button = do.show(["nothing"])
+    assert do.show([], "test", 5)[0] == comparison_tab.NO_RUNS
+    refused, _, button = do.show(["nothing"], "test", 5)
     assert "is not the folder of a run" in refused
     assert not button["interactive"]
     shutil.rmtree(workspace.folder("alone") / "checkpoint_000000")
     shutil.rmtree(workspace.folder("alone") / "checkpoint_000002")
-    assert "alone has no checkpoint yet." in do.show(["alone"])[0]
+    assert "alone has no checkpoint yet." in do.show(["alone"], "test", 5)[0]

@@ -389,7 +389,8 @@ def test_what_works_waits_in_a_queue_and_what_looks_does_not(workspace: Workspac
     queued = [fn for fn in page.fns.values() if fn.queue]
     assert {fn.name for fn in queued} >= {"assess", "adapt", "compare", "measure", "start", "stop", "go_on", "back"}
     queued = [fn for fn in queued if fn.fn]  # the others are of the browser alone
-    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in queued} == {("compute", 1), ("jobs", 1), ("look", 4)}
+    limits = {("compute", 1), ("jobs", 1), ("look", 4), ("curves", 1)}
+    assert {(fn.concurrency_id, fn.concurrency_limit) for fn in queued} == limits
     assert page._queue.max_size == server.WAITING
 
 

@@ -172,6 +172,7 @@ def test_an_update_that_is_not_finite_is_exit_code_1_and_one_sentence(
     assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", "error: The meta-gradient is not finite."]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(
     command: Command, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +268,7 @@ def until(stream: Any, beginning: str) -> list[str]:
     raise AssertionError(f"ended before {beginning!r}: {lines}")
 
 
+@pytest.mark.slow
 def test_a_resumed_bar_begins_where_the_run_is(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

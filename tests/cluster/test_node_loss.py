@@ -50,7 +50,7 @@ def test_training_does_not_notice_a_lost_node(tmp_path: Path, kind: str) -> None
     answer = program(kind, tmp_path / "lost")
     assert answer["alive"] == 2
     assert len(answer["spread"]) >= 2, "workers and learners were spread"
-    assert answer["lost"][0] >= 1, "one was on the node"
+    assert answer["lost"] >= 1, "one was on the node"
     train(TrainConfig.for_task("navigation-2d", **SMALL, iterations=150), tmp_path / "quiet")
     lost, quiet = metrics(tmp_path / "lost"), metrics(tmp_path / "quiet")
     assert len(lost) == 150

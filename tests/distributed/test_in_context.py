@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.spaces import Box, Discrete
 
 from ssm_metarl.config import TrainConfig
@@ -194,6 +195,7 @@ def test_a_policy_goes_on_with_another_critic(tmp_path: Path) -> None:
 # --- Imitation --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_policy_that_imitates_comes_to_play_as_the_player() -> None:
     """Twelve iterations, then reward alone: from there on nothing is demonstrated."""
     options = {"task_options": {"arms": 3, "pulls": 20}, "meta_batch": 60, "iterations": 16, "learner_threads": 1}
@@ -206,6 +208,29 @@ def test_a_policy_that_imitates_comes_to_play_as_the_player() -> None:
     assert found[12]["return_after"] > 10.0 + 0.7 * (player - 10.0)
     # The negative log-likelihood of three equal chances, and then of what is nearly always right.
     assert found[0]["loss"] - found[11]["loss"] > 0.4
+    trainer.stop()
+
+
+def test_every_stage_that_counts_imitates(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {
+        "task_options": {"arms": 3, "pulls": 6},
+        "algorithm": "promp",
+        "inner_steps": 1,
+        "step_weights": (1.0, 1.0),
+    }
+    config = TrainConfig.for_task("bandit", **options, imitate="index", imitate_iterations=1, meta_batch=4, episodes=2)
+    trainer, shown = MetaTrainer.of_run(config), list[list[bool]]()
+    update = trainer.learner.update
+
+    def seen(stages: Any, **how: Any) -> Any:
+        of_stages = [torch.cat([batch.demonstrated for batch in stage.batches]) for stage in stages if stage.imitates]
+        shown.append([demonstrated.shape == (4, 6, 2) for demonstrated in of_stages])
+        return update(stages, **how)
+
+    monkeypatch.setattr(trainer.learner, "update", seen)
+    trainer.step()
+    trainer.step()
+    assert shown == [[True, True], []]
     trainer.stop()
 
 

@@ -170,6 +170,9 @@ def test_the_memory_can_learn_at_a_rate_of_its_own() -> None:
             assert step == pytest.approx(1e-4 if name.startswith("blocks.") else 1e-3, rel=0.01)
     learner.load(learner.weights(), learner.optimizer_arrays())
     learner.check_rates(learner.config.inner_lr, 1e-3)
+    learner.optimizer.param_groups[1]["lr"] = 1e-3
+    with pytest.raises(RuntimeError, match=r"instead of \[0.001, 0.0001\]"):
+        learner.check_rates(learner.config.inner_lr, 1e-3)
 
 
 def moved(learner: Learner, stages: list[Stage]) -> float:

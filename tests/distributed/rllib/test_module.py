@@ -20,6 +20,7 @@ SPECS = {
     "normalised": make_spec(normalize_observations=True, scale_rewards=True),
     "observation": make_spec(inputs="observation", discrete=True),
     "memory slots": make_spec(num_layers=2, memory_slots=3),
+    "separate critic": make_spec(num_layers=2, memory_slots=3, separate_critic=True),
     "memoryless": make_spec(num_layers=0),
     "several integers": make_spec(discrete=True, action_size=6, action_heads=(2, 4)),
 }
