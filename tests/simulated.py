@@ -177,7 +177,8 @@ def read_policy(checkpoints: Path, name: str) -> Policy:
 
 def fingerprint(config: Mapping[str, Any]) -> int:
     """Of all options: lineages with others drift apart."""
-    learned = {**config, "sample_timeout_s": None}  # it says nothing of what is learned
+    elsewhere = ("num_learners", "min_tasks")  # these say nothing of what is learned, nor does a limit in seconds
+    learned = {name: value for name, value in config.items() if name not in elsewhere} | {"sample_timeout_s": None}
     return zlib.crc32(json.dumps(learned, sort_keys=True).encode())
 
 
