@@ -135,6 +135,7 @@ def processes(*names: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_learner_that_dies_between_iterations_and_within_one_changes_nothing() -> None:
     killed = []
 
@@ -158,7 +159,8 @@ def test_a_learner_that_dies_between_iterations_and_within_one_changes_nothing()
     assert_same_run(run, in_driver("promp"))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_task_that_cannot_be_played_is_lost_to_learners_as_to_the_driver(workers: int) -> None:
     class Faulty(FaultyNavigation):  # not of this module: it travels to the workers by value
         def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
@@ -175,9 +177,10 @@ def test_a_task_that_cannot_be_played_is_lost_to_learners_as_to_the_driver(worke
     assert_same_run(run, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "call"),
-    [("_gradient", 2), *(pytest.param(where, 5, marks=pytest.mark.slow) for where in ("batch", "_take_moments"))],
+    [("_gradient", 2), ("batch", 5), ("_take_moments", 5)],
 )
 def test_an_iteration_whose_objects_are_lost_is_repeated(where: str, call: int) -> None:
     case = "two steps, normalised"
@@ -230,6 +233,7 @@ def test_learners_and_workers_that_die_at_random_moments_change_nothing() -> Non
 # --- Overlap ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_straggler_delays_its_own_shard_alone(tmp_path: Path) -> None:
     """The first task's support ends only when the last one's query has begun."""
 
@@ -248,7 +252,8 @@ def test_a_straggler_delays_its_own_shard_alone(tmp_path: Path) -> None:
         assert_same_run(result(trainer, 1), expected)
 
 
-@pytest.mark.parametrize("learners", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("learners", [0, 1])
 def test_a_batch_is_closed_when_enough_tasks_are_there(learners: int) -> None:
     class Hanging(FaultyNavigation):
         def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:

@@ -49,7 +49,11 @@ def test_a_run_leaves_metrics_events_and_checkpoints(tmp_path: Path, without_ray
     assert result.metrics == seen[-1]
     assert result.signal is None
     assert result.checkpoint == run / "checkpoint_000005"
-    assert load_checkpoint(result.checkpoint).progress == {"iteration": 5, "env_steps": seen[-1]["env_steps"]}
+    assert load_checkpoint(result.checkpoint).progress == {
+        "iteration": 5,
+        "env_steps": seen[-1]["env_steps"],
+        "longest": 100,  # steps of an episode
+    }
     found = scalars(run)
     assert {step for _, step in found} == {1, 2, 3, 4, 5}
     for line in seen:
