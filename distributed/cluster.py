@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import ray
@@ -17,6 +18,11 @@ import ray
 from ssm_metarl.config import available_cores
 from ssm_metarl.distributed import ray_shim
 from ssm_metarl.storage.atomic import replace_file
+
+if TYPE_CHECKING:
+    from ssm_metarl.distributed.pool import Pool
+
+_log = logging.getLogger(__name__)
 
 ON_LOOPBACK = {ray_shim.CLUSTERS_VARIABLE: "0"}
 """Environment of Ray's processes that keeps all of their sockets on loopback; without it Ray takes the address of a
@@ -191,6 +197,32 @@ def auto_workers(trials: int = 1, num_learners: int = 0) -> int:
     if not ray.is_initialized():
         start_ray(0, always=True)
     return max(int(ray.available_resources().get("CPU", 0.0)) // trials - 1 - num_learners, 0)
+
+
+def processors() -> int:
+    """Of the nodes of the cluster that are alive."""
+    return int(ray.cluster_resources().get("CPU", 0.0))
+
+
+class Elastic:
+    """Workers of a pool that follow the processors of the cluster: one more for each that joins, one less for each that
+    leaves.
+
+    Called between meta-iterations. What a run computes does not depend on its workers' number.
+
+    Args:
+        pool: with one worker or more.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool, self._others = pool, processors() - pool.num_workers
+
+    def __call__(self) -> None:
+        """Look at the cluster, and have as many workers as it has room for, one at least."""
+        count = max(processors() - self._others, 1)
+        if count != self._pool.num_workers:
+            _log.warning("The cluster has %d processors: %d workers from now on.", processors(), count)
+            self._pool.resize(count)
 
 
 def check_resources(num_workers: int, num_learners: int = 0) -> None:

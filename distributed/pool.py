@@ -94,11 +94,9 @@ class Pool:
         self._put: tuple[Mapping[str, Array], Any] | None = None  # the last shared weights, their reference
         self._workers: list[WorkerHandle] = []
         self._closed = False
+        self._name, self._started = name, 0
         if num_workers:
-            from ssm_metarl.distributed.worker import WorkerHandle
-
-            names = [f"{name}/rollout-worker-{i}" for i in range(num_workers)]
-            self._workers = [WorkerHandle(worker_name, distribution, spec, trial_episodes) for worker_name in names]
+            self._start(num_workers)
         else:
             self._threads = ThreadpoolController()
         self._dispatcher = Dispatcher(self._workers, sample_timeout_s)
@@ -224,6 +222,32 @@ class Pool:
     def num_workers(self) -> int:
         """n."""
         return len(self._workers)
+
+    def resize(self, num_workers: int) -> None:
+        """Have another number of workers from the next `collect` on; those that do not run are the first to end.
+
+        Raises:
+            ValueError: the pool is closed or plays in process, or is to.
+        """
+        if not self._workers or num_workers < 1:
+            raise ValueError(f"A pool of {self.num_workers} workers cannot have {num_workers}: both must be above 0.")
+        from ssm_metarl.distributed.worker import close_workers, nodes_alive
+
+        alive = nodes_alive()
+        lost = {worker for worker in self._workers if worker.starting or worker.node not in alive}
+        kept = sorted(self._workers, key=lost.__contains__)[:num_workers]
+        close_workers([worker for worker in self._workers if worker not in kept])
+        self._workers[:] = [worker for worker in self._workers if worker in kept]
+        self._start(num_workers - len(kept))
+
+    def _start(self, count: int) -> None:
+        """Start so many more workers."""
+        from ssm_metarl.distributed.worker import WorkerHandle
+
+        form = self._distribution, self._spec, self._trial_episodes
+        for _ in range(count):
+            self._workers.append(WorkerHandle(f"{self._name}/rollout-worker-{self._started}", *form))
+            self._started += 1  # a name is not used again: the end of who had it may not have come through yet
 
     def blank(self, tasks: Sequence[Task], num_episodes: int) -> Rollouts:
         """The record of tasks that are not played."""

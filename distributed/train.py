@@ -19,7 +19,7 @@ from ssm_metarl.algorithms.registry import ALGORITHMS, META_TRAINER
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Trainer
-from ssm_metarl.distributed.cluster import start_ray
+from ssm_metarl.distributed.cluster import Elastic, start_ray
 from ssm_metarl.distributed.learner import check_device
 from ssm_metarl.distributed.loggers import LoggerName, needs_ray, open_loggers, tune_loggers
 from ssm_metarl.distributed.metrics import log_line
@@ -74,6 +74,7 @@ def train(
     schedule: str | Path | None = None,
     resume_from: str | None = None,
     loggers: Sequence[LoggerName | LoggerCallback] = ("tensorboard",),
+    elastic: bool = False,
 ) -> TrainResult:
     """Train in a folder: checkpoints, `metrics.jsonl` and TensorBoard events.
 
@@ -96,6 +97,8 @@ def train(
             it. If evolve began with a checkpoint, `start` must be the same.
         resume_from: name of the checkpoint to resume from, where the newest is damaged; later ones are set aside.
         loggers: of metrics, beside `metrics.jsonl`: names of `LOGGERS`, or loggers of Ray Tune (the run is its trial).
+        elastic: between iterations, start a worker for each processor that has joined the cluster and end one for each
+            that has left. No number of the run depends on it.
 
     Raises:
         RunInUse, StorageError: another process has the folder or the copy; the copy is of another run, or not writable.
@@ -106,6 +109,8 @@ def train(
     """
     begin, run = time.perf_counter(), Path(run_dir)
     check_device(config.machine.device)
+    if elastic and not (config.machine.num_workers and ALGORITHMS[config.meta.algorithm].trainer == META_TRAINER):
+        raise ValueError("elastic needs a meta-learning algorithm with workers: num_workers of 1 or more.")
     callbacks = tune_loggers(loggers, run)
     copy = RunCopy(run, mirror) if isinstance(mirror, str) else mirror
     result: TrainResult | None = None
@@ -129,7 +134,7 @@ def train(
             assert lock is not None
             if on_start:
                 on_start()
-            result = _train(setup, run, lock, copy, on_iteration, distribution, schedule, callbacks)
+            result = _train(setup, run, lock, copy, on_iteration, distribution, schedule, callbacks, elastic)
         finally:
             if copy and copy is not mirror:
                 copy.close(WAIT if result is not None and result.signal is None else WAIT_INTERRUPTED)
@@ -213,6 +218,7 @@ def _train(
     distribution: TaskDistribution | None,
     schedule: str | Path | None,
     callbacks: Sequence[LoggerCallback | None],
+    elastic: bool,
 ) -> TrainResult:
     """Train in a folder that is held."""
     config, plan, first, last = setup.config, setup.plan, setup.first, setup.last
@@ -224,6 +230,7 @@ def _train(
     metrics: dict[str, Any] = {}
     checkpoint = last
     try:
+        follow = Elastic(trainer.pool) if elastic and isinstance(trainer, MetaTrainer) else None
         if last:
             trainer.load_checkpoint(str(last))
         elif first and isinstance(trainer, MetaTrainer) and plan:
@@ -240,6 +247,8 @@ def _train(
                 if plan and (changes := plan.changes.get(trainer.meta_iteration)):
                     assert isinstance(trainer, MetaTrainer)
                     trainer.change(changes)
+                if follow:
+                    follow()
                 metrics = log.add(trainer.step())
                 if on_iteration:
                     on_iteration(metrics)

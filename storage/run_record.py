@@ -11,20 +11,22 @@ from typing import Any
 from ssm_metarl.storage.atomic import delete, replace_file
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.contents import BEST
-from ssm_metarl.storage.documents import CheckpointError, list_of, read_object, record, text, whole
+from ssm_metarl.storage.documents import CheckpointError, flag, list_of, read_object, record, text, whole
 from ssm_metarl.storage.run_folder import checkpoints, resolve_checkpoint
 
 RECORD = "run.json"
 """File of a run's identity and of the options that its checkpoints do not hold."""
 
 _FORM = record(
-    {"id": text}, {"iterations": whole(1), "eval_tasks": whole(1), "log": list_of(text), "copy": text}, others=True
+    {"id": text},
+    {"iterations": whole(1), "eval_tasks": whole(1), "log": list_of(text), "elastic": flag, "copy": text},
+    others=True,
 )
 
 
 def read_record(run: Path) -> dict[str, Any]:
     """What a run keeps, empty where nothing was written: "id", and where it has them "iterations", how many it is to
-    have, "eval_tasks", "log", and the place of its "copy".
+    have, "eval_tasks", "log", "elastic", and the place of its "copy".
 
     Raises:
         CheckpointError: the file is damaged.

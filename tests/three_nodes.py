@@ -1,6 +1,6 @@
 """A program of test_node_loss.py: a run on a cluster of three nodes on this machine, one of which is killed.
 
-    python three_nodes.py train|learners|evolve FOLDER ANSWER
+    python three_nodes.py train|learners|elastic|evolve FOLDER ANSWER
 
 Writes one JSON object to the file ANSWER.
 """
@@ -24,8 +24,13 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
 
 SMALL = {"meta_batch": 6, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "epochs": 1}
+ITERATIONS = 30
 # A lost node is noticed after seconds instead of a quarter of a minute.
 IMPATIENT = {"health_check_initial_delay_ms": 2000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+
+
+EXPECTED = {1: 1, 4: 3, 8: 2}
+"""Workers of an elastic run after some of its iterations."""
 
 
 def cluster_of(head_cpus: int, *node_cpus: int) -> tuple[Cluster, list[Any]]:
@@ -86,7 +91,7 @@ def run_train(folder: Path, num_workers: int = 3, num_learners: int = 0) -> dict
         answer.update(spread=sorted(held.values()), lost=held[lost.node_id])
         cluster.remove_node(lost, allow_graceful=False)
 
-    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=150, learner_threads=1)
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=ITERATIONS, learner_threads=1)
     config = config.replace(num_workers=num_workers, num_learners=num_learners)
     train(config, folder, on_iteration=kill_once)
     return {**answer, "alive": sum(node["Alive"] for node in ray.nodes())}
@@ -95,6 +100,35 @@ def run_train(folder: Path, num_workers: int = 3, num_learners: int = 0) -> dict
 def run_learners(folder: Path) -> dict[str, Any]:
     """The same with as many of each kind as the two nodes that stay have room for."""
     return run_train(folder, num_workers=1, num_learners=2)
+
+
+def run_elastic(folder: Path) -> dict[str, Any]:
+    """A worker on the head; two nodes with a processor each join, and one of them is killed."""
+    cluster, _ = cluster_of(2)
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    workers: dict[int, int] = {}
+
+    def have(processors: int) -> None:
+        while ray.cluster_resources().get("CPU") != processors:
+            time.sleep(0.05)
+
+    def change(metrics: dict[str, Any]) -> None:
+        number = metrics["iteration"]
+        if number == 2:
+            joined.extend(cluster.add_node(num_cpus=1) for _ in range(2))
+            have(4)
+        if number == 6:
+            cluster.remove_node(joined[0], allow_graceful=False)
+            have(3)
+        if number in EXPECTED:  # they start beside an iteration, and what was killed is noticed a moment later
+            while sum(holders("RolloutWorker").values()) != EXPECTED[number]:
+                time.sleep(0.05)
+            workers[number] = EXPECTED[number]
+
+    joined: list[Any] = []
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=10, learner_threads=1, num_workers=1)
+    train(config, folder, on_iteration=change, elastic=True)
+    return {"workers": workers}
 
 
 def run_evolve(folder: Path) -> dict[str, Any]:
@@ -121,7 +155,7 @@ def run_evolve(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run = {"train": run_train, "learners": run_learners, "evolve": run_evolve}[sys.argv[1]]
+    run = {"train": run_train, "learners": run_learners, "elastic": run_elastic, "evolve": run_evolve}[sys.argv[1]]
     answer = run(Path(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(answer))
     ray.shutdown()  # before the cluster ends, with which Ray would end this process

@@ -87,6 +87,8 @@ class Train(Run):
             before the iterations that it names, which reproduces evolve's incumbent without a population.
         resume_from: the checkpoint of the run to resume from, such as checkpoint_000120, where the newest is damaged;
             later ones are set aside.
+        elastic: between iterations, start a worker for each processor that has joined the cluster and end one for each
+            that has left; the run's numbers do not depend on it.
     """
 
     eval_tasks: int = 40
@@ -94,6 +96,7 @@ class Train(Run):
     seeds: tuple[int, ...] = ()
     schedule: Folder | None = None
     resume_from: str | None = None
+    elastic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,7 +164,7 @@ _FOLDERS = {
 def _of_training(run: Path, name: str | None) -> dict[str, Any]:
     """Options of a run of train, as its checkpoint to resume from has them."""
     config = TrainConfig.from_checkpoint(load_checkpoint(checkpoint_to_resume(run, name)).config)
-    kept = {name: value for name, value in read_record(run).items() if name in ("eval_tasks", "log")}
+    kept = {name: value for name, value in read_record(run).items() if name in ("eval_tasks", "log", "elastic")}
     return {**config.to_dict(), **kept}
 
 

@@ -93,6 +93,8 @@ def run_train(options: Train) -> int:
         options.config.family()
         if is_uri(options.storage):
             raise ValueError("Runs of --seeds are not copied: --storage must be a folder.")
+        if options.elastic:
+            raise ValueError("Runs of --seeds share this machine's processors: --elastic is for a run alone.")
         return run_seeds(options, Path(options.run_dir or Path(options.storage) / name))
     config = checked_config(options, trials=1)
     run_dir, mirror = run_place(options, name)
@@ -118,7 +120,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
 
         def begin() -> None:
             held.enter_context(hold(run_dir))  # until the evaluation is written
-            write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log))
+            write_record(run_dir, eval_tasks=options.eval_tasks, log=list(options.log), elastic=options.elastic)
             if not options.resume:
                 save_options(run_dir / CONFIG, "train", kept_options(options))
             say(f"Run folder: {run_dir}")
@@ -151,6 +153,7 @@ def _run_train(options: Train, config: TrainConfig, run_dir: Path, copy: RunCopy
             schedule=options.schedule,
             resume_from=options.resume_from,
             loggers=options.log,
+            elastic=options.elastic,
         )
     summary: dict[str, Any] = {
         "run_dir": str(run_dir),

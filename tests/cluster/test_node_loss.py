@@ -16,7 +16,7 @@ from ssm_metarl.distributed.train import train
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
 from ssm_metarl.tuning.store import RunStore, read_state
-from three_nodes import SMALL
+from three_nodes import EXPECTED, ITERATIONS, SMALL
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
@@ -51,10 +51,17 @@ def test_training_does_not_notice_a_lost_node(tmp_path: Path, kind: str) -> None
     assert answer["alive"] == 2
     assert len(answer["spread"]) >= 2, "workers and learners were spread"
     assert answer["lost"] >= 1, "one was on the node"
-    train(TrainConfig.for_task("navigation-2d", **SMALL, iterations=150), tmp_path / "quiet")
+    train(TrainConfig.for_task("navigation-2d", **SMALL, iterations=ITERATIONS), tmp_path / "quiet")
     lost, quiet = metrics(tmp_path / "lost"), metrics(tmp_path / "quiet")
-    assert len(lost) == 150
+    assert len(lost) == ITERATIONS
     assert lost == quiet
+
+
+def test_an_elastic_run_takes_the_processors_that_there_are(tmp_path: Path) -> None:
+    answer = program("elastic", tmp_path / "elastic")
+    assert answer["workers"] == {str(iteration): workers for iteration, workers in EXPECTED.items()}
+    train(TrainConfig.for_task("navigation-2d", **SMALL, iterations=10), tmp_path / "quiet")
+    assert metrics(tmp_path / "elastic") == metrics(tmp_path / "quiet")
 
 
 def test_self_improvement_survives_the_node_of_a_member(tmp_path: Path) -> None:

@@ -196,6 +196,22 @@ def test_workers_are_named_and_gone_after_close(ray_session: None) -> None:
             collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 1))
 
 
+def test_a_pool_of_another_size_brings_the_same_experience(ray_session: None) -> None:
+    weights, tasks = shared_weights(NAVIGATION), draw(FAULTY, 4)
+    expected = in_process(FAULTY, NAVIGATION, weights, tasks)
+    with Pool(FAULTY, NAVIGATION, num_workers=1, name="run/trial/resized") as pool:
+        (first,) = pool.processes()
+        for count in (3, 1):
+            pool.resize(count)
+            assert pool.num_workers == len(set(pool.processes())) == count
+            assert first in pool.processes(), "what runs stays"
+            assert_equal(collect(pool, weights, tasks), expected)
+        with pytest.raises(ValueError, match="A pool of 1 workers cannot have 0"):
+            pool.resize(0)
+    with Pool(FAULTY, NAVIGATION, num_workers=0) as pool, pytest.raises(ValueError, match="A pool of 0 workers"):
+        pool.resize(1)
+
+
 def test_workers_stay_inside_their_owners_placement_group(ray_session: None) -> None:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
