@@ -89,11 +89,11 @@ def simulated(learners: int, tasks: int, repetitions: int) -> dict[str, float]:
             return os.getpid()
 
         def gradient(self, *arguments: Any) -> tuple[Any, ...]:
-            _, _, _, place, weights, *_ = arguments
+            _, place, weights, keep, *_ = arguments
             time.sleep(SLEEP * sum(map(len, weights)))
             losses = [ShardLoss(w, w, w, 0.0, 0.0) for w in weights]
             nodes = tree_nodes(place[0], place[1], place[1] + len(weights))
-            return losses, Kept.of(dict.fromkeys(nodes, self._gradient)), *[Kept((), b"")] * len(weights)
+            return losses, Kept.of(dict.fromkeys(nodes, self._gradient)), *[Kept((), b"")] * keep * len(weights)
 
         def add(self, shards: int, *partial: Any) -> list[Array]:
             return [sum(arrays) for arrays in zip(*(value for each in partial for value in each.value.values()))]

@@ -44,11 +44,13 @@ class Options:
         iterations: measured, after one that is not.
         num_workers: Ray actors that collect rollouts.
         learner_threads: threads of the learner.
+        device: where the learner computes, such as "cuda".
     """
 
     iterations: int = 7
     num_workers: int = 2
     learner_threads: int = 2
+    device: str = "cpu"
 
 
 def step(trainer: MetaTrainer, initial: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,7 +77,8 @@ def figures(trainer: MetaTrainer, iterations: list[dict[str, Any]]) -> dict[str,
 
 
 def main(options: Options) -> None:
-    learning = {**LEARNING, "num_workers": options.num_workers, "learner_threads": options.learner_threads}
+    machine = {"num_workers": options.num_workers, "learner_threads": options.learner_threads, "device": options.device}
+    learning = {**LEARNING, **machine}
     configs = {
         "small": TrainConfig.for_task(TASK, **{**learning, **asdict(SMALL)}),
         "default": TrainConfig.for_task(TASK, **learning),

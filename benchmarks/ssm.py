@@ -10,6 +10,8 @@ How many times faster the block is (above 1: faster), by key:
     second_order_vs_batched_gru              the same, against a GRU written by hand for weights a task
     gradient_norm_second_order_vs_gru        gradient of the gradient's squared norm, 100 steps of 400
 
+With `--device cuda`, forward and backward alone, of thousands of sequences against cuDNN's layers.
+
 In the meta-gradient the block runs tasks batched along their axis, in shards, as the learner does; nn.GRU
 counts with the faster of a loop over tasks and torch.func.vmap, where that works.
 """
@@ -51,9 +53,13 @@ class Options:
 
     Attributes:
         repetitions: measured turns.
+        device: another than the CPU, such as "cuda", on which `sequences` are compared and nothing else.
+        sequences: there, how many at once.
     """
 
     repetitions: int = 7
+    device: str = "cpu"
+    sequences: tuple[int, ...] = (1024, 4096, 16384, 65536)
 
 
 def forward_backward(layer: nn.Module, steps: int, sequences: int) -> Callable[[], object]:
@@ -191,7 +197,47 @@ def fastest(times: Seconds, prefix: str) -> str:
     return min((name for name in times if name.startswith(prefix)), key=lambda name: times[name]["median"])
 
 
+def on_device(options: Options) -> None:
+    """Compare layers on a device, by the number of sequences."""
+    device = torch.device(options.device)
+    layers: dict[str, nn.Module] = {
+        "block": SSMBlock(WIDTH, WIDTH, True, torch.Generator().manual_seed(0)),
+        "block with 16 slots": SSMBlock(WIDTH, WIDTH, True, torch.Generator().manual_seed(0), slots=16),
+        "nn.LSTM": nn.LSTM(WIDTH, WIDTH),
+        "nn.GRU": nn.GRU(WIDTH, WIDTH),
+    }
+    steps, _ = SHAPES[""]
+
+    def finished(layer: nn.Module, sequences: int) -> Callable[[], object]:
+        with device:
+            work = forward_backward(layer.to(device), steps, sequences)
+
+        def until_done() -> None:
+            work()
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+
+        return until_done
+
+    rows = []
+    for sequences in options.sequences:
+        log(f"{sequences} sequences …")
+        times = timings({name: finished(layer, sequences) for name, layer in layers.items()}, options.repetitions)
+        cells = [1000 * times[name]["median"] for name in layers]
+        rows.append({"name": f"{sequences:,} sequences", "cells": [*cells, *(peer / cells[0] for peer in cells[2:])]})
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    table = {
+        "title": f"A block and cuDNN's layers on {card}",
+        "columns": [*(f"{name}, ms" for name in layers), "nn.LSTM by block", "nn.GRU by block"],
+        "rows": rows,
+        "notes": [f"Forward and backward of {steps} steps, width and state {WIDTH}."],
+    }
+    report("ssm-device", table)
+
+
 def main(options: Options) -> None:
+    if options.device != "cpu":
+        return on_device(options)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     block = SSMBlock(WIDTH, WIDTH, True, torch.Generator().manual_seed(0))

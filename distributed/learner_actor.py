@@ -85,27 +85,27 @@ class LearnerActor:
 
     def gradient(
         self,
-        config: MetaConfig,
-        meta: Mapping[str, Array],
-        moments: Sequence[tuple[float, float] | None],
+        shared: tuple[MetaConfig, Mapping[str, Array], Sequence[tuple[float, float] | None]],
         place: tuple[int, int],
         task_weights: Sequence[Array],
+        keep: bool,
         *values: Kept,
     ) -> tuple[Any, ...]:
         """The `meta_gradient` of consecutive shards of a minibatch, added up as far as these go.
 
         Args:
-            config: of the objective.
-            meta: the meta-parameters, with the normaliser.
-            moments: of the S+1 stages, see `standardized`.
+            shared: config of the objective; the meta-parameters, with the normaliser; and of the S+1 stages the
+                moments, see `standardized`.
             place: number of the minibatch's shards, and of the first one of these.
             task_weights: of each shard's tasks.
+            keep: answer the references, too.
             values: the S+1 batches of each shard, shard by shard; and the shards' references, unless they are their
                 own.
 
         Returns:
-            The shards' losses; their gradients, `PartialSums`; and each shard's reference.
+            The shards' losses; their gradients, `PartialSums`; and where they are kept, each shard's reference.
         """
+        config, meta, moments = shared
         set_normalizer(self._policy, meta)
         names = [name for name, _ in self._policy.named_parameters()]
         parameters = {name: value.requires_grad_() for name, value in self._tensors(meta).items() if name in names}
@@ -122,7 +122,8 @@ class LearnerActor:
             own_weight = torch.as_tensor(weight, device=self._device)
             gradient, loss, reference = meta_gradient(self._policy, parameters, batches, config, own_weight, reference)
             losses.append(loss)
-            references.append(Kept.of([each.cpu().numpy() for each in reference]))
+            if keep:
+                references.append(Kept.of([each.cpu().numpy() for each in reference]))
             leaves[place[1] + i, place[1] + i + 1] = [None if g is None else g.cpu().numpy() for g in gradient]
         nodes = tree_nodes(place[0], place[1], place[1] + count)
         sums = {node: tree_total(place[0], leaves, added, node) for node in nodes}

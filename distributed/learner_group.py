@@ -152,7 +152,7 @@ class LearnerGroup(Learner):
     ) -> tuple[Gradient, list[ShardLoss]]:
         shards, moments = stages[0].shards, [stage.moments for stage in stages]
         weights = task_weights(shards, part, complete)
-        meta = ray.put(self.weights())
+        shared = ray.put((config, self.weights(), moments))  # once for all
         losses, sums, owners = [], [], []
         for owner, places in groupby(range(len(part)), lambda place: self._owner_number(part[place], len(shards))):
             own = list(places)
@@ -160,8 +160,8 @@ class LearnerGroup(Learner):
             values += [references[part[place]] for place in own if part[place] in references]
             found = (
                 self._actors[owner]
-                .gradient.options(num_returns=2 + len(own))
-                .remote(config, meta, moments, (len(part), own[0]), [weights[place] for place in own], *values)
+                .gradient.options(num_returns=2 + keep * len(own))
+                .remote(shared, (len(part), own[0]), [weights[place] for place in own], keep, *values)
             )
             losses.append(found[0])
             sums.append(found[1])

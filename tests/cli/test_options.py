@@ -42,7 +42,10 @@ def written(folder: Path) -> dict[str, int]:
         ("--algorithm policy-gradient --inner-steps 1", "inner_steps must be 0 for policy-gradient, not 1."),
         ("--algorithm policy-gradient --scale-rewards", "policy-gradient keeps the normaliser of the checkpoint"),
         ("evolve --algorithm policy-gradient", "algorithm cannot be policy-gradient, which only train runs."),
-        ("--elastic --num-workers 0", "elastic needs a meta-learning algorithm with workers: num_workers of 1 or more."),
+        (
+            "--elastic --num-workers 0",
+            "elastic needs a meta-learning algorithm with workers: num_workers of 1 or more.",
+        ),
         ("--elastic --seeds 0 1", "--elastic is for a run alone."),
         ("--from absent", "absent is neither a checkpoint nor a run"),
         ("--from {run} --hidden-dim 24", "its policy has hidden_dim 16 instead of 24."),
