@@ -112,6 +112,12 @@ class Learner:
         self._blas = ThreadpoolController()
         self._run = ShardThreads(spec, self.device, machine.learner_threads if self.device.type == "cpu" else 1)
 
+    def use_threads(self, count: int) -> None:
+        """Compute on so many threads from now on, where that is on a CPU; results do not depend on it."""
+        if self.device.type == "cpu" and count != len(self._run.modules):
+            self._run = ShardThreads(self.policy.spec, self.device, count)
+            self._normalize({name: buffer.numpy() for name, buffer in self.policy.named_buffers()})
+
     def observe(self, rollouts: Sequence[Any]) -> None:
         """Take an iteration's rollouts into the running moments, with which the next one is normalised."""
         for each in rollouts:

@@ -22,6 +22,12 @@ class _Mailbox:
         self._notes: list[str] = []
         self._closed = False
         self._news = asyncio.Condition()
+        self._places: dict[int, tuple[str, float, float]] = {}
+        self._waiting: dict[int, int] = {}  # members, and the numbers of their last assignments
+
+    async def place(self, member: int, node: str, own: float, others: float) -> None:
+        """Know the node of a member, its trainer's processors, and those of its workers and learners."""
+        self._places[member] = node, own, others
 
     async def put(self, assignments: dict[int, dict[str, Any]]) -> None:
         """Replace all assignments: a member without one waits, also where its process was started again."""
@@ -36,14 +42,25 @@ class _Mailbox:
             self._news.notify_all()
 
     async def next(self, member: int, after: int) -> dict[str, Any] | None:
-        """A member's assignment with a number above `after`, or None at the end of the run."""
-
-        def is_there() -> bool:
-            return self._closed or self._assignments.get(member, {"number": -1})["number"] > after
-
+        """A member's assignment with a number above `after` and its "threads", or None at the end of the run."""
         async with self._news:
-            await self._news.wait_for(is_there)
-        return None if self._closed else self._assignments[member]
+            self._waiting[member] = after
+            await self._news.wait_for(lambda: self._closed or self._is_new(member, after))
+            del self._waiting[member]
+        return None if self._closed else {**self._assignments[member], "threads": self._threads(member)}
+
+    def _is_new(self, member: int, after: int) -> bool:
+        return bool(self._assignments.get(member, {"number": -1})["number"] > after)
+
+    def _threads(self, member: int) -> int:
+        """The processors of a member's trainer, and its part of those of the members on its node that have no work."""
+        if member not in self._places:
+            return 1
+        node, own, _ = self._places[member]
+        here = {other: place for other, place in self._places.items() if place[0] == node}
+        idle = [other for other in here if other in self._waiting and not self._is_new(other, self._waiting[other])]
+        spare = sum(sum(here[other][1:]) for other in idle)
+        return max(1, int(own + spare / (len(here) - len(idle)) + 0.01))  # shares of a processor are rounded down
 
     async def offer(self, key: str, rollouts: list[Any]) -> None:
         """Keep a reference to rollouts; it takes the place of the one before."""
@@ -114,10 +131,15 @@ class _Teller(logging.Handler):
         self._actor.tell.remote(f"member {self._member}: {record.getMessage()}")
 
 
-def connect(exchange: Any, member: int) -> Any:
+def connect(exchange: Any, member: int, processors: Sequence[float] = (1.0,)) -> Any:
     """The exchange that a config names: the actor of that name, or the object itself.
 
     What this process logs goes to an actor, too, for the terminal of the run.
+
+    Args:
+        exchange: a name or an object.
+        member: who asks.
+        processors: of its trainer, and of each of its workers and learners.
     """
     if not isinstance(exchange, str):
         return exchange
@@ -126,4 +148,5 @@ def connect(exchange: Any, member: int) -> Any:
     for handler in [handler for handler in log.handlers if isinstance(handler, _Teller)]:
         log.removeHandler(handler)
     log.addHandler(_Teller(member, actor))
+    actor.place.remote(member, ray.get_runtime_context().get_node_id(), processors[0], sum(processors[1:]))
     return RayExchange(actor)

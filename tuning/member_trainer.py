@@ -61,7 +61,9 @@ class MemberTrainer(MetaTrainer):
         self.member = int(config["member"])
         self._archive, self._reach = str(config["archive"]), int(config["mean_iterations"])
         self._constants = {**config["machine"], "task_distribution": config.get("task_distribution")}
-        self._exchange: Exchange = connect(config["exchange"], self.member)
+        machine, share = config["machine"], config.get("share", 1.0)
+        processors = [share] * (1 + machine.get("num_workers", 0) + machine.get("num_learners", 0))
+        self._exchange: Exchange = connect(config["exchange"], self.member, processors)
         self._held: tuple[str | None, dict[str, Any]] | None = None
         self._done = 0
         self._built = False
@@ -92,6 +94,8 @@ class MemberTrainer(MetaTrainer):
         begin, self._report = time.perf_counter(), Report(number=assignment.number)
         try:
             self._take_up(assignment)
+            if assignment.threads is not None:
+                self.learner.use_threads(assignment.threads)
             while True:
                 self._count("resizing", begin)
                 if self._done < assignment.iterations:

@@ -116,6 +116,16 @@ def assert_same_checkpoint(population: Members, one: str, other: str) -> None:
         assert first.config == second.config
 
 
+def test_a_member_takes_threads_of_idle_ones(population: Members) -> None:
+    one, two = population.member(), population.member()
+    given = {"iterations": 2, "seed": 1, "plays": [Play(policy="last", split="validation", tasks=2)]}
+    alone = population.play(one, options(), None, checkpoint="alone", threads=1, **given)
+    helped = population.play(two, options(), None, checkpoint="helped", threads=3, **given)
+    assert [len(member.learner._run.modules) for member in (one, two)] == [1, 3]
+    assert_same_reports(alone, helped)
+    assert_same_checkpoint(population, "alone", "helped")
+
+
 # --- Training ---------------------------------------------------------------------------------------------
 
 
