@@ -232,7 +232,7 @@ def results(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations
         answer = subprocess.run(
             [sys.executable, __file__, json.dumps(job)], stdout=subprocess.PIPE, text=True, check=True
         )
-        done[key(job)] = json.loads(answer.stdout.splitlines()[-1])
+        done[key(job)] = json.loads(next(line for line in answer.stdout.splitlines() if line.startswith("{")))
         log(json.dumps(done[key(job)]))
         with out.open("a") as file:
             file.write(json.dumps({"what": job, "result": done[key(job)]}) + "\n")
