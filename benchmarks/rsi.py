@@ -485,7 +485,10 @@ def compared(options: Options) -> dict[str, Any]:
     for method in methods:
         done = {job: results[job.key] for job in plan if job.method == method and job.key in results}
         cells = [_mean([each["returns"][-1] for job, each in done.items() if job.family == name]) for name in families]
-        scores = [float(np.mean(each["normalised"])) for each in done.values()]
+        scores = [
+            [float(np.mean(each["normalised"])) for job, each in done.items() if job.family == name]
+            for name in families
+        ]
         rows.append({"name": method, "cells": [*cells, _interquartile(scores)]})
         costs[method] = {
             key: round(float(np.mean([each[key] for each in done.values()])), 3)
@@ -494,8 +497,9 @@ def compared(options: Options) -> dict[str, Any]:
         }
     each = {key: {"return": found["returns"][-1], "path": found.get("path", [])} for key, found in results.items()}
     columns = [f"{name} ({steps_of(options.show, name) / 1e6:g} M steps)" for name in families]
+    ahead = [apart(rows[0], other) for other in rows[1:]] if options.show == "random-starts" else []
     return {
-        "goals": goals_of(options, results),
+        "goals": goals_of(options, results) + [goal for goal in ahead if goal],
         "title": TITLES[options.show],
         "seeds": list(options.starts),
         "columns": [*columns, "all, normalised (IQM)"],
@@ -510,14 +514,35 @@ def _mean(values: list[float]) -> dict[str, float | None] | None:
     return interval_values(*confidence_interval(np.array(values))) if values else None
 
 
-def _interquartile(values: list[float]) -> dict[str, float | None] | None:
-    """Interquartile mean over runs with a bootstrap interval over runs."""
-    if not values:
+def _interquartile(families: Sequence[Sequence[float]]) -> dict[str, float | None] | None:
+    """Interquartile mean over all runs; for its interval runs are drawn anew within each family (Agarwal et al. 2021,
+    arXiv 2108.13264)."""
+    scores, rng = [np.array(each) for each in families if each], np.random.default_rng(0)
+    if not scores:
         return None
-    scores, rng = np.array(values)[:, None], np.random.default_rng(0)
-    drawn = [interquartile_mean(scores[rng.integers(len(scores), size=len(scores))]) for _ in range(2000)]
-    value = interquartile_mean(scores)
-    return interval_values(value, *percentile_interval(np.array(drawn), value, max(len(scores), 2)))
+    drawn = [
+        interquartile_mean(np.concatenate([rng.choice(each, len(each)) for each in scores])[:, None])
+        for _ in range(2000)
+    ]
+    value = interquartile_mean(np.concatenate(scores)[:, None])
+    return interval_values(value, *percentile_interval(np.array(drawn), value, max(2, *map(len, scores))))
+
+
+def apart(row: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The goal that the aggregate of a row lies above that of another with disjoint intervals."""
+    (*_, own), (*_, theirs) = row["cells"], other["cells"]
+    if own is None or theirs is None:
+        return None
+    met = own["ci_low"] is not None and theirs["ci_high"] is not None and own["ci_low"] > theirs["ci_high"]
+    name = f"`{row['name']}`, apart from `{other['name']}`"
+    return {
+        "row": name,
+        "column": "all, normalised (IQM)",
+        "bound": theirs["ci_high"],
+        "most": False,
+        **own,
+        "met": met,
+    }
 
 
 class Sleeping:
