@@ -1,6 +1,8 @@
 """What a group of learners costs and saves: the jobs of `scaling.py --show learners`, each a process of its own.
 
 - `update`: meta-iterations of `navigation-2d` with the options that train it, with so many learners of one thread.
+- `bound`: what two learners could save at best here: two trainings of half as many tasks that know nothing of each
+  other, beside each other and one after the other. Cores share caches and memory.
 - `simulated`: an Adam step on learners that sleep `SLEEP` seconds a task instead of computing: what messages, sums and
   waiting add to the ideal, in which a learner sleeps for its tasks and nothing else. A task is a shard.
 - `driver`: processor, memory and messages of the driver of such meta-iterations. Bytes are those of what it puts into
@@ -10,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -73,6 +76,34 @@ def update(learners: int, tasks: int, iterations: int) -> dict[str, float]:
     finally:
         trainer.stop()
     return {phase: statistics.median(seconds[phase] for seconds in measured[1:]) for phase in measured[0]}
+
+
+def half(tasks: int, iterations: int, answer: Any) -> None:
+    """Median seconds of the update of a training in one thread, put into a queue."""
+    config = TrainConfig.for_task(TASK, meta_batch=tasks // 2, learner_threads=1, device="cpu")
+    trainer = MetaTrainer(config.to_dict())
+    initial, measured = trainer.learner.weights(), []
+    for _ in range(1 + iterations):
+        trainer.learner.load(initial, {})
+        measured.append(trainer.step()["seconds"]["update"])
+    trainer.stop()
+    answer.put(statistics.median(measured[1:]))
+
+
+def bound(learners: int, tasks: int, iterations: int) -> dict[str, float]:
+    """Seconds of one such training alone and beside another, in turns, and the ratio with which two would share."""
+    context = multiprocessing.get_context("spawn")
+    seconds: dict[int, list[float]] = {1: [], learners: []}
+    for count in (1, learners, 1, learners):
+        answers = context.Queue()
+        processes = [context.Process(target=half, args=(tasks, iterations, answers)) for _ in range(count)]
+        for process in processes:
+            process.start()
+        seconds[count] += [answers.get() for _ in processes]
+        for process in processes:
+            process.join()
+    alone, beside = (statistics.mean(each) for each in seconds.values())
+    return {"alone": alone, "beside": beside, "share": beside / alone / learners}
 
 
 # --- Learners that sleep ------------------------------------------------------------------------------------
@@ -200,7 +231,7 @@ def driver(learners: int, workers: int, tasks: int, iterations: int) -> dict[str
 
 # --- All of them --------------------------------------------------------------------------------------------
 
-JOBS = {"update": update, "simulated": simulated, "driver": driver}
+JOBS = {"update": update, "bound": bound, "simulated": simulated, "driver": driver}
 
 
 def plan(tasks: Sequence[int], learners: Sequence[int], iterations: int) -> list[dict[str, Any]]:
@@ -208,6 +239,7 @@ def plan(tasks: Sequence[int], learners: Sequence[int], iterations: int) -> list
     jobs: list[dict[str, Any]] = [
         {"job": "update", "learners": count, "tasks": tasks[0], "iterations": iterations} for count in (0, 1, 2)
     ]
+    jobs.append({"job": "bound", "learners": 2, "tasks": tasks[0], "iterations": iterations})
     jobs += [
         {"job": "simulated", "learners": count, "tasks": number, "repetitions": iterations}
         for number in tasks
@@ -254,6 +286,7 @@ def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: 
         (f"meta-update of {first} tasks, in the driver, s", jobs["update", 0, first]["update"]),
         (f"meta-update of {first} tasks, one learner, s", one),
         (f"meta-update of {first} tasks, two learners, of the time of one", two / one),
+        ("the same of two trainings that share nothing", jobs["bound", 2, first]["share"]),
     ]
     rows += [
         (f"simulated learners, {number} tasks on {count}: of ideal", jobs["simulated", count, number]["of_ideal"])
