@@ -280,26 +280,48 @@ def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: 
     """The result as `render.py` reads it."""
     found = results(out, tasks, learners, iterations)
     jobs = {(job["job"], job["learners"], job["tasks"]): found[key(job)] for job in plan(tasks, learners, iterations)}
-    first = tasks[0]
+    first, most = tasks[0], tasks[-1]
     one, two = (jobs["update", count, first]["update"] for count in (1, 2))
-    rows: list[tuple[str, float]] = [
-        (f"meta-update of {first} tasks, in the driver, s", jobs["update", 0, first]["update"]),
-        (f"meta-update of {first} tasks, one learner, s", one),
-        (f"meta-update of {first} tasks, two learners, of the time of one", two / one),
-        ("the same of two trainings that share nothing", jobs["bound", 2, first]["share"]),
+    rows: list[tuple[str, float, float | None, bool]] = [  # name, figure, goal, whether less is better
+        (f"meta-update of {first} tasks, in the driver, s", jobs["update", 0, first]["update"], None, True),
+        (f"meta-update of {first} tasks, one learner, s", one, None, True),
+        (f"meta-update of {first} tasks, two learners, of the time of one", two / one, 0.55, True),
+        ("two trainings that share nothing, the same", jobs["bound", 2, first]["share"], None, True),
     ]
     rows += [
-        (f"simulated learners, {number} tasks on {count}: of ideal", jobs["simulated", count, number]["of_ideal"])
+        (
+            f"simulated learners, {number} tasks on {count}, of ideal",
+            jobs["simulated", count, number]["of_ideal"],
+            0.9,
+            False,
+        )
         for number in tasks
         for count in learners
     ]
-    for name, unit in (("cpu_ms_per_task", "processor, ms a task"), ("kb_per_task", "messages, kB a task"),
-                       ("peak_mb", "peak memory, MB")):  # fmt: skip
-        rows += [(f"driver's {unit}, {number} tasks", jobs["driver", 1, number][name]) for number in tasks]
+    for name, unit, goal in (
+        ("cpu_ms_per_task", "processor, ms a task", 1.5),
+        ("kb_per_task", "messages, kB a task", 10.0),
+        ("peak_mb", "peak memory, MB", 400.0),
+    ):
+        rows += [(f"driver's {unit}, {number} tasks", jobs["driver", 1, number][name], goal, True) for number in tasks]
+    growth = jobs["driver", 1, most]["peak_mb"] / jobs["driver", 1, first]["peak_mb"]
+    rows.append((f"driver's peak memory, {most} tasks by {first}", growth, 1.1, True))
     return {
         "title": "Learners: Ray actors that share the learner's work",
         "columns": ["measured"],
-        "rows": [{"name": name, "cells": [value]} for name, value in rows],
+        "rows": [{"name": name, "cells": [value]} for name, value, _, _ in rows],
+        "goals": [
+            {
+                "row": name,
+                "column": "measured",
+                "bound": goal,
+                "most": less,
+                "mean": value,
+                "met": value <= goal if less else value >= goal,
+            }
+            for name, value, goal, less in rows
+            if goal is not None
+        ],
         "notes": [
             f"`{TASK}` with the options that train it, one thread a learner; simulated learners sleep {SLEEP} s a task "
             "and a task is a shard."
