@@ -1,7 +1,8 @@
 """Every private name of Ray that is used here; `tests/distributed/test_ray_shim.py` names one that a new Ray changed.
 
 Ray has no public way to say that a head listens on loopback alone, to send the token of this user to a cluster that is
-joined, to read and remove its record of the cluster of this machine, or to name one of RLlib's workers.
+joined, to read and remove its record of the cluster of this machine, to name one of RLlib's workers, or to tell by what
+Tune's `get_best_result` compares trials.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ray._private.utils import read_ray_address
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
     from ray.rllib.env.env_runner_group import EnvRunnerGroup
+    from ray.tune import ResultGrid
 
 CLUSTERS_VARIABLE: str = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 """Environment variable that, at 0, makes a Ray that is started listen on loopback alone."""
@@ -66,3 +68,9 @@ def server_version(client: JobSubmissionClient) -> str:
     """Version of Ray that a job server runs."""
     version: str = client._server_ray_version
     return version
+
+
+def trial_levels(results: ResultGrid, metric: str, scope: str) -> list[float]:
+    """Of each trial what `get_best_result` with this metric and scope compares; NaN where it has reported nothing."""
+    trials = results._experiment_analysis.trials
+    return [trial.metric_analysis.get(metric, {}).get(scope, float("nan")) for trial in trials]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,12 @@ from ssm_metarl.cli.parsing import Line, option_names
 from ssm_metarl.cli.tables import COMPACT, decimals
 from ssm_metarl.config import OPTIONS, TrainConfig
 from ssm_metarl.distributed.cluster import start_ray
+from ssm_metarl.distributed.ray_shim import trial_levels
 from ssm_metarl.storage.options_file import read_options, save_options
 from ssm_metarl.storage.trust import check_task
 
 if TYPE_CHECKING:
-    from ray.tune import ResultGrid
+    from ray.tune import Result, ResultGrid
 
 METRIC, SCOPE = "return_after", "last-5-avg"
 """What is searched for: the mean over the last five iterations."""
@@ -54,7 +55,7 @@ def run_sweep(options: Sweep) -> int:
         say("No trial was finished.")
         return 1
     found = {name: best.config[name] for name in space}
-    console.print(trials_table(results, list(space)))
+    console.print(trials_table(results, trial_levels(results, METRIC, SCOPE), list(space)))
     kept = TrainConfig.from_dict({**base.to_dict(), **found})
     save_options(folder / "best.yaml", "train", {**kept.to_dict(), "num_workers": "auto", "device": "auto"})
     say(f"The best options, for train --config: {folder / 'best.yaml'}")
@@ -157,18 +158,24 @@ def _fit(options: Sweep, base: TrainConfig, space: Mapping[str, Any], folder: Pa
     ).fit()
 
 
-def trials_table(results: ResultGrid, names: Sequence[str]) -> Table:
-    """The best trials, the best one first: return, iterations, and the options that were searched over."""
-    table = Table(title=f"{len(results)} trials, the best {min(len(results), SHOWN)} of them", **COMPACT)
-    table.caption = "return: after adaptation, of the last iteration"
+def trials_table(results: Iterable[Result], levels: Sequence[float], names: Sequence[str]) -> Table:
+    """The best trials, the best one first: return, iterations, and the options that were searched over.
+
+    Args:
+        results: of all trials.
+        levels: what trials are compared by, see `SCOPE`; NaN where a trial has reported nothing.
+        names: of the options.
+    """
+    table = Table(title=f"{len(levels)} trials, the best {min(len(levels), SHOWN)} of them", **COMPACT)
+    table.caption = "return: after adaptation, mean of the last five iterations"
     for column in ("return", "iterations"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("options", overflow="fold")
-    rows = [each for each in results if each.metrics and math.isfinite(each.metrics.get(METRIC, math.nan))]
-    digits = decimals(*((each.metrics or {})[METRIC] for each in rows))
-    for each in sorted(rows, key=lambda each: -(each.metrics or {})[METRIC])[:SHOWN]:
+    rows = [(value, each) for value, each in zip(levels, results, strict=True) if math.isfinite(value)]
+    digits = decimals(*(value for value, _ in rows))
+    for value, each in sorted(rows, key=lambda row: -row[0])[:SHOWN]:
         metrics, config = each.metrics or {}, each.config or {}
         values = [f"{config[name]:.3g}" if isinstance(config[name], float) else str(config[name]) for name in names]
         words = " · ".join(f"{name} {value}" for name, value in zip(names, values))
-        table.add_row(f"{metrics[METRIC]:.{digits}f}", str(metrics["training_iteration"]), words)
+        table.add_row(f"{value:.{digits}f}", str(metrics["training_iteration"]), words)
     return table

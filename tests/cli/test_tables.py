@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,8 +96,21 @@ def test_trials_fit_whatever_is_searched_over(width: int) -> None:
     config = {f"option_number_{number}": 10.0**-number for number in range(8)}
     metrics = {"return_after": -12345.6, "training_iteration": 1000}
     trials: Any = [SimpleNamespace(config=config, metrics=metrics)] * 2
-    shown = lines(trials_table(trials, list(config)), width)
+    shown = lines(trials_table(trials, [-12345.6] * 2, list(config)), width)
     rows = [line.split()[:3] for line in shown if line.startswith("-12346")]
     assert rows == [["-12346", "1000", "option_number_0"]] * 2
     text = " ".join(word for line in shown for word in line.split())
     assert all(text.count(f"{name} {value:.3g}") == 2 for name, value in config.items())
+
+
+def test_trials_are_ordered_by_what_the_best_is_chosen_by() -> None:
+    levels = {"lucky": 2.0, "steady": 9.0, "silent": math.nan}
+    trials: Any = [
+        SimpleNamespace(config={"name": name}, metrics={"return_after": 10.0, "training_iteration": 6})
+        for name in levels
+    ]
+    shown = [line.split() for line in lines(trials_table(trials, list(levels.values()), ["name"]), 80)]
+    assert [line for line in shown if "name" in line] == [
+        ["9.00", "6", "name", "steady"],
+        ["2.00", "6", "name", "lucky"],
+    ]

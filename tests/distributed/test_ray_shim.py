@@ -42,6 +42,13 @@ def test_a_group_of_rllib_has_the_workers_actors() -> None:
     assert callable(manager.actors)
 
 
+def test_results_have_what_trials_are_compared_by() -> None:
+    grid = Path(importlib.import_module("ray.tune.result_grid").__file__ or "").read_text()
+    assert "self._experiment_analysis = experiment_analysis" in grid, f"Ray changed ResultGrid: see {SHIM}"
+    trial = importlib.import_module("ray.tune.experiment.trial").Trial("x", stub=True)
+    assert trial.metric_analysis == {}
+
+
 def private(module: str) -> bool:
     return module.partition(".")[0] == "ray" and any(part.startswith("_") for part in module.split("."))
 
