@@ -306,6 +306,18 @@ def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: 
         rows += [(f"driver's {unit}, {number} tasks", jobs["driver", 1, number][name], goal, True) for number in tasks]
     growth = jobs["driver", 1, most]["peak_mb"] / jobs["driver", 1, first]["peak_mb"]
     rows.append((f"driver's peak memory, {most} tasks by {first}", growth, 1.1, True))
+    whole = jobs["update", 0, first]
+    per_task, share = (whole["update"] + whole["adapt"]) / first, jobs["simulated", learners[-1], most]["of_ideal"]
+    serial = jobs["driver", 1, most]["cpu_ms_per_task"]  # ms a task is s of 1,000 tasks
+    many = f"1,000 tasks on {learners[-1]} learners"
+    rows += [
+        (f"learners' share of an iteration of {many}, s", 1000 * per_task / learners[-1] / share, None, True),
+        (f"the same where a task takes {SLEEP} s, s", 1000 * SLEEP / learners[-1] / share, None, True),
+        ("driver's share of an iteration of 1,000 tasks, s", serial, None, True),
+        (f"an iteration of {many} where a task takes {SLEEP} s, without sampling, s",
+         1000 * SLEEP / learners[-1] / share + serial, 10.0, True),
+        ("driver's share of an iteration of 10,000 tasks, s", 10 * serial, None, True),
+    ]  # fmt: skip
     return {
         "title": "Learners: Ray actors that share the learner's work",
         "columns": ["measured"],
@@ -324,7 +336,8 @@ def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: 
         ],
         "notes": [
             f"`{TASK}` with the options that train it, one thread a learner; simulated learners sleep {SLEEP} s a task "
-            "and a task is a shard."
+            "and a task is a shard.",
+            "The rows of 1,000 and 10,000 tasks are computed from those above.",
         ],
     }
 
