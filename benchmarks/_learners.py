@@ -309,15 +309,13 @@ def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: 
     whole = jobs["update", 0, first]
     per_task, share = (whole["update"] + whole["adapt"]) / first, jobs["simulated", learners[-1], most]["of_ideal"]
     serial = jobs["driver", 1, most]["cpu_ms_per_task"]  # ms a task is s of 1,000 tasks
-    many = f"1,000 tasks on {learners[-1]} learners"
     rows += [
-        (f"learners' share of an iteration of {many}, s", 1000 * per_task / learners[-1] / share, None, True),
-        (f"the same where a task takes {SLEEP} s, s", 1000 * SLEEP / learners[-1] / share, None, True),
-        ("driver's share of an iteration of 1,000 tasks, s", serial, None, True),
-        (f"an iteration of {many} where a task takes {SLEEP} s, without sampling, s",
-         1000 * SLEEP / learners[-1] / share + serial, 10.0, True),
-        ("driver's share of an iteration of 10,000 tasks, s", 10 * serial, None, True),
-    ]  # fmt: skip
+        (f"1,000 tasks on {learners[-1]} learners: learners, s", 1000 * per_task / learners[-1] / share, None, True),
+        (f"1,000 tasks of {SLEEP} s: learners, s", 1000 * SLEEP / learners[-1] / share, None, True),
+        ("1,000 tasks: driver, s", serial, None, True),
+        (f"1,000 tasks of {SLEEP} s: both, s", 1000 * SLEEP / learners[-1] / share + serial, 10.0, True),
+        ("10,000 tasks: driver, s", 10 * serial, None, True),
+    ]
     return {
         "title": "Learners: Ray actors that share the learner's work",
         "columns": ["measured"],
