@@ -1,6 +1,7 @@
 """What a group of learners costs and saves: the jobs of `scaling.py --show learners`, each a process of its own.
 
 - `update`: meta-iterations of `navigation-2d` with the options that train it, with so many learners of one thread.
+- `whole`: whole meta-iterations in process, in one thread, and with two workers and a learner.
 - `bound`: what two learners could save at best here: two trainings of half as many tasks that know nothing of each
   other, beside each other and one after the other. Cores share caches and memory.
 - `simulated`: an Adam step on learners that sleep `SLEEP` seconds a task instead of computing: what messages, sums and
@@ -76,6 +77,21 @@ def update(learners: int, tasks: int, iterations: int) -> dict[str, float]:
     finally:
         trainer.stop()
     return {phase: statistics.median(seconds[phase] for seconds in measured[1:]) for phase in measured[0]}
+
+
+def whole(task: str, learners: int, workers: int, iterations: int) -> dict[str, float]:
+    """Median seconds of a meta-iteration of a task family, with its own options."""
+    machine = {"num_learners": learners, "num_workers": workers, "learner_threads": 1, "device": "cpu"}
+    start(1 + learners + workers)
+    trainer = MetaTrainer(TrainConfig.for_task(task, **machine).to_dict())
+    try:
+        initial, measured = trainer.learner.weights(), []
+        for _ in range(1 + iterations):
+            trainer.learner.load(initial, {})
+            measured.append(trainer.step()["seconds"]["total"])
+    finally:
+        trainer.stop()
+    return {"seconds": statistics.median(measured[1:])}
 
 
 def half(tasks: int, iterations: int, answer: Any) -> None:
@@ -231,13 +247,21 @@ def driver(learners: int, workers: int, tasks: int, iterations: int) -> dict[str
 
 # --- All of them --------------------------------------------------------------------------------------------
 
-JOBS = {"update": update, "bound": bound, "simulated": simulated, "driver": driver}
+JOBS = {"update": update, "whole": whole, "bound": bound, "simulated": simulated, "driver": driver}
+
+
+WHOLE = [(task, number, 2 * number) for task in ("navigation-2d", "halfcheetah-dir") for number in (0, 1)]
+"""Families, learners and workers of whole meta-iterations."""
 
 
 def plan(tasks: Sequence[int], learners: Sequence[int], iterations: int) -> list[dict[str, Any]]:
     """The jobs, in order."""
     jobs: list[dict[str, Any]] = [
         {"job": "update", "learners": count, "tasks": tasks[0], "iterations": iterations} for count in (0, 1, 2)
+    ]
+    jobs += [
+        {"job": "whole", "task": task, "learners": learners, "workers": workers, "iterations": iterations}
+        for task, learners, workers in WHOLE
     ]
     jobs.append({"job": "bound", "learners": 2, "tasks": tasks[0], "iterations": iterations})
     jobs += [
@@ -279,7 +303,9 @@ def key(job: Mapping[str, Any]) -> str:
 def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: int) -> dict[str, Any]:
     """The result as `render.py` reads it."""
     found = results(out, tasks, learners, iterations)
-    jobs = {(job["job"], job["learners"], job["tasks"]): found[key(job)] for job in plan(tasks, learners, iterations)}
+    planned = plan(tasks, learners, iterations)
+    jobs = {(job["job"], job["learners"], job["tasks"]): found[key(job)] for job in planned if "tasks" in job}
+    seconds = {(job["task"], job["learners"]): found[key(job)]["seconds"] for job in planned if "task" in job}
     first, most = tasks[0], tasks[-1]
     one, two = (jobs["update", count, first]["update"] for count in (1, 2))
     rows: list[tuple[str, float, float | None, bool]] = [  # name, figure, goal, whether less is better
@@ -288,6 +314,10 @@ def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: 
         (f"meta-update of {first} tasks, two learners, of the time of one", two / one, 0.55, True),
         ("two trainings that share nothing, the same", jobs["bound", 2, first]["share"], None, True),
     ]
+    for family, count, _ in WHOLE:
+        if count:
+            ratio = seconds[family, count] / seconds[family, 0]
+            rows.append((f"iteration of {family}, two workers and a learner, of the time in process", ratio, 1.0, True))
     rows += [
         (
             f"simulated learners, {number} tasks on {count}, of ideal",
@@ -306,8 +336,8 @@ def table(out: Path, tasks: Sequence[int], learners: Sequence[int], iterations: 
         rows += [(f"driver's {unit}, {number} tasks", jobs["driver", 1, number][name], goal, True) for number in tasks]
     growth = jobs["driver", 1, most]["peak_mb"] / jobs["driver", 1, first]["peak_mb"]
     rows.append((f"driver's peak memory, {most} tasks by {first}", growth, 1.1, True))
-    whole = jobs["update", 0, first]
-    per_task, share = (whole["update"] + whole["adapt"]) / first, jobs["simulated", learners[-1], most]["of_ideal"]
+    alone = jobs["update", 0, first]
+    per_task, share = (alone["update"] + alone["adapt"]) / first, jobs["simulated", learners[-1], most]["of_ideal"]
     serial = jobs["driver", 1, most]["cpu_ms_per_task"]  # ms a task is s of 1,000 tasks
     rows += [
         (f"1,000 tasks on {learners[-1]} learners: learners, s", 1000 * per_task / learners[-1] / share, None, True),

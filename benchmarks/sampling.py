@@ -12,7 +12,7 @@ policy, observations, rewards or episode ends. `pool_vs_rollout` is what of it e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
@@ -111,9 +111,12 @@ def main(options: Options) -> None:
             samplings = {n: Sampling(pool, weights, played, options.episodes) for n, pool in pools.items()}
             results[kind] = rates(samplings, options.repetitions)
         if isinstance(family, MujocoFamily):
-            log("against mujoco.rollout …")
-            samplings = {n: Sampling(pool, shared, batch, options.episodes) for n, pool in pools.items()}
-            facts |= against_rollout(family, samplings, options.repetitions)
+            found = []
+            for played in (batch, tasks):
+                log(f"{len(played)} tasks of {options.episodes} episodes against mujoco.rollout …")
+                samplings = {n: Sampling(pool, shared, played, options.episodes) for n, pool in pools.items()}
+                found.append(against_rollout(family, samplings, options.repetitions))
+            facts |= rollout_table(options, found)
     others = {"own_weights": figures(results["own"]), "large_batch": figures(results["large"])}
     report("sampling", {**figures(results["shared"]), **others, **facts})
 
@@ -177,7 +180,35 @@ def against_rollout(
     times = timings(works | {f"pool/{n}": sampling for n, sampling in samplings.items()}, repetitions)
     rollout = {t: work.steps / times[f"rollout/{t}"]["median"] for t, work in bare.items()}
     pool = {n: float(np.mean(s.steps[1:])) / times[f"pool/{n}"]["median"] for n, s in samplings.items()}
-    return {"mujoco_rollout": rollout, "pool_vs_rollout": {n: pool[n] / rollout[threads[n]] for n in samplings}}
+    return {
+        "mujoco_rollout": rollout,
+        "pool": pool,
+        "pool_vs_rollout": {n: pool[n] / rollout[threads[n]] for n in samplings},
+    }
+
+
+def rollout_table(options: Options, found: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, Any]:
+    """What `against_rollout` found of a meta-batch and of one four times as large, as `render.py` reads it."""
+    names = {n: f"{n} worker{'s' * (n > 1)}" if n else "in process, one thread" for n in options.workers}
+    columns = [
+        f"{part}{size * options.meta_batch * options.episodes} environments"
+        for size in (1, 4)
+        for part in ("steps/s, ", "of the bare simulator's, ")
+    ]
+    cells = {n: [each[part][n] for each in found for part in ("pool", "pool_vs_rollout")] for n in names}
+    goals = [
+        {"row": names[n], "column": column, "bound": 0.85, "most": False, "mean": value, "met": value >= 0.85}
+        for n in names
+        for column, value in zip(columns, cells[n], strict=True)
+        if n > 1 and "bare" in column
+    ]
+    return {
+        "title": f"Sampling on `{options.task}` against the bare simulator",
+        "columns": columns,
+        "rows": [{"name": name, "cells": cells[n]} for n, name in names.items()],
+        "goals": goals,
+        "notes": ["The bare `mujoco.rollout` plays as many whole episodes on as many threads, without a policy."],
+    }
 
 
 if __name__ == "__main__":
