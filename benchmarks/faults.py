@@ -11,6 +11,8 @@ on. Then it is resumed. The newest checkpoint must never be older than before th
 
 `workers`: one of two rollout workers gets SIGKILL about every second. No task may be lost.
 
+`learners`: one of two learners or two rollout workers gets SIGKILL every few seconds. No task may be lost.
+
 `members`: a member of `evolve` gets SIGKILL every few seconds, whether it has something to do or not. Compared are the
 policy that is handed over, and the log of decisions without the failures themselves. By default three failures in a row
 end a run of `evolve`. Here they are so frequent that `--max-failures` is set higher.
@@ -58,7 +60,7 @@ from ssm_metarl.tuning.store import RunStore, read_state
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-Show = Literal["driver", "workers", "members", "connections"]
+Show = Literal["driver", "workers", "learners", "members", "connections"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,13 +247,17 @@ def newest_iteration(run: Path) -> int:
 
 # --- Workers and members ----------------------------------------------------------------------------------
 
-WORKERS_EVERY_S, MEMBERS_EVERY_S = 1.0, 6.0
-"""Seconds from a kill to the next, on average: a member's process takes some to start."""
+WORKERS_EVERY_S, LEARNERS_EVERY_S, MEMBERS_EVERY_S = 1.0, 4.0, 6.0
+"""Seconds from a kill to the next, on average: a learner's or member's process takes some to start."""
+
+LEARNER_NAMES = ("ray::LearnerAct",)
+"""How Ray names a learner's process, cut to 15 characters."""
 
 MEMBER_NAMES = ("ray::MemberTrai",)
 """How Ray names a member's process, cut to 15 characters."""
 
 WITH_WORKERS = {**TRAIN, "num_workers": 2, "trial_episodes": 10}  # most of the time is the workers'
+WITH_LEARNERS = {**TRAIN, "num_workers": 2, "num_learners": 2, "hidden_dim": 64, "meta_batch": 16, "episodes": 20}
 EVOLVE = {**SMALL, "checkpoint_every": 1, "proposals": 2, "warm_up": 6, "stretch": 6, "assess_tasks": 4, "cycles": 5}
 EVOLVE |= {"max_failures": 1000}
 
@@ -263,8 +269,25 @@ def kill_workers(folder: Path, rng: np.random.Generator) -> Disturbed:
         return "while it plays" if worker.name.startswith("ray::collect") else "while it waits or starts"
 
     found = kill_processes(folder, words("train", WITH_WORKERS), WORKER_NAMES, WORKERS_EVERY_S, moment, rng)
+    found.noticed = lines(folder / "run" / "metrics.jsonl")[-1]["restarts"]
+    return without_losses(found, folder)
+
+
+def kill_learners(folder: Path, rng: np.random.Generator) -> Disturbed:
+    """Train with learners and workers that are killed."""
+
+    def moment(process: Process) -> str:
+        return "a learner" if process.name.startswith(LEARNER_NAMES) else "a rollout worker"
+
+    names = (*LEARNER_NAMES, *WORKER_NAMES)
+    return without_losses(
+        kill_processes(folder, words("train", WITH_LEARNERS), names, LEARNERS_EVERY_S, moment, rng), folder
+    )
+
+
+def without_losses(found: Disturbed, folder: Path) -> Disturbed:
+    """The same, and wrong where tasks or episodes were lost."""
     metrics = lines(folder / "run" / "metrics.jsonl")
-    found.noticed = metrics[-1]["restarts"]
     lost = sum(len(line["dropped_tasks"]) + line["timed_out_tasks"] + line["invalid_episodes"] for line in metrics)
     found.wrong += [f"{lost} tasks or episodes lost"] if lost else []
     return found
@@ -469,6 +492,11 @@ SCENES: Mapping[Show, Scene] = {
         alone=words("train", WITH_WORKERS),
         disturb=kill_workers,
         noticed="Restarts of workers that the runs counted",
+    ),
+    "learners": Scene(
+        title="Faults: learners and rollout workers are killed",
+        alone=words("train", WITH_LEARNERS),
+        disturb=kill_learners,
     ),
     "members": Scene(
         title="Faults: members of `evolve` are killed",
