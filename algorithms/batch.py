@@ -160,7 +160,8 @@ def shard_batch(
         log_probs=tensor(rollouts.log_probs),
         advantages=tensor(own),
         share=tensor(share),
-        outer_advantages=tensor(outer),
+        # Not all devices have float64: it stays on the CPU until `standardized` has normalised it.
+        outer_advantages=tensor(outer) if outer.dtype == np.float32 else torch.from_numpy(np.ascontiguousarray(outer)),
         targets=tensor((raw + expected - beyond).astype(np.float32)) if values is not None else None,
         task_features=tensor(task_numbers(rollouts.tasks)) if baseline == "privileged" else None,
     )
@@ -198,7 +199,7 @@ def advantage_moments(batch: Batch, config: MetaConfig) -> RunningMoments | None
     if config.baseline == "linear" or not config.normalize_advantages:
         return None
     moments = RunningMoments(1)
-    moments.update(batch.outer_advantages[batch.share > 0].cpu().numpy()[:, None])
+    moments.update(batch.outer_advantages[batch.share.cpu() > 0].numpy()[:, None])
     return moments
 
 
@@ -217,8 +218,8 @@ def standardized(batch: Batch, config: MetaConfig, moments: tuple[float, float] 
     if moments is None:
         return batch
     mean, deviation = moments
-    outer = torch.where(batch.share > 0, batch.outer_advantages - mean, 0.0) / (deviation + 1e-8)
-    return batch._replace(outer_advantages=outer.float())
+    outer = torch.where(batch.share.cpu() > 0, batch.outer_advantages - mean, 0.0) / (deviation + 1e-8)
+    return batch._replace(outer_advantages=outer.float().to(batch.share.device))
 
 
 def replayed_batch(spec: PolicySpec, rollouts: Rollouts, advantages: Array, weight: Array, ratio: Array) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -79,7 +80,7 @@ def build(page: gr.Blocks, tab: gr.Tab, workspace: Workspace, store: gr.BrowserS
     # One after the other: a look that began before the returns were there must not end after the one that has them.
     look = {**LOOK, "concurrency_id": "curves", "concurrency_limit": 1}
     it.runs.change(do.show, asked, shown, **look)
-    it.measure.click(do.measure, asked, shown[:2], **COMPUTE).success(do.show, asked, shown, **look)
+    it.measure.click(do.measure, asked, shown[:2], **COMPUTE).then(do.show, asked, shown, **look)
     with place:
         command_line(do.command, asked, restored, elem_id="measure-command")
     restored.then(do.offer, it.runs, it.runs, **POLL)
@@ -135,8 +136,11 @@ class Handlers:
 
     def keys(self, name: str, split: str, num_tasks: int) -> list[tuple[Path, tuple[Path, int, str, int]]]:
         """The checkpoints that a run has kept, and under what their returns are found."""
-        saved = checkpoints(self.workspace.folder(name))
-        return [(path, (path, (path / MANIFEST).lstat().st_mtime_ns, split, num_tasks)) for path in saved]
+        found = []
+        for path in checkpoints(self.workspace.folder(name)):
+            with suppress(FileNotFoundError):  # a run that trains deletes old ones
+                found.append((path, (path, (path / MANIFEST).lstat().st_mtime_ns, split, num_tasks)))
+        return found
 
     def with_held_out(self, curve: Curve, split: str, num_tasks: int) -> Curve:
         """The curve with what was measured of its run."""

@@ -20,7 +20,7 @@ from ssm_metarl.distributed import ray_shim
 from ssm_metarl.storage.atomic import replace_file
 
 if TYPE_CHECKING:
-    from ssm_metarl.distributed.pool import Pool
+    from ssm_metarl.distributed.trainer import MetaTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -204,35 +204,42 @@ def processors() -> int:
     return int(ray.cluster_resources().get("CPU", 0.0))
 
 
+def left_workers(num_workers: int) -> int:
+    """So many workers, or as many as the cluster still has processors for beside one for a trainer."""
+    return min(num_workers, max(processors() - 1, 0))
+
+
 class Elastic:
-    """Workers of a pool that follow the processors of the cluster: one more for each that joins, one less for each that
-    leaves.
+    """Workers of a trainer that follow the processors of the cluster: one more for each that joins, one less for each
+    that leaves.
 
     Called between meta-iterations. What a run computes does not depend on its workers' number.
 
     Args:
-        pool: with one worker or more.
+        trainer: with one worker or more.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool, self._others = pool, processors() - pool.num_workers
+    def __init__(self, trainer: MetaTrainer) -> None:
+        self._trainer, self._others = trainer, processors() - trainer.pool.num_workers
 
     def __call__(self) -> None:
         """Look at the cluster, and have as many workers as it has room for, one at least."""
         count = max(processors() - self._others, 1)
-        if count != self._pool.num_workers:
+        if count != self._trainer.pool.num_workers:
             _log.warning("The cluster has %d processors: %d workers from now on.", processors(), count)
-            self._pool.resize(count)
+            self._trainer.pool.resize(count)
 
 
-def check_resources(num_workers: int, num_learners: int = 0) -> None:
-    """Refuse more workers and learners than a started Ray has processors for: placement groups would wait for ever.
+def check_resources(num_workers: int, num_learners: int = 0, gpus: float = 0.0) -> None:
+    """Refuse more workers and learners than a started Ray has processors and GPUs for: they would wait for ever.
 
     Raises:
         ValueError: one sentence with both figures.
     """
     if not (num_workers or num_learners) or not ray.is_initialized():
         return
+    if gpus > (there := ray.cluster_resources().get("GPU", 0.0)):
+        raise ValueError(f"{num_learners} learners need a GPU each, but this Ray cluster has {there:g}: --device cpu.")
     cpus, needed = ray.cluster_resources().get("CPU", 0.0), 1 + num_workers + num_learners
     if needed > cpus:
         named = {"worker": num_workers, "learner": num_learners}

@@ -424,12 +424,14 @@ def resolve_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that torch does not have here.
+def check_device(name: str, num_learners: int = 0) -> None:
+    """Refuse a device that torch does not have here; with learners a GPU may be elsewhere, see `check_resources`.
 
     Raises:
         ValueError: with one sentence.
     """
+    if num_learners and name == "cuda":
+        return
     name = resolve_device(name)
     try:
         torch.empty(0, device=name).cpu()

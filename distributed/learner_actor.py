@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -150,8 +151,10 @@ class LearnerActor:
         return {name: torch.as_tensor(array, device=self._device) for name, array in arrays.items()}
 
     def _batch(self, batch: Kept) -> Batch:
-        arrays = (None if each is None else torch.as_tensor(each, device=self._device) for each in batch.value)
-        return Batch(*arrays)  # type: ignore[arg-type]
+        def tensor(array: Array) -> torch.Tensor:
+            return torch.as_tensor(array, device="cpu" if array.dtype == np.float64 else self._device)
+
+        return Batch(*(None if each is None else tensor(each) for each in batch.value))  # type: ignore[arg-type]
 
 
 def _record(pieces: Sequence[Kept]) -> Rollouts:

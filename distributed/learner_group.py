@@ -39,19 +39,27 @@ class LearnerGroup(Learner):
         spec, config, machine, seed, horizon: see `Learner`; `machine.num_learners` actors of one CPU each, and a GPU
             where the device is one.
         name: the actors are named `{name}/learner-{i}`, unique among a driver's.
+        processors: that Ray keeps for each.
     """
 
     actor_class: ClassVar[type] = LearnerActor
 
     def __init__(
-        self, spec: PolicySpec, config: MetaConfig, machine: MachineConfig, seed: int, horizon: int, name: str
+        self,
+        spec: PolicySpec,
+        config: MetaConfig,
+        machine: MachineConfig,
+        seed: int,
+        horizon: int,
+        name: str,
+        processors: float = 1.0,
     ) -> None:
         super().__init__(spec, config, replace(machine, device="cpu", learner_threads=1), seed, horizon)
         self._shared: tuple[Any, Any] = (None, None)  # the last weights that were put, and the reference to them
         # Ray applies "SPREAD" even inside a placement group and would take the actor out of it.
         inside = ray.get_runtime_context().should_capture_child_tasks_in_placement_group
         options = {
-            "num_cpus": 1,
+            "num_cpus": processors,
             "num_gpus": learner_gpus(machine),
             "max_restarts": -1,
             "max_task_retries": -1,
@@ -233,9 +241,15 @@ def learner_gpus(machine: MachineConfig) -> float:
 
 
 def new_learner(
-    spec: PolicySpec, config: MetaConfig, machine: MachineConfig, seed: int, horizon: int, name: str
+    spec: PolicySpec,
+    config: MetaConfig,
+    machine: MachineConfig,
+    seed: int,
+    horizon: int,
+    name: str,
+    processors: float = 1.0,
 ) -> Learner:
     """The learner of a trainer: in this process, or a group with as many actors as the machine is to have."""
     if machine.num_learners:
-        return LearnerGroup(spec, config, machine, seed, horizon, name)
+        return LearnerGroup(spec, config, machine, seed, horizon, name, processors)
     return Learner(spec, config, machine, seed, horizon)

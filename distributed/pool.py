@@ -60,6 +60,7 @@ class Pool:
         name: the actors are named `{name}/rollout-worker-{i}`, unique among the open pools of a driver.
         sample_timeout_s: when a worker is replaced and its tasks are played again, see `MachineConfig`. Has no effect
             in process.
+        processors: that Ray keeps for each worker.
 
     Attributes:
         restarts: workers that died or were replaced so far.
@@ -81,6 +82,7 @@ class Pool:
         trial_episodes: int = 1,
         name: str = "local",
         sample_timeout_s: SampleTimeout = "auto",
+        processors: float = 1.0,
     ) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 (in process) or more, not {num_workers}.")
@@ -94,7 +96,7 @@ class Pool:
         self._put: tuple[Mapping[str, Array], Any] | None = None  # the last shared weights, their reference
         self._workers: list[WorkerHandle] = []
         self._closed = False
-        self._name, self._started = name, 0
+        self._name, self._started, self._processors = name, 0, processors
         if num_workers:
             self._start(num_workers)
         else:
@@ -244,7 +246,7 @@ class Pool:
         """Start so many more workers."""
         from ssm_metarl.distributed.worker import WorkerHandle
 
-        form = self._distribution, self._spec, self._trial_episodes
+        form = self._distribution, self._spec, self._trial_episodes, self._processors
         for _ in range(count):
             self._workers.append(WorkerHandle(f"{self._name}/rollout-worker-{self._started}", *form))
             self._started += 1  # a name is not used again: the end of who had it may not have come through yet

@@ -108,7 +108,7 @@ def train(
         EnvironmentFailure: more than a tenth of the episodes are invalid.
     """
     begin, run = time.perf_counter(), Path(run_dir)
-    check_device(config.machine.device)
+    check_device(config.machine.device, config.machine.num_learners)
     if elastic and not (config.machine.num_workers and ALGORITHMS[config.meta.algorithm].trainer == META_TRAINER):
         raise ValueError("elastic needs a meta-learning algorithm with workers: num_workers of 1 or more.")
     callbacks = tune_loggers(loggers, run)
@@ -230,7 +230,7 @@ def _train(
     metrics: dict[str, Any] = {}
     checkpoint = last
     try:
-        follow = Elastic(trainer.pool) if elastic and isinstance(trainer, MetaTrainer) else None
+        follow = Elastic(trainer) if elastic and isinstance(trainer, MetaTrainer) else None
         if last:
             trainer.load_checkpoint(str(last))
         elif first and isinstance(trainer, MetaTrainer) and plan:

@@ -62,6 +62,8 @@ class MetaTrainer(tune.Trainable):
 
     learns_normalizer: ClassVar[bool] = True
     always_ray: ClassVar[bool] = False
+    processors: float = 1.0
+    """That Ray keeps for each worker and learner."""
 
     @classmethod
     def of_run(cls, config: TrainConfig, distribution: TaskDistribution | None = None) -> MetaTrainer:
@@ -89,11 +91,14 @@ class MetaTrainer(tune.Trainable):
             if not self.spec.discrete:
                 raise ValueError("imitate needs integer actions: a baseline policy shows no standard deviation.")
         if self._trial_info is None:
-            check_resources(machine.num_workers, machine.num_learners)
+            gpus = learner_gpus(machine) * machine.num_learners
+            check_resources(machine.num_workers, machine.num_learners, gpus)
         name = f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}"
         seed = seed_for(experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
         horizon = self.distribution.horizon * experience.trial_episodes
-        self.learner = new_learner(self.spec, self.train_config.meta, machine, int(seed), horizon, name)
+        self.learner = new_learner(
+            self.spec, self.train_config.meta, machine, int(seed), horizon, name, self.processors
+        )
         self.pool = Pool(
             self.distribution,
             self.spec,
@@ -101,6 +106,7 @@ class MetaTrainer(tune.Trainable):
             name=name,
             trial_episodes=experience.trial_episodes,
             sample_timeout_s=machine.sample_timeout_s,
+            processors=self.processors,
         )
         self.telemetry = Telemetry(self.trial_name, self.train_config.task)
         self.replay = ReplayBuffer(experience.replay_episodes) if experience.replay_episodes else None
@@ -167,10 +173,10 @@ class MetaTrainer(tune.Trainable):
                 progress=min(self.meta_iteration / experience.iterations, 1.0),
                 seed=seed_for(experience.seed, Branch.MINIBATCHES, self.meta_iteration),
             )
-            learner.observe(collected)
-            if self.replay is not None:
+            if self.replay is not None:  # before the next shards are known: these are cut as they were played
                 for record in learner.first_episodes(collected[-1]):
                     self.replay.add(record)
+            learner.observe(collected)
         return collected, {"invalid_episodes": collector.invalid_episodes, **statistics}
 
     @property
@@ -257,6 +263,8 @@ class MetaTrainer(tune.Trainable):
             ValueError: an impossible value, or one that changes the policy's form; one sentence.
         """
         checkpoint, config = self.checkpoint(), self.train_config.replace(**options)
+        if self.pool.num_workers:  # the cluster may have room for fewer or more than at first
+            config = config.replace(num_workers=self.pool.num_workers)
         self.cleanup()
         self.setup({**config.to_dict(), "task_distribution": self.distribution})
         self.go_on_from(checkpoint)

@@ -142,6 +142,7 @@ class WorkerHandle:
     Args:
         name: the actor's name in Ray, unique in the driver's namespace.
         distribution, spec, trial_episodes: the worker's.
+        processors: that Ray keeps for it.
 
     Attributes:
         call: the call under way, None when there is none: the worker is free.
@@ -149,10 +150,17 @@ class WorkerHandle:
         pid, node: ids of its process and node, as last known; 0 and "" before it has started.
     """
 
-    def __init__(self, name: str, distribution: TaskDistribution, spec: PolicySpec, trial_episodes: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        distribution: TaskDistribution,
+        spec: PolicySpec,
+        trial_episodes: int = 1,
+        processors: float = 1.0,
+    ) -> None:
         self.name = name
         self.pid, self.node = 0, ""
-        self._arguments = (distribution, spec, trial_episodes)
+        self._arguments, self._processors = (distribution, spec, trial_episodes), processors
         self.call: Any = None
         self._given: set[str] = set()  # names of the objects that it was called with
         self._create()
@@ -233,7 +241,7 @@ class WorkerHandle:
             ray.remote(RolloutWorker)
             .options(
                 name=self.name,
-                num_cpus=1,
+                num_cpus=self._processors,
                 max_restarts=-1,
                 max_task_retries=0,
                 scheduling_strategy=None if inside else "SPREAD",

@@ -88,6 +88,8 @@ class MachineConfig:
         check_text("device", self.device)
         if self.sample_timeout_s is not None and self.sample_timeout_s != "auto":
             check_number("sample_timeout_s", self.sample_timeout_s, above=0.0)
+        if self.num_learners and self.device.startswith("cuda:"):
+            raise ValueError(f"device must be 'cuda' for learners, which have a GPU each, not {self.device!r}.")
         check_number("min_tasks", self.min_tasks, above=0.0, high=1.0)
 
 

@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 
 from ssm_metarl.cli.main import main
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.schedule import Schedule
 from ssm_metarl.distributed.train import train
 
 SMALL = {"meta_batch": 6, "episodes": 2, "hidden_dim": 8, "state_dim": 4, "epochs": 1}
@@ -102,8 +103,20 @@ def run_learners(folder: Path) -> dict[str, Any]:
     return run_train(folder, num_workers=1, num_learners=2)
 
 
+def write_schedule(folder: Path) -> Path:
+    """Ten iterations, with more epochs from the sixth on."""
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=10, lr_schedule="constant", learner_threads=1)
+    path = folder / "schedule.json"
+    options = [[0, config.to_dict()], [5, {"epochs": 2}]]
+    path.write_text(json.dumps({"iterations": 10, "weights": "last", "options": options}))
+    return path
+
+
 def run_elastic(folder: Path) -> dict[str, Any]:
-    """A worker on the head; two nodes with a processor each join, and one of them is killed."""
+    """A worker on the head; two nodes with a processor each join, and one of them is killed.
+
+    Meanwhile a schedule changes an option, for which the trainer starts its workers anew.
+    """
     cluster, _ = cluster_of(2)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
     workers: dict[int, int] = {}
@@ -126,8 +139,14 @@ def run_elastic(folder: Path) -> dict[str, Any]:
             workers[number] = EXPECTED[number]
 
     joined: list[Any] = []
-    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=10, learner_threads=1, num_workers=1)
-    train(config, folder, on_iteration=change, elastic=True)
+    schedule = write_schedule(folder.parent)
+    train(
+        Schedule.read(schedule).config.replace(num_workers=1),
+        folder,
+        on_iteration=change,
+        elastic=True,
+        schedule=schedule,
+    )
     return {"workers": workers}
 
 

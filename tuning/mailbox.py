@@ -23,7 +23,7 @@ class _Mailbox:
         self._closed = False
         self._news = asyncio.Condition()
         self._places: dict[int, tuple[str, float, float]] = {}
-        self._waiting: dict[int, int] = {}  # members, and the numbers of their last assignments
+        self._waiting: dict[int, tuple[object, int]] = {}  # each member's call, and the number of its last assignment
 
     async def place(self, member: int, node: str, own: float, others: float) -> None:
         """Know the node of a member, its trainer's processors, and those of its workers and learners."""
@@ -42,10 +42,21 @@ class _Mailbox:
             self._news.notify_all()
 
     async def next(self, member: int, after: int) -> dict[str, Any] | None:
-        """A member's assignment with a number above `after` and its "threads", or None at the end of the run."""
+        """A member's assignment with a number above `after` and its "threads", or None at the end of the run.
+
+        A member whose process was started again calls anew: then the call of the process that is gone ends.
+        """
+        call = object()
+
+        def is_last() -> bool:
+            return self._waiting.get(member, (None, 0))[0] is call
+
         async with self._news:
-            self._waiting[member] = after
-            await self._news.wait_for(lambda: self._closed or self._is_new(member, after))
+            self._waiting[member] = call, after
+            self._news.notify_all()
+            await self._news.wait_for(lambda: self._closed or not is_last() or self._is_new(member, after))
+            if not is_last():
+                return None
             del self._waiting[member]
         return None if self._closed else {**self._assignments[member], "threads": self._threads(member)}
 
@@ -58,7 +69,8 @@ class _Mailbox:
             return 1
         node, own, _ = self._places[member]
         here = {other: place for other, place in self._places.items() if place[0] == node}
-        idle = [other for other in here if other in self._waiting and not self._is_new(other, self._waiting[other])]
+        waiting = {other: after for other, (_, after) in self._waiting.items() if other in here}
+        idle = [other for other, after in waiting.items() if not self._is_new(other, after)]
         spare = sum(sum(here[other][1:]) for other in idle)
         return max(1, int(own + spare / (len(here) - len(idle)) + 0.01))  # shares of a processor are rounded down
 

@@ -61,8 +61,8 @@ class MemberTrainer(MetaTrainer):
         self.member = int(config["member"])
         self._archive, self._reach = str(config["archive"]), int(config["mean_iterations"])
         self._constants = {**config["machine"], "task_distribution": config.get("task_distribution")}
-        machine, share = config["machine"], config.get("share", 1.0)
-        processors = [share] * (1 + machine.get("num_workers", 0) + machine.get("num_learners", 0))
+        machine, self.processors = config["machine"], float(config.get("share", 1.0))
+        processors = [self.processors] * (1 + machine.get("num_workers", 0) + machine.get("num_learners", 0))
         self._exchange: Exchange = connect(config["exchange"], self.member, processors)
         self._held: tuple[str | None, dict[str, Any]] | None = None
         self._done = 0

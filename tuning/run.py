@@ -71,7 +71,7 @@ def open_run(
         CheckpointError: `start` is damaged.
     """
     folder = run_dir.resolve()
-    check_device(config.machine.device)
+    check_device(config.machine.device, config.machine.num_learners)
     family = distribution or config.family()
     reference = getattr(family, "reference", None)
     if reference is None:

@@ -42,8 +42,9 @@ class Run:
 
     Attributes:
         config: of the run, or of its first incumbent.
-        num_workers: Ray actors that collect rollouts, of each member; 0 collects in process; auto: the free processors
-            of the cluster that is joined, or this machine's cores, less one for each trainer and learner.
+        num_workers: Ray actors that collect rollouts, of each member; 0 collects in process; auto: of the cluster that
+            is joined, the free processors less one for each trainer and learner; without one train takes as many as
+            this machine has cores, and evolve none.
         start: a checkpoint, a run for its best one, either one's URI, or pretrained:NAME, whose weights the run begins
             with; its task, policy and, for the same algorithm, all other options are the defaults.
         run_dir: folder of the run; by default a new one in --storage.

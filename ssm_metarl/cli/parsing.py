@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -165,7 +166,8 @@ def _of_training(run: Path, name: str | None) -> dict[str, Any]:
     """Options of a run of train, as its checkpoint to resume from has them."""
     config = TrainConfig.from_checkpoint(load_checkpoint(checkpoint_to_resume(run, name)).config)
     kept = {name: value for name, value in read_record(run).items() if name in ("eval_tasks", "log", "elastic")}
-    return {**config.to_dict(), **kept}
+    counted = {"num_workers": "auto"} if kept.get("elastic") else {}  # the cluster may be another one by now
+    return {**config.to_dict(), **kept, **counted}
 
 
 def _of_evolution(run: Path) -> dict[str, Any]:
@@ -265,8 +267,8 @@ def _with_file(line: Line, *, show: bool = False) -> Line:
             if not show:
                 raise
             del found["task"]  # nothing of it runs to be shown
-    cores = available_cores()
-    for name in ("num_workers", "num_learners", "learner_threads"):
+    cores, joined = available_cores(), bool(given.get("address", found.get("address")) or os.environ.get("RAY_ADDRESS"))
+    for name in ("num_workers", "learner_threads", *(() if joined else ("num_learners",))):
         if isinstance(found.get(name), int) and found[name] > cores:  # of another machine
             del found[name]
     return Line(line.command, {**found, **given})

@@ -16,7 +16,7 @@ from ssm_metarl.cli.parsing import copy_of, kept_options, program
 from ssm_metarl.cli.plots import plot_run
 from ssm_metarl.cli.tables import change_words, evaluation_table, number_words
 from ssm_metarl.config import TrainConfig
-from ssm_metarl.distributed.cluster import auto_workers
+from ssm_metarl.distributed.cluster import auto_workers, left_workers
 from ssm_metarl.distributed.learner import check_device
 from ssm_metarl.distributed.loggers import Board
 from ssm_metarl.distributed.train import TrainResult, train
@@ -33,7 +33,7 @@ from ssm_metarl.storage.uri import is_uri, shown
 def checked_config(options: Run, trials: int) -> TrainConfig:
     """The options of a run; the workers of "auto" are counted last, for Ray may have to be started for that."""
     options.config.family()  # refuses an unknown task, or impossible options of one
-    check_device(options.config.machine.device)
+    check_device(options.config.machine.device, options.config.machine.num_learners)
     automatic, learners = options.num_workers == "auto", options.config.machine.num_learners
     return options.config.replace(num_workers=auto_workers(trials, learners) if automatic else options.num_workers)
 
@@ -188,7 +188,7 @@ def _results(options: Train, config: TrainConfig, result: TrainResult) -> dict[s
             result.checkpoint,
             num_tasks=options.eval_tasks,
             seed=config.experience.seed,
-            num_workers=config.machine.num_workers,
+            num_workers=left_workers(config.machine.num_workers) if options.elastic else config.machine.num_workers,
             trust_checkpoint_code=True,  # this process wrote it
         ).summary()
         named = {"checkpoint": result.checkpoint.name, **found["evaluation"]}

@@ -51,6 +51,10 @@ def written(folder: Path) -> dict[str, int]:
         ("--from {run} --hidden-dim 24", "its policy has hidden_dim 16 instead of 24."),
         ("--step-weights 1 2 3", "step_weights needs one weight for each of 0..1 inner steps"),
         ("--device abacus", "device 'abacus' cannot be used here"),
+        (
+            "--device cuda:1 --num-learners 1",
+            "device must be 'cuda' for learners, which have a GPU each, not 'cuda:1'.",
+        ),
         ("--resume", "--resume needs --run-dir"),
         ("--resume --run-dir absent", "There is no checkpoint in absent to resume from."),
         ("--resume --run-dir {run} --hidden-dim 24", "its policy has hidden_dim 16 instead of 24."),
@@ -260,10 +264,17 @@ def test_interrupted_seeds_are_resumed_by_the_line_that_is_printed(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--num-workers 7", "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or"),
+        (
+            "--num-workers 7",
+            "7 workers and the learner need 8 CPUs, but this Ray cluster has 4; use num_workers=3 or fewer.",
+        ),
         (
             "--num-workers 4 --num-learners 1",
-            "4 workers, 1 learner and the trainer need 6 CPUs, but this Ray cluster has 4; use num_workers=2 or",
+            "4 workers, 1 learner and the trainer need 6 CPUs, but this Ray cluster has 4; use num_workers=2 or fewer.",
+        ),
+        (
+            "--num-workers 0 --num-learners 2 --device cuda",
+            "2 learners need a GPU each, but this Ray cluster has 0: --device cpu.",
         ),
     ],
 )
@@ -273,7 +284,7 @@ def test_more_actors_than_the_cluster_has_cpus_are_refused_in_one_sentence(
     join_ray(monkeypatch)
     outcome = command(*words.split(), "--run-dir", tmp_path / "run")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", f"error: {sentence} fewer."]
+    assert outcome.err.splitlines() == [f"Run folder: {tmp_path / 'run'}", f"error: {sentence}"]
 
 
 def test_train_takes_a_gpu_where_there_is_one_and_trials_do_not_queue_for_it() -> None:
@@ -291,7 +302,7 @@ def test_the_algorithm_decides_on_the_other_options_defaults() -> None:
 
 def test_an_unknown_task_is_refused_before_workers_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting them may start Ray, or join a cluster."""
-    monkeypatch.setattr("ssm_metarl.cli.train.auto_workers", lambda trials: pytest.fail("workers were counted"))
+    monkeypatch.setattr("ssm_metarl.cli.train.auto_workers", lambda *needed: pytest.fail("workers were counted"))
     with pytest.raises(ValueError, match="no task family 'cart-pole'"):
         checked_config(Train(config=TrainConfig(task="cart-pole")), trials=1)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed.schedule import Schedule
 from ssm_metarl.distributed.train import train
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
@@ -60,7 +61,8 @@ def test_training_does_not_notice_a_lost_node(tmp_path: Path, kind: str) -> None
 def test_an_elastic_run_takes_the_processors_that_there_are(tmp_path: Path) -> None:
     answer = program("elastic", tmp_path / "elastic")
     assert answer["workers"] == {str(iteration): workers for iteration, workers in EXPECTED.items()}
-    train(TrainConfig.for_task("navigation-2d", **SMALL, iterations=10), tmp_path / "quiet")
+    schedule = tmp_path / "schedule.json"
+    train(Schedule.read(schedule).config, tmp_path / "quiet", schedule=schedule)
     assert metrics(tmp_path / "elastic") == metrics(tmp_path / "quiet")
 
 

@@ -29,6 +29,7 @@ from ssm_metarl.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("ray_session", "enough_processors")
 
+CARTPOLE_HORIZON = 500
 NORMALIZED = {"normalize_observations": True, "scale_rewards": True}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -122,6 +123,22 @@ def test_the_result_depends_neither_on_learners_nor_on_workers(case: str, worker
         assert_same_run(result(trainer), in_driver(case))
 
 
+def test_what_is_kept_for_replay_is_cut_as_it_was_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards depend on the longest episode, which another iteration's cuts are made for."""
+
+    def shards(shape: Any, minibatches: int) -> list[slice]:
+        parts = 1 if shape[1] == CARTPOLE_HORIZON else 8
+        return [slice(i * shape[0] // parts, (i + 1) * shape[0] // parts) for i in range(parts)]
+
+    monkeypatch.setattr(learner_module, "task_shards", shards)
+    options = {"task": "cartpole", "replay_episodes": 3, "epochs": 1}
+    with running(**options) as trainer:
+        expected = result(trainer)
+        assert trainer.learner.longest < CARTPOLE_HORIZON
+    with running(**options, num_workers=1, num_learners=1) as trainer:
+        assert_same_run(result(trainer), expected)
+
+
 # --- Deaths and faults ------------------------------------------------------------------------------------
 
 
@@ -204,30 +221,35 @@ def test_an_iteration_whose_objects_are_lost_is_repeated(where: str, call: int) 
 @pytest.mark.timeout(500)
 def test_learners_and_workers_that_die_at_random_moments_change_nothing() -> None:
     options = {"task": "navigation-2d", "epochs": 3, "hidden_dim": 32, "episodes": 20, "meta_batch": 8}
-    with running(**options) as trainer:
-        expected = result(trainer, 8)
     enough, kills = threading.Event(), Counter[str]()
     rng = np.random.default_rng(0)
+    kinds = {"learner": ("LearnerActor",), "worker": ("RolloutWorker", "collect ")}  # the latter while it plays
 
     def kill() -> None:
         # Where a start takes longer than the next death, nothing would ever be done.
         while kills.total() < 20 and not enough.wait(rng.uniform(0.3, 3.0)):
-            kind = ("LearnerActor", "RolloutWorker")[rng.integers(2)]
-            for process in processes(kind)[:1]:
+            kind = ("learner", "worker")[rng.integers(2)]
+            for process in processes(*kinds[kind])[:1]:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
                     kills[kind] += 1
 
+    iterations = 0
     with running(**options, num_workers=2, num_learners=2) as trainer:
         killer = threading.Thread(target=kill)
         killer.start()
         try:
-            run = result(trainer, 8)
+            metrics = []
+            while min(kills["learner"], kills["worker"]) < 3:
+                metrics += result(trainer, 1)[0]
+                iterations += 1
+            run = result(trainer, 1)
         finally:
             enough.set()
             killer.join()
-    assert min(kills["LearnerActor"], kills["RolloutWorker"]) > 2
-    assert_same_run(run, expected)
+    with running(**options) as trainer:
+        expected = result(trainer, iterations + 1)
+    assert_same_run(([*metrics, *run[0]], run[1]), expected)
 
 
 # --- Overlap ----------------------------------------------------------------------------------------------

@@ -70,6 +70,17 @@ def but_failures(run: Path) -> list[dict[str, Any]]:
     return [event for event in decisions(run) if event["decision"] != "failed"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_members_workers_and_learners_share_the_processors_that_there_are(tmp_path: Path) -> None:
+    """Nine processes on four processors, which decide as three do that have their own."""
+    for name, machine in (("shared", {"num_workers": 1, "num_learners": 1}), ("alone", {})):
+        config = TrainConfig.for_task("navigation-2d", **REAL, **machine)
+        evolve(config, EvolveConfig(**{**RULES, "cycles": 1, "assess_tasks": 4}), tmp_path / name)
+    assert of_kind(tmp_path / "shared", "failed") == []
+    assert decisions(tmp_path / "shared") == decisions(tmp_path / "alone")
+
+
 def in_background(condition: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
     """Do something as soon as a condition holds."""
 

@@ -27,6 +27,22 @@ def threads(places: list[tuple[str, float, float]], working: list[int]) -> list[
     return asyncio.run(run())
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_a_member_that_comes_back_ends_the_call_of_the_process_that_is_gone(over: bool) -> None:
+    async def run() -> list[dict[str, object] | None]:
+        mailbox = _Mailbox()
+        await mailbox.place(0, "a", 1.0, 0.0)
+        gone = asyncio.create_task(mailbox.next(0, 3))
+        await asyncio.sleep(0)
+        await mailbox.place(0, "b", 1.0, 0.0)
+        back = asyncio.create_task(mailbox.next(0, -1))
+        await asyncio.sleep(0)
+        await (mailbox.close() if over else mailbox.put({0: {"number": 4}}))
+        return await asyncio.gather(gone, back)
+
+    assert asyncio.run(run()) == [None, None if over else {"number": 4, "threads": 1}]
+
+
 @pytest.mark.parametrize(
     ("places", "working", "expected"),
     [
