@@ -110,8 +110,11 @@ def assert_same_run(run: Run, expected: Run) -> None:
     assert_equal_arrays(run[1], expected[1])
 
 
-QUICK = [("two steps, normalised", 0, 2), ("privileged", 1, 1)]
-SLOW = [(case, workers, learners) for case in CASES for workers in (0, 2) for learners in (1, 2)]
+QUICK = [("two steps, normalised", 0, 2)]
+SLOW = [
+    ("privileged", 1, 1),
+    *[(case, workers, learners) for case in CASES for workers in (0, 2) for learners in (1, 2)],
+]
 SLOW += [("promp", 0, 4), ("critic in minibatches", 0, 4), ("time", 1, 3)]
 
 
@@ -123,6 +126,7 @@ def test_the_result_depends_neither_on_learners_nor_on_workers(case: str, worker
         assert_same_run(result(trainer), in_driver(case))
 
 
+@pytest.mark.slow
 def test_what_is_kept_for_replay_is_cut_as_it_was_played(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards depend on the longest episode, which another iteration's cuts are made for."""
 
