@@ -173,10 +173,12 @@ class MetaTrainer(tune.Trainable):
                 progress=min(self.meta_iteration / experience.iterations, 1.0),
                 seed=seed_for(experience.seed, Branch.MINIBATCHES, self.meta_iteration),
             )
-            if self.replay is not None:  # before the next shards are known: these are cut as they were played
-                for record in learner.first_episodes(collected[-1]):
-                    self.replay.add(record)
+            # Before the next shards are known, for these are cut as they were played; and kept when nothing can fail.
+            kept = learner.first_episodes(collected[-1]) if self.replay is not None else []
             learner.observe(collected)
+            if self.replay is not None:
+                for record in kept:
+                    self.replay.add(record)
         return collected, {"invalid_episodes": collector.invalid_episodes, **statistics}
 
     @property
