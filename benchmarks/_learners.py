@@ -50,7 +50,7 @@ SHARD_STEPS = 20_000
 
 
 def start(cpus: int) -> None:
-    """A Ray that takes this machine for one of so many processors."""
+    """A Ray that takes this machine for one of so many processors; without its dashboard, which needs some of them."""
     ray.init(
         address="local",
         num_cpus=cpus,

@@ -594,18 +594,6 @@ PARTS: Mapping[str, Callable[[Options], Any]] = {
 }
 
 
-def start_ray(cpus: int) -> None:
-    """A Ray that takes this machine for one of so many processors; without its dashboard, which needs some of them."""
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
-
-
 def main(options: Options) -> None:
     if "learners" in options.show:
         if len(options.show) > 1:
@@ -615,7 +603,7 @@ def main(options: Options) -> None:
     results: dict[str, Any] = {}
     with redirect_stdout(sys.stderr):  # Ray reports deaths on stdout, which is the result's alone
         log("starting Ray …")
-        start_ray(1 + options.most_workers)
+        learners.start(1 + options.most_workers)
         for part in options.show:
             log(f"{part} …")
             results[part] = PARTS[part](options)

@@ -238,18 +238,3 @@ def learner_gpus(machine: MachineConfig) -> float:
     """GPUs of each learner of a group, or of the one in the driver."""
     many = ray.cluster_resources().get("GPU", 0.0) if machine.device == "auto" and ray.is_initialized() else 0.0
     return float(machine.device.startswith("cuda") or many >= max(machine.num_learners, 1))
-
-
-def new_learner(
-    spec: PolicySpec,
-    config: MetaConfig,
-    machine: MachineConfig,
-    seed: int,
-    horizon: int,
-    name: str,
-    processors: float = 1.0,
-) -> Learner:
-    """The learner of a trainer: in this process, or a group with as many actors as the machine is to have."""
-    if machine.num_learners:
-        return LearnerGroup(spec, config, machine, seed, horizon, name, processors)
-    return Learner(spec, config, machine, seed, horizon)

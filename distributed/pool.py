@@ -150,8 +150,8 @@ class Pool:
         shared = isinstance(weights, Mapping) and weights["encoder.weight"].ndim == 2
         sent = self._sent_once(weights) if shared else weights  # type: ignore[arg-type]
         self._calls += 1
-        play = Play(self._calls, self._spec, sent, not shared, tasks, seeds, num_episodes, label, deterministic, cuts)
-        play.enough = enough
+        call = (tasks, seeds, num_episodes, label, deterministic, cuts)
+        play = Play(self._calls, self._spec, sent, not shared, *call, enough=enough)
         play.split(len(self._workers))
         self._dispatcher.play(play)
         rollouts = play.joined()
@@ -194,8 +194,8 @@ class Pool:
         for own, label in zip(seeds, labels, strict=True):
             self._calls += 1
             sent = RemoteWeights.of(shards, [None] * len(shards)) if plays else self._sent_once(weights)
-            play = Play(self._calls, self._spec, sent, bool(plays), tasks, own, num_episodes, label, False, cuts)
-            play.enough = enough
+            call = (tasks, own, num_episodes, label, False, cuts)
+            play = Play(self._calls, self._spec, sent, bool(plays), *call, enough=enough)
             play.split(len(self._workers))
             plays.append(play)
         for stage, (play, following) in enumerate(pairwise(plays)):

@@ -24,7 +24,8 @@ from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import MachineConfig, TrainConfig
 from ssm_metarl.distributed.cluster import check_resources
 from ssm_metarl.distributed.collection import StageCollector
-from ssm_metarl.distributed.learner_group import learner_gpus, new_learner
+from ssm_metarl.distributed.learner import Learner
+from ssm_metarl.distributed.learner_group import LearnerGroup, learner_gpus
 from ssm_metarl.distributed.metrics import returns_metrics
 from ssm_metarl.distributed.pool import Pool
 from ssm_metarl.distributed.resizing import Resize, resized
@@ -96,9 +97,8 @@ class MetaTrainer(tune.Trainable):
         name = f"ssm-metarl/{self.train_config.task}/{self.trial_name}/{os.getpid()}-{time.monotonic_ns()}"
         seed = seed_for(experience.seed, Branch.INITIAL_WEIGHTS).generate_state(1)[0]
         horizon = self.distribution.horizon * experience.trial_episodes
-        self.learner = new_learner(
-            self.spec, self.train_config.meta, machine, int(seed), horizon, name, self.processors
-        )
+        learner = self.spec, self.train_config.meta, machine, int(seed), horizon
+        self.learner = LearnerGroup(*learner, name, self.processors) if machine.num_learners else Learner(*learner)
         self.pool = Pool(
             self.distribution,
             self.spec,
