@@ -54,6 +54,7 @@ class World:
         own: deviation over tasks of what only this lineage finds.
         failure: why a meta-iteration cannot go on; None where it can.
         mean: skill of the running mean of weights above that of the weights.
+        adaptation: what an inner step adds to a return.
         offered: rollouts that were offered last.
         spent: environment steps that were really played.
         played: assignments begun, in order.
@@ -67,6 +68,7 @@ class World:
     own: float = 0.01
     failure: Callable[[Mapping[str, Any], int], str | None] = lambda config, iteration: None
     mean: float = 0.002
+    adaptation: float = 0.1
     offered: str = ""
     spent: int = 0
     played: list[Assignment] = field(default_factory=list)
@@ -138,7 +140,7 @@ class Member:
         level = world.wander * np.random.default_rng([*at, 1]).normal()
         ease = world.ease * np.random.default_rng([*at, 2]).normal(size=tasks)
         own = world.own * np.random.default_rng([*at, 3, fingerprint(config)]).normal(size=tasks)
-        return skill + level + ease + own - 0.1 * np.arange(stages)[::-1, None]
+        return skill + level + ease + own - self.world.adaptation * np.arange(stages)[::-1, None]
 
     def finish(self, assignment: Assignment, report: Report) -> None:
         if assignment.checkpoint is not None:
@@ -164,7 +166,7 @@ class Member:
         world, seed = self.world, assignment.seed
         ease = world.ease * np.random.default_rng([seed, split]).normal(size=play.tasks)
         own = world.own * np.random.default_rng([seed, split, self.policy.iteration]).normal(size=play.tasks)
-        return skill + ease + own - 0.1 * np.arange(stages)[::-1, None]
+        return skill + ease + own - self.world.adaptation * np.arange(stages)[::-1, None]
 
     def load(self, name: str) -> Policy:
         return read_policy(self.checkpoints, name)

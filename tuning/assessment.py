@@ -11,9 +11,8 @@ from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tuning.incumbent import Course
 from ssm_metarl.tuning.metrics import metric_intervals, metrics
-from ssm_metarl.tuning.race import z_score
 from ssm_metarl.tuning.records import Assignment, Decision, Phase, Play, Record
-from ssm_metarl.tuning.rules import Rules
+from ssm_metarl.tuning.rules import Rules, gain
 from ssm_metarl.tuning.safety import fallen
 
 LEAST_TASKS = 4
@@ -52,9 +51,10 @@ class Assessing(Rules):
         record.handed_over = known.handed_over if known else "last"
         self._choose(record, plays)
         worse = known is not None and significantly_below(record, known)
-        halves = np.array_split(curve, 2)
-        better = len(curve) < 2 or z_score([halves[1].ravel()], [halves[0].ravel()], paired=False) >= 1.0
-        progress.flat = 0 if better else progress.flat + 1
+        progress.flat = 0 if len(curve) < 2 or gain(curve) else progress.flat + 1
+        progress.price = self._price(curve)
+        if progress.flat == 1:
+            self.options.turn("outer_lr", -1)  # what a policy learnt fast with makes it swing later
         if self.level.suspicious(record.level) and (yield from self._confirmed(record)):
             return
         self.progress.collapses = 0

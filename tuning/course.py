@@ -22,10 +22,6 @@ LONGEST = 16
 """A stretch is at most as many times as long as the first one."""
 
 
-CLEAR, BARE = 3.0, 0.25
-"""z by which a challenger must win for its race to have paid for itself, and the share of losers charged below it."""
-
-
 class Running(Assessing):
     """The incumbent's races and stretches."""
 
@@ -160,9 +156,12 @@ class Running(Assessing):
         standing = {challenge: race.z(i, INCUMBENT) for i, challenge in enumerate(challenges, 1)}
         self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead], better_ways(standing))
         longest = LONGEST * self.config.stretch
-        progress.length = self.config.stretch if won else min(int(1.5 * progress.length + 0.5), longest)
-        charge = 1.0 if won is None else 0.0 if race.z(winner, INCUMBENT) >= CLEAR else BARE
-        progress.spent["charged"] += round(charge * (sum(steps) - steps[winner]))
+        control = [report.returns for report in heard[members[INCUMBENT]] if report.returns is not None]
+        curve = [*incumbent.curve, *(self._normal(returns)[-1] for returns in control)]
+        progress.price = self._price(np.stack(curve)) if curve else progress.price
+        grown = int((1 + progress.price / 2) * progress.length + 0.5)
+        progress.length = self.config.stretch if won else min(grown, longest)
+        progress.spent["charged"] += round(progress.price * (sum(steps) - steps[winner]))
         self._account(losers=sum(steps) - steps[winner])
         if won:
             incumbent.path.append([incumbent.iteration, _difference(incumbent.config, configs[winner])])
@@ -203,8 +202,9 @@ class Running(Assessing):
         clipped = ALGORITHMS[config["algorithm"]].clipped
         rng = np.random.default_rng(seed_for(self.seed, Branch.PROPOSAL, progress.cycle))
         fixed = [name for name in self.config.evolve if not playable(name, config, clipped)]
-        count = self._challengers()
-        return self.options.challenges(config, count, rng, sizes=self._sizes(), fixed=fixed) if count else []
+        count, urgent = self._challengers(), {"inner_lr": -1} if self._adaptation_hurts() else {}
+        options = self.options
+        return options.challenges(config, count, rng, sizes=self._sizes(), fixed=fixed, urgent=urgent) if count else []
 
     def _name(self, iteration: int) -> str:
         """Name of a checkpoint; what a run wrote before it went back is not written over."""

@@ -66,12 +66,13 @@ class Progress:
         left: meta-iterations left of the stretch.
         length: meta-iterations of the next stretch.
         flat: stretches in a row that brought no improvement.
+        price: share of a loser's step that counts against `losers_share`, see `Rules._price`.
         best: the record that is handed over.
         failures: in a row: until something is decided without one.
         collapses: in a row: until a stretch ends without one.
         assignments: made so far.
-        spent: environment steps: "total", "losers", "assessments", and "charged", what counts against `losers_share`:
-            those of losers where no challenger won, a quarter of them where one won, and nothing where it won clearly.
+        spent: environment steps: "total", "losers", "assessments", and "charged", those of losers at the prices of
+            their races.
         seconds: by what they went into, of all members.
         finished: why the run ended.
     """
@@ -81,6 +82,7 @@ class Progress:
     left: int = 0
     length: int = 0
     flat: int = 0
+    price: float = 1.0
     best: str | None = None
     failures: int = 0
     collapses: int = 0

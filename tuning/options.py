@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -150,6 +151,7 @@ class Options:
         *,
         sizes: bool,
         fixed: Collection[str] = (),
+        urgent: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Challenge]:
         """The changes of the next race: an option both ways, or only the way that won last time.
 
@@ -162,6 +164,7 @@ class Options:
             rng: the only source of chance.
             sizes: whether the policy's sizes may move, too.
             fixed: options that must stay.
+            urgent: direction of options that come before all others.
 
         Returns:
             At most `count` changes; empty where nothing can move. Options that change how much is played, or the
@@ -174,8 +177,11 @@ class Options:
             name: float(rng.beta(option.prior[0] + tally.wins, option.prior[1] + tally.losses))
             for name, option, tally in ((name, OPTIONS[name], self.tallies[name]) for name in self.names)
         }
+        pressing = {name: self.moves(name, config, urgent[name]) for name in urgent.keys() & moves}
+        moves |= {name: found for name, found in pressing.items() if found}
         # What has just won is tried again, farther.
-        order = sorted(moves, key=lambda name: (not self.tallies[name].direction, -chance[name]))
+        streaks = {name: bool(self.tallies[name].direction) for name in moves}
+        order = sorted(moves, key=lambda name: (not pressing.get(name), not streaks[name], -chance[name]))
         found: list[Challenge] = []
         for name in order:
             lean = self.tallies[name].lean or (1 if rng.random() < 0.5 else -1)
@@ -186,11 +192,12 @@ class Options:
                 break
         return found
 
-    def moves(self, name: str, config: Mapping[str, Any]) -> list[Challenge]:
-        """What an option may change to, within its bounds: both ways, or the way that won last time."""
+    def moves(self, name: str, config: Mapping[str, Any], way: int = 0) -> list[Challenge]:
+        """What an option may change to, within its bounds: the way asked for, the one that won last time, or both."""
         option, tally, value = OPTIONS[name], self.tallies[name], config[name]
         low, high = self.bounds.get(name, (option.low, option.high))
-        directions = (tally.direction,) if tally.direction else (1, -1)
+        asked = way or tally.direction
+        directions = (asked,) if asked else (1, -1)
         found: list[Challenge] = []
         if option.kind in ("count", "step", "size"):
             low, high = math.ceil(low / option.least) * option.least, math.floor(high / option.least) * option.least
@@ -200,10 +207,16 @@ class Options:
             known = [value, *(challenge.after for challenge in found)]
             if moved != value and all(abs(after - other) > 1e-9 * abs(value) for other in known):
                 found.append(Challenge(name, value, after))
-        if not found and tally.direction:  # at its bound
+        if not found and tally.direction and not way:  # at its bound
             tally.direction = 0
             return self.moves(name, config)
         return found
+
+    def turn(self, name: str, direction: int) -> None:
+        """The next race about an option tries this way first; a streak of wins the other way is over."""
+        if (tally := self.tallies.get(name)) is not None:
+            tally.lean = direction
+            tally.direction = direction if tally.direction == direction else 0
 
     def settle(
         self,
@@ -224,7 +237,11 @@ class Options:
             tally.wins, tally.losses = DECAY * tally.wins, DECAY * tally.losses
         won = {challenge.option: challenge.direction for challenge in winners}
         near = {challenge.option: challenge.direction for challenge in ahead}
-        for name in dict.fromkeys(challenge.option for challenge in challenges):
+        raced = [challenge.option for challenge in challenges]
+        for challenge in challenges:
+            if raced.count(challenge.option) == 1 and not self.tallies[challenge.option].direction:
+                self.tallies[challenge.option].lean = -challenge.direction  # the other way is still to be tried
+        for name in dict.fromkeys(raced):
             tally = self.tallies[name]
             tally.direction = won.get(name, near.get(name, 0))
             if tally.direction:

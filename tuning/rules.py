@@ -14,6 +14,7 @@ from ssm_metarl.tuning.incumbent import LATEST
 from ssm_metarl.tuning.ledger import Ledger
 from ssm_metarl.tuning.metrics import metric_intervals, metrics
 from ssm_metarl.tuning.options import OPTIONS
+from ssm_metarl.tuning.race import z_score
 from ssm_metarl.tuning.records import START, Decision, Phase, Record, Report, Status
 
 ENDLESS = 60
@@ -25,8 +26,11 @@ SIZE_ROUND = 2
 ROUNDS = 3
 """Meta-iterations that a challenger costs a race, as a rule."""
 
-FEWEST = 2
-"""Challengers of a race, an option in both directions, unless the run has fewer or an option has just won."""
+HURT = 3.0
+"""Standard errors by which returns after adaptation are below those before where the inner step comes first."""
+
+LEAST_PRICE = 0.1
+"""Least share of a loser's step that counts as one."""
 
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
@@ -196,16 +200,30 @@ class Rules(Ledger):
         config, each = self.config, ROUNDS * self._iteration_steps()
         wanted = config.proposals if not self.progress.cycle else (config.proposals + 1) // 2
         wanted = min(wanted, len(self._alive()) - 1)
-        count = min(wanted, int(self._purse() / each)) if each else wanted
-        # What has just won is tried the same way alone.
-        fewest = 1 if any(tally.direction for tally in self.options.tallies.values()) else FEWEST
-        return count if count >= min(fewest, wanted) else 0
+        return max(min(wanted, int(self._purse() / each)), 0) if each else wanted
 
     def _purse(self) -> float:
-        """Environment steps that losers may still cost."""
+        """Environment steps that losers may still play."""
         spent = self.progress.spent
         whole = self.config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
-        return self.config.losers_share * whole - spent["charged"]
+        return (self.config.losers_share * whole - spent["charged"]) / self.progress.price
+
+    def _price(self, curve: Array) -> float:
+        """Share of a loser's step that counts: the level which the incumbent would reach by itself at its pace.
+
+        What it would have made of those steps is little where it no longer learns far below what is possible.
+
+        Args:
+            curve: [I, M], its normalised returns after adaptation in the last meta-iterations.
+        """
+        left = self._affordable() if self.config.budget else ENDLESS
+        reached = float(curve[-LATEST:].mean()) + 2 * gain(curve) / len(curve) * left
+        return min(max(reached, LEAST_PRICE), 1.0)
+
+    def _adaptation_hurts(self) -> bool:
+        """Whether the policy lately played clearly worse after adaptation than before: its inner step is too long."""
+        latest = self.incumbent.latest
+        return z_score([each[-1] for each in latest], [each[0] for each in latest]) < -HURT
 
     def _sizes(self) -> bool:
         """Whether the policy's sizes may move: the last stretches were flat, and there are steps for a longer race."""
@@ -219,6 +237,19 @@ class Rules(Ledger):
         return sum(cost * (self.config.race.rounds + 1) for cost in costs) - sum(map(int, alike))
 
 
+def gain(curve: Array) -> float:
+    """By how much the second half of some meta-iterations is above the first; 0 where that is within the noise.
+
+    Args:
+        curve: [I, M], normalised returns.
+    """
+    if len(curve) < 2:
+        return 0.0
+    before, after = (half.ravel() for half in np.array_split(curve, 2))
+    better = z_score([after], [before], paired=False) >= 1.0
+    return float(after.mean() - before.mean()) if better else 0.0
+
+
 def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
     """Environment steps that a run must have for its first race.
 
@@ -226,7 +257,7 @@ def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
         rules: of the run.
         iteration_steps: environment steps of a meta-iteration.
     """
-    challengers = min(FEWEST, rules.proposals)
+    challengers = 1
     losers = ROUNDS * challengers / rules.losers_share if rules.losers_share else 0.0
     return max(losers, rules.warm_up + rules.race.rounds + 1 + challengers + rules.stretch) * iteration_steps
 

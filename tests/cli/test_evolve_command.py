@@ -233,9 +233,9 @@ def test_a_race_that_did_not_take_place_is_not_told(fresh: Path) -> None:
 
 def test_a_budget_without_room_for_a_race_is_told() -> None:
     config = TrainConfig.for_task("navigation-2d", meta_batch=10, episodes=5)  # up to 10,000 steps an iteration
-    said = room_words(EvolveConfig(budget=2e5), config)
-    assert "at up to 10,000 environment steps an iteration the first takes 300,000." in said
-    for rules in ({"budget": 3e5}, {"budget": 0.0}, {"budget": 2e5, "mutate": False}):
+    said = room_words(EvolveConfig(budget=1e5), config)
+    assert "at up to 10,000 environment steps an iteration the first takes 150,000." in said
+    for rules in ({"budget": 1.5e5}, {"budget": 0.0}, {"budget": 1e5, "mutate": False}):
         assert room_words(EvolveConfig(**rules), config) == ""
 
 

@@ -216,6 +216,25 @@ def test_what_has_just_won_goes_first_and_the_same_way() -> None:
         assert "clip" not in {other.option for other in others}
 
 
+def test_what_is_urgent_goes_first_and_its_way_alone() -> None:
+    options = Options(tallies={"clip": Tally(direction=1), "inner_lr": Tally(direction=1)})
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        first, *others = options.challenges(base(inner_lr=0.4), 3, rng, sizes=False, urgent={"inner_lr": -1})
+        assert (first.option, first.after) == ("inner_lr", pytest.approx(0.4 / FIRST))
+        assert others[0].option == "clip"
+        assert "inner_lr" not in {other.option for other in others}
+
+
+@pytest.mark.parametrize("stays", [{"bounds": {"inner_lr": [0.4, 0.8]}}, {"fixed": ["inner_lr"]}])
+def test_what_is_urgent_and_cannot_move_its_way_waits(stays: dict[str, Any]) -> None:
+    options, rng = Options(("clip", "inner_lr"), stays.get("bounds", {})), np.random.default_rng(0)
+    fixed, urgent = stays.get("fixed", ()), {"inner_lr": -1}
+    challenges = options.challenges(base(inner_lr=0.4), 2, rng, sizes=False, fixed=fixed, urgent=urgent)
+    assert all(challenge.after > challenge.before for challenge in challenges if challenge.option == "inner_lr")
+    assert challenges
+
+
 @given(seed=seeds, count=st.integers(1, 6), sizes=st.booleans(), config=configs())
 def test_a_race_is_fair(seed: int, count: int, sizes: bool, config: dict[str, Any]) -> None:
     fixed = ["epochs"]
@@ -260,7 +279,7 @@ def test_a_winner_goes_on_the_same_way_and_farther() -> None:
     options = Options()
     options.settle([UP, DOWN, RATE], [DOWN])
     assert options.tallies["clip"] == Tally(factor=WIN_GROWTH * FIRST, direction=-1, wins=1.0)
-    assert options.tallies["outer_lr"] == Tally(factor=FIRST**LOSS_POWER, losses=1.0)
+    assert options.tallies["outer_lr"] == Tally(factor=FIRST**LOSS_POWER, losses=1.0, lean=-1)
     assert options.tallies["epochs"] == Tally()
 
 
@@ -273,15 +292,16 @@ def test_two_ways_that_lose_are_one_loss() -> None:
 def test_who_was_ahead_of_the_incumbent_too_is_tried_again() -> None:
     options = Options()
     options.settle([RATE, DOWN], [RATE], ahead=[DOWN])
-    assert options.tallies["clip"] == Tally(factor=FIRST, direction=-1, wins=1.0)
+    assert options.tallies["clip"] == Tally(factor=FIRST, direction=-1, wins=1.0, lean=1)
     assert options.tallies["outer_lr"].direction == 1
 
 
 def test_two_may_win() -> None:
     options = Options()
     options.settle([RATE, DOWN], [RATE, DOWN], ahead=[DOWN])
-    assert options.tallies["clip"] == Tally(factor=WIN_GROWTH * FIRST, direction=-1, wins=1.0)
-    assert options.tallies["outer_lr"] == Tally(factor=WIN_GROWTH * FIRST, direction=1, wins=1.0)
+    assert options.tallies["clip"].direction == -1
+    assert options.tallies["outer_lr"].direction == 1
+    assert all(options.tallies[name].factor == WIN_GROWTH * FIRST for name in ("clip", "outer_lr"))
 
 
 def test_factors_have_bounds_and_a_loss_ends_a_streak() -> None:
@@ -401,3 +421,22 @@ def test_the_way_that_seemed_better_is_the_first_to_be_tried_again(lean: int) ->
     for seed in range(20):
         (first,) = options.challenges(base(), 1, np.random.default_rng(seed), sizes=False)
         assert first.direction == lean
+
+
+@pytest.mark.parametrize("streak", [0, 1])
+def test_the_way_that_did_not_race_is_the_next_to_be_tried(streak: int) -> None:
+    """Not after a streak, which may have ended at the best value."""
+    options = Options(("outer_lr",), tallies={"outer_lr": Tally(direction=streak, lean=1)})
+    options.settle([Challenge("outer_lr", 0.01, 0.04)], [])
+    (first,) = options.challenges(base(), 1, np.random.default_rng(0), sizes=False)
+    assert first.direction == (1 if streak else -1)
+
+
+@pytest.mark.parametrize(("streak", "left"), [(1, 0), (-1, -1), (0, 0)])
+def test_an_option_that_is_turned_is_tried_that_way_first(streak: int, left: int) -> None:
+    options = Options(("outer_lr",), tallies={"outer_lr": Tally(direction=streak, lean=1)})
+    options.turn("outer_lr", -1)
+    options.turn("clip", -1)  # it may not move in this run
+    assert options.tallies == {"outer_lr": Tally(direction=left, lean=-1)}
+    (first,) = options.challenges(base(), 1, np.random.default_rng(0), sizes=False)
+    assert first.direction == -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -237,15 +237,17 @@ def shown(population: Population) -> list[str]:
 @pytest.mark.parametrize("rules", [PLAIN, {"stretch": 3, "proposals": 1}], ids=["plain", "races"])
 @pytest.mark.parametrize("loss", [0.3, 0.1, 0.05])
 def test_training_that_ruins_a_policy_does_not_hand_it_over(
-    tmp_path: Path, rules: dict[str, bool | int], loss: float
+    folders: Iterator[Path], rules: dict[str, bool | int], loss: float
 ) -> None:
-    """Whatever it loses at once, and never makes up for."""
-    world = World(gain=lambda config, iteration: -loss if iteration == 1 else 0.0)
-    population = from_start(tmp_path, world, cycles=6, **rules)
-    seen = shown(population)
-    drive(population, world)
-    assert skill_of(population) > 0.59
-    assert set(seen) == {START}
+    """Whatever it loses at once, and never makes up for; of ten runs at most one does."""
+    kept = 0
+    for seed in range(10):
+        world = World(gain=lambda config, iteration: -loss if iteration == 1 else 0.0, drift=0.0)
+        population = from_start(next(folders), world, base={"seed": seed}, cycles=6, **rules)
+        seen = shown(population)
+        drive(population, world)
+        kept += skill_of(population) > 0.59 and set(seen) == {START}
+    assert kept >= 9
 
 
 def test_training_that_helps_hands_the_better_policy_over(tmp_path: Path) -> None:
