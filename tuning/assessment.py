@@ -12,7 +12,7 @@ from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tuning.incumbent import Course
 from ssm_metarl.tuning.metrics import metric_intervals, metrics
 from ssm_metarl.tuning.records import Assignment, Decision, Phase, Play, Record
-from ssm_metarl.tuning.rules import Rules, gain
+from ssm_metarl.tuning.rules import LEAST_PRICE, Rules, gain
 from ssm_metarl.tuning.safety import fallen
 
 LEAST_TASKS = 4
@@ -51,8 +51,9 @@ class Assessing(Rules):
         record.handed_over = known.handed_over if known else "last"
         self._choose(record, plays)
         worse = known is not None and significantly_below(record, known)
+        # Steps that make a policy worse are worth nothing.
+        progress.price = LEAST_PRICE if worse else self._price(curve)
         progress.flat = 0 if len(curve) < 2 or gain(curve) else progress.flat + 1
-        progress.price = self._price(curve)
         if progress.flat == 1:
             self.options.turn("outer_lr", -1)  # what a policy learnt fast with makes it swing later
         if self.level.suspicious(record.level) and (yield from self._confirmed(record)):

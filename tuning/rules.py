@@ -217,7 +217,8 @@ class Rules(Ledger):
             curve: [I, M], its normalised returns after adaptation in the last meta-iterations.
         """
         left = self._affordable() if self.config.budget else ENDLESS
-        reached = float(curve[-LATEST:].mean()) + 2 * gain(curve) / len(curve) * left
+        # Learning slows down: half of its pace is what lasts.
+        reached = float(curve[-LATEST:].mean()) + gain(curve) / 2 * left
         return min(max(reached, LEAST_PRICE), 1.0)
 
     def _adaptation_hurts(self) -> bool:
@@ -238,16 +239,17 @@ class Rules(Ledger):
 
 
 def gain(curve: Array) -> float:
-    """By how much the second half of some meta-iterations is above the first; 0 where that is within the noise.
+    """What a meta-iteration brought lately; 0 where that is within the noise.
 
     Args:
         curve: [I, M], normalised returns.
     """
     if len(curve) < 2:
         return 0.0
-    before, after = (half.ravel() for half in np.array_split(curve, 2))
+    lately = curve[-2 * LATEST :]
+    before, after = (half.ravel() for half in np.array_split(lately, 2))
     better = z_score([after], [before], paired=False) >= 1.0
-    return float(after.mean() - before.mean()) if better else 0.0
+    return float(after.mean() - before.mean()) / (len(lately) / 2) if better else 0.0
 
 
 def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
