@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ssm_metarl.core import Task
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     Held = dict[WorkerHandle, tuple[Play, Part]]
     """What each worker plays."""
 
+PATIENCE = 10.0
+"""Seconds without adapted weights after which is looked what they wait for."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -29,12 +33,14 @@ class Dispatcher:
 
     Attributes:
         restarts, dropped, timed_out: see `Pool`.
+        waited: called where no worker had anything to do for a while, for want of adapted weights.
     """
 
     def __init__(self, workers: Sequence[WorkerHandle], sample_timeout_s: SampleTimeout) -> None:
         self.restarts = 0
         self.dropped: list[Task] = []
         self.timed_out = 0
+        self.waited: Callable[[], None] = lambda: None
         self._workers = workers
         self._watch = Watch(sample_timeout_s)
         self._suspicion = Suspicion()
@@ -57,8 +63,11 @@ class Dispatcher:
                 awaited = called if waiting else list(held)
                 missing = [reference for play in plays for reference in play.missing]
                 timeout = self._watch.seconds([part for _, part in held.values()])
-                for worker in ready_workers(awaited, timeout, missing):
+                begin = time.perf_counter()
+                for worker in ready_workers(awaited, PATIENCE if missing and not held else timeout, missing):
                     self._receive(worker, held)
+                if not held and time.perf_counter() - begin >= PATIENCE:
+                    self.waited()
                 for worker in list(held):
                     self._look_after(worker, held)
                 for play in plays:

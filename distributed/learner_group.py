@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, ClassVar
@@ -23,6 +23,10 @@ from ssm_metarl.distributed.learner import Learner, Stage, task_weights
 from ssm_metarl.distributed.learner_actor import LearnerActor
 from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
 from ssm_metarl.distributed.stopwatch import Stopwatch
+from ssm_metarl.distributed.worker import nodes_alive
+
+PATIENCE, LOOKS = 10.0, 3
+"""Seconds of waiting for learners after which is looked where they are, and looks that find no place for one."""
 
 
 class LearnerGroup(Learner):
@@ -40,6 +44,9 @@ class LearnerGroup(Learner):
             where the device is one.
         name: the actors are named `{name}/learner-{i}`, unique among a driver's.
         processors: that Ray keeps for each.
+
+    Attributes:
+        homeless: called with the number of learners whose node was lost and that no other node has a processor for.
     """
 
     actor_class: ClassVar[type] = LearnerActor
@@ -56,6 +63,7 @@ class LearnerGroup(Learner):
     ) -> None:
         super().__init__(spec, config, replace(machine, device="cpu", learner_threads=1), seed, horizon)
         self._shared: tuple[Any, Any] = (None, None)  # the last weights that were put, and the reference to them
+        self.homeless: Callable[[int], None] = lambda count: None
         # Ray applies "SPREAD" even inside a placement group and would take the actor out of it.
         inside = ray.get_runtime_context().should_capture_child_tasks_in_placement_group
         options = {
@@ -71,10 +79,33 @@ class LearnerGroup(Learner):
             .remote(spec, config, machine.device)
             for i in range(machine.num_learners)
         ]
+        self._nodes = [""] * machine.num_learners
+        self._asked = [actor.process.remote() for actor in self._actors]  # whose answers say where they are
+        self._looks = 0
 
     def processes(self) -> list[int]:
         """Process ids of the learners, as soon as all of them run."""
-        return list(ray.get([actor.process.remote() for actor in self._actors]))
+        return [pid for pid, _ in ray.get([actor.process.remote() for actor in self._actors])]
+
+    def waited(self) -> None:
+        """Look whether learners lost their node and found no other, and tell `homeless` after several times."""
+        alive = nodes_alive()
+        for i, actor in enumerate(self._actors):
+            if self._nodes[i] not in alive and ray.wait([self._asked[i]], timeout=0)[0]:
+                self._nodes[i] = ray.get(self._asked[i])[1]
+                self._asked[i] = actor.process.remote()
+        count = sum(bool(node) and node not in alive for node in self._nodes)
+        self._looks = self._looks + 1 if count else 0
+        if self._looks == LOOKS:
+            self._looks = 0
+            self.homeless(count)
+
+    def _get(self, references: Any) -> Any:
+        """`ray.get`, with `waited` again and again until all is there."""
+        several = references if isinstance(references, list) else [references]
+        while ray.wait(several, num_returns=len(several), timeout=PATIENCE)[1]:
+            self.waited()
+        return ray.get(references)
 
     def pieces(self, tasks: int, episodes: int) -> list[slice]:
         """See `Learner.pieces`: the shards."""
@@ -83,7 +114,7 @@ class LearnerGroup(Learner):
     def first_episodes(self, rollouts: Any) -> list[Rollouts]:
         """See `Learner.first_episodes`."""
         found = self._on_shards("first_episodes", self._remote(rollouts))
-        return [record for record in ray.get(found) if record is not None]
+        return [record for record in self._get(found) if record is not None]
 
     def collect(self, collector: StageCollector, episodes: int, watch: Stopwatch) -> tuple[list[Stage], list[Any]]:
         """See `Learner.collect`; where tasks need no others to adapt, they do so while others still play."""
@@ -116,7 +147,7 @@ class LearnerGroup(Learner):
         rollouts = self._remote(rollouts)
         shards, level = self.shards(*rollouts.kept().shape), None
         if self.config.baseline in COMPARING:
-            level = mean_returns(ray.get(self._on_shards("totals", rollouts, self._fixed())))
+            level = mean_returns(self._get(self._on_shards("totals", rollouts, self._fixed())))
         own = [
             self._batch(i, len(shards), _of_shard(weights, i), rollouts.of_shard(shard), level)
             for i, shard in enumerate(shards)
@@ -145,7 +176,7 @@ class LearnerGroup(Learner):
     def _stage(self, batches: Sequence[tuple[Any, Any]], rollouts: RemoteRollouts) -> Stage:
         """What `_batch` gave for all shards."""
         linear = self.config.baseline == "linear"
-        moments = None if linear else outer_moments(ray.get([own for own, _ in batches]))
+        moments = None if linear else outer_moments(self._get([own for own, _ in batches]))
         kept = rollouts.kept()
         return Stage(self.shards(*kept.shape), [batch for _, batch in batches], np.asarray(kept.any(1)), moments)
 
@@ -176,14 +207,14 @@ class LearnerGroup(Learner):
             owners.append(self._actors[owner])
             if keep:
                 references.update({part[place]: found[2 + row] for row, place in enumerate(own)})
-        total = ray.get(owners[0].add.remote(len(part), *sums))
+        total = self._get(owners[0].add.remote(len(part), *sums))
         gradient = [None if array is None else torch.from_numpy(np.array(array)) for array in total]
-        return gradient, [loss for each in ray.get(losses) for loss in each]
+        return gradient, [loss for each in self._get(losses) for loss in each]
 
     def _take_moments(self, rollouts: Any) -> None:
         if not (self.policy.spec.normalizes or self.policy.spec.task_size):
             return
-        for moments in ray.get(self._on_shards("moments", self._remote(rollouts))):
+        for moments in self._get(self._on_shards("moments", self._remote(rollouts))):
             self.normalizer.merge(moments)
 
     def _remote(self, rollouts: Any) -> RemoteRollouts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,6 +24,8 @@ from ssm_metarl.distributed.watch import SampleTimeout
 if TYPE_CHECKING:
     from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
     from ssm_metarl.distributed.worker import WorkerHandle
+
+_log = logging.getLogger(__name__)
 
 INLINE_BYTES = 90_000
 """Shared weights below this travel with each call (Ray inlines up to 100 KiB): cheaper than a put."""
@@ -220,6 +223,10 @@ class Pool:
         """See the class."""
         return self._dispatcher.timed_out
 
+    def on_wait(self, waited: Callable[[], None]) -> None:
+        """Have this called where workers have nothing to do for a while, for want of adapted weights."""
+        self._dispatcher.waited = waited
+
     @property
     def num_workers(self) -> int:
         """n."""
@@ -241,6 +248,26 @@ class Pool:
         close_workers([worker for worker in self._workers if worker not in kept])
         self._workers[:] = [worker for worker in self._workers if worker in kept]
         self._start(num_workers - len(kept))
+
+    def make_room(self, count: int, ends: bool = True) -> None:
+        """End as many workers as learners wait for a processor, and those that wait themselves; one stays.
+
+        Args:
+            count: learners.
+            ends: False: only say it, as in a placement group, whose processors are not for others.
+        """
+        from ssm_metarl.distributed.worker import nodes_alive
+
+        alive = nodes_alive()
+        running = sum(not worker.starting and worker.node in alive for worker in self._workers)
+        left = max(running - count, 1) if ends else self.num_workers
+        lost = f"The node of {count} learner{'s' * (count > 1)} is gone, and no processor is free"
+        if left < self.num_workers:
+            workers = f"{left} worker{'s' * (left > 1)}"
+            _log.warning("%s: %s from now on, instead of %d.", lost, workers, self.num_workers)
+            self.resize(left)
+        else:
+            _log.warning("%s: training goes on when there is one.", lost)
 
     def _start(self, count: int) -> None:
         """Start so many more workers."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -108,6 +109,9 @@ class MetaTrainer(tune.Trainable):
             sample_timeout_s=machine.sample_timeout_s,
             processors=self.processors,
         )
+        if isinstance(self.learner, LearnerGroup):
+            self.pool.on_wait(self.learner.waited)
+            self.learner.homeless = partial(self.pool.make_room, ends=self._trial_info is None)
         self.telemetry = Telemetry(self.trial_name, self.train_config.task)
         self.replay = ReplayBuffer(experience.replay_episodes) if experience.replay_episodes else None
         self.meta_iteration = 0

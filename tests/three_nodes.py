@@ -1,6 +1,6 @@
 """A program of test_node_loss.py: a run on a cluster of three nodes on this machine, one of which is killed.
 
-    python three_nodes.py train|learners|elastic|evolve FOLDER ANSWER
+    python three_nodes.py train|learners|room|elastic|evolve FOLDER ANSWER
 
 Writes one JSON object to the file ANSWER.
 """
@@ -18,9 +18,11 @@ from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssm_metarl.cli.main import main
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.distributed import dispatch, learner_group
 from ssm_metarl.distributed.schedule import Schedule
 from ssm_metarl.distributed.train import train
 
@@ -103,6 +105,32 @@ def run_learners(folder: Path) -> dict[str, Any]:
     return run_train(folder, num_workers=1, num_learners=2)
 
 
+def run_room(folder: Path) -> dict[str, Any]:
+    """Another's actor has the head; a node that holds a learner is killed, and workers have all other processors."""
+    cluster, nodes = cluster_of(1, 3, 2)
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+    dispatch.PATIENCE = learner_group.PATIENCE = 1.0
+    here = NodeAffinitySchedulingStrategy(cluster.head_node.node_id, soft=False)
+    other = ray.remote(Counter).options(num_cpus=1, scheduling_strategy=here).remote()
+    ray.get(other.__ray_ready__.remote())
+    answer: dict[str, Any] = {}
+
+    def kill_once(metrics: dict[str, Any]) -> None:
+        if metrics["iteration"] == ITERATIONS:
+            answer.update(workers=sum(holders("RolloutWorker").values()))
+        if answer or metrics["iteration"] < 2:
+            return
+        while sum(holders("RolloutWorker").values()) < 3:  # they start beside the first iterations
+            time.sleep(0.05)
+        learners = holders("LearnerActor")
+        answer.update(learners=learners.get(nodes[1].node_id, 0))
+        cluster.remove_node(nodes[1], allow_graceful=False)
+
+    config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=ITERATIONS, learner_threads=1)
+    train(config.replace(num_workers=3, num_learners=2), folder, on_iteration=kill_once)
+    return answer
+
+
 def write_schedule(folder: Path) -> Path:
     """Ten iterations, with more epochs from the sixth on."""
     config = TrainConfig.for_task("navigation-2d", **SMALL, iterations=10, lr_schedule="constant", learner_threads=1)
@@ -174,7 +202,8 @@ def run_evolve(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run = {"train": run_train, "learners": run_learners, "elastic": run_elastic, "evolve": run_evolve}[sys.argv[1]]
+    runs = {"train": run_train, "learners": run_learners, "room": run_room}
+    run = {**runs, "elastic": run_elastic, "evolve": run_evolve}[sys.argv[1]]
     answer = run(Path(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(answer))
     ray.shutdown()  # before the cluster ends, with which Ray would end this process

@@ -58,6 +58,13 @@ def test_training_does_not_notice_a_lost_node(tmp_path: Path, kind: str) -> None
     assert lost == quiet
 
 
+def test_a_learner_without_a_processor_takes_the_place_of_a_worker(tmp_path: Path) -> None:
+    answer = program("room", tmp_path / "lost")
+    assert answer == {"learners": 1, "workers": 1}, "one of each was on the node, and one of two workers ended"
+    train(TrainConfig.for_task("navigation-2d", **SMALL, iterations=ITERATIONS), tmp_path / "quiet")
+    assert metrics(tmp_path / "lost") == metrics(tmp_path / "quiet")
+
+
 def test_an_elastic_run_takes_the_processors_that_there_are(tmp_path: Path) -> None:
     answer = program("elastic", tmp_path / "elastic")
     assert answer["workers"] == {str(iteration): workers for iteration, workers in EXPECTED.items()}

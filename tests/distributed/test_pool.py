@@ -212,6 +212,22 @@ def test_a_pool_of_another_size_brings_the_same_experience(ray_session: None) ->
         pool.resize(1)
 
 
+def test_workers_make_room_for_learners(ray_session: None, caplog: pytest.LogCaptureFixture) -> None:
+    with Pool(FAULTY, NAVIGATION, num_workers=2, name="run/trial/room") as pool:
+        pool.processes()
+        pool.make_room(1, ends=False)
+        assert pool.num_workers == 2
+        pool.make_room(1)
+        assert pool.num_workers == 1
+        assert "no processor is free: 1 worker from now on, instead of 2." in caplog.messages[-1]
+        pool.make_room(2)
+        assert pool.num_workers == 1
+        assert caplog.messages[-1] == (
+            "The node of 2 learners is gone, and no processor is free: training goes on when there is one."
+        )
+        assert len(collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 2)).tasks) == 2
+
+
 def test_workers_stay_inside_their_owners_placement_group(ray_session: None) -> None:
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
