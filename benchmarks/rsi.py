@@ -7,9 +7,9 @@
     python benchmarks/rsi.py --show wall-time
 
 Every method gets the same number of environment steps, all members, losers and assessments counted; the policy that it
-hands over is played on test tasks, as deployed. A job (family, start, method) that is done is read from `--out`, so
-that an interrupted benchmark resumes; delete its line to measure it anew. But for `wall-time`, members take turns in
-one process: decisions do not depend on the order of their reports.
+hands over is played on test tasks, as deployed. A job (family, start, method) that is done is read from `--runs`, with
+the commit that did it, so that an interrupted benchmark resumes; delete its line to measure it anew. But for
+`wall-time`, members take turns in one process: decisions do not depend on the order of their reports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import tyro
-from _report import log, report
+from _report import commit, log, report
 
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.statistics import (
@@ -372,7 +372,10 @@ def run_job(job: Job) -> dict[str, Any]:
     family_reference = config.family().reference
     return {
         "returns": np.nanmean(evaluation.returns, 0).tolist(),
-        "normalised": normalise(np.nan_to_num(returns[:, -1], nan=family_reference.random), family_reference).tolist(),
+        "normalised": [
+            round(float(each), 4)
+            for each in normalise(np.nan_to_num(returns[:, -1], nan=family_reference.random), family_reference)
+        ],
         "options": {} if world else options,
         "seconds": time.perf_counter() - begin,
         **found,
@@ -400,7 +403,7 @@ def jobs(options: Options) -> list[Job]:
 
 def carry_out(options: Options) -> dict[str, dict[str, Any]]:
     """All jobs that are not done, and the results of all, by key."""
-    path = options.out / "results.jsonl"
+    path, at = options.runs, commit()
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {line["job"]: line for line in lines}
@@ -412,7 +415,7 @@ def carry_out(options: Options) -> dict[str, dict[str, Any]]:
         for future in as_completed(futures):
             job = futures[future]
             try:
-                done[job.key] = {"job": job.key, **future.result()}
+                done[job.key] = {"job": job.key, "commit": at, **future.result()}
             except Exception as error:  # the others go on; it is tried again the next time
                 log(f"{job.key}: {error!r}")
                 continue
@@ -506,6 +509,7 @@ def compared(options: Options) -> dict[str, Any]:
         "rows": rows,
         "costs": costs,
         "each": each,
+        "notes": [f"Runs of commit {', '.join(sorted({each['commit'] for each in results.values()}))}."],
     }
 
 
@@ -621,7 +625,7 @@ class Options:
         methods: some of its methods; none: all.
         starts: seeds, and for random starts their numbers.
         processes: jobs side by side.
-        out: folder of the results.
+        runs: file with a line for each job that is done.
     """
 
     show: Literal["random-starts", "recommended", "bad-size", "changed-world", "wall-time"] = "random-starts"
@@ -629,7 +633,7 @@ class Options:
     methods: tuple[str, ...] = ()
     starts: tuple[int, ...] = tuple(range(10))
     processes: int = 2
-    out: Path = Path("runs/rsi")
+    runs: Path = Path("benchmarks/results/rsi-runs.jsonl")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ from ssm_metarl.tuning.incumbent import Course, Outcome
 from ssm_metarl.tuning.options import OPTIONS, SIZES, Challenge, changed, independent, playable
 from ssm_metarl.tuning.race import INCUMBENT, Race, task_scores
 from ssm_metarl.tuning.records import Decision, Phase, Report, Status
-from ssm_metarl.tuning.rules import SIZE_ROUND, cost
+from ssm_metarl.tuning.rules import LEAST_PRICE, SIZE_ROUND, cost
+
+STUCK_POWER = 1.3
+"""Power of an option's factor where a policy is stuck and the last one made no difference: it was too short."""
 
 LONGEST = 16
 """A stretch is at most as many times as long as the first one."""
@@ -154,11 +157,13 @@ class Running(Assessing):
         accepted = [won] if won else []
         accepted += [challenges[i - 1] for i in ahead if won and independent(won, challenges[i - 1])][:1]
         standing = {challenge: race.z(i, INCUMBENT) for i, challenge in enumerate(challenges, 1)}
-        self.options.settle(challenges, accepted, [challenges[i - 1] for i in ahead], better_ways(standing))
         longest = LONGEST * self.config.stretch
         control = [report.returns for report in heard[members[INCUMBENT]] if report.returns is not None]
         curve = [*incumbent.curve, *(self._normal(returns)[-1] for returns in control)]
         progress.price = self._price(np.stack(curve)) if curve else progress.price
+        unseen = dict.fromkeys(unseen_options(standing), STUCK_POWER if progress.price <= LEAST_PRICE else 1.0)
+        near = [challenges[i - 1] for i in ahead]
+        self.options.settle(challenges, accepted, near, better_ways(standing), unseen)
         grown = int((1 + progress.price / 2) * progress.length + 0.5)
         progress.length = self.config.stretch if won else min(grown, longest)
         progress.spent["charged"] += round(progress.price * (sum(steps) - steps[winner]))
@@ -225,6 +230,12 @@ def better_ways(standing: Mapping[Challenge, float]) -> list[Challenge]:
     """Of the options that raced both ways, the change that stood better; none where both stood equal."""
     pairs = [(one, other) for one in standing for other in standing if one.option == other.option]
     return [one for one, other in pairs if standing[one] > standing[other]]
+
+
+def unseen_options(standing: Mapping[Challenge, float]) -> set[str]:
+    """Of the options that raced, those of which no challenger was a standard error ahead or behind."""
+    seen = {challenge.option for challenge, z in standing.items() if abs(z) >= 1.0}
+    return {challenge.option for challenge in standing} - seen
 
 
 def _news(reports: list[Report], heard: list[Report]) -> list[Report]:

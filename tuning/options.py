@@ -224,6 +224,7 @@ class Options:
         winners: Sequence[Challenge],
         ahead: Collection[Challenge] = (),
         better: Collection[Challenge] = (),
+        unseen: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Learn from a race: a winner's option goes on the same way and farther, the others' shorter.
 
@@ -232,6 +233,7 @@ class Options:
             winners: those that the incumbent takes over; empty where none won.
             ahead: others that were as clearly ahead of the incumbent; they are tried again the same way.
             better: of options that raced both ways, the better one; it is the first to be tried again.
+            unseen: of options that made no difference which could be seen, the power of the next factor instead.
         """
         for tally in self.tallies.values():
             tally.wins, tally.losses = DECAY * tally.wins, DECAY * tally.losses
@@ -249,7 +251,7 @@ class Options:
                 tally.factor = min(GREATEST, WIN_GROWTH * tally.factor) if name in won else tally.factor
             else:
                 tally.losses += 1.0
-                tally.factor = max(LEAST, tally.factor**LOSS_POWER)
+                tally.factor = min(GREATEST, max(LEAST, tally.factor ** unseen.get(name, LOSS_POWER)))
         for challenge in better:
             self.tallies[challenge.option].lean = challenge.direction
 

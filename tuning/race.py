@@ -156,11 +156,14 @@ class Race:
         return max(means or self.left, key=lambda contender: means.get(contender, -math.inf))
 
     def winner(self) -> int:
-        """Who goes on: the leader if it is clearly better than the incumbent or the incumbent has left, else it."""
-        leader = self.leader()
-        if leader == INCUMBENT or INCUMBENT not in self.left:
-            return leader
-        return leader if self.is_ahead(leader) else INCUMBENT
+        """Who goes on: the best of those left that are clearly better than the incumbent, else it.
+
+        Where the incumbent has left, the leader.
+        """
+        if INCUMBENT not in self.left:
+            return self.leader()
+        ahead = [contender for contender in self.left if contender != INCUMBENT and self.is_ahead(contender)]
+        return max(ahead, key=self.mean, default=INCUMBENT)
 
     def is_ahead(self, contender: int) -> bool:
         """Whether a challenger was clearly better than the incumbent as long as both were in the race."""

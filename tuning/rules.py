@@ -29,7 +29,7 @@ ROUNDS = 3
 HURT = 3.0
 """Standard errors by which returns after adaptation are below those before where the inner step comes first."""
 
-LEAST_PRICE = 0.1
+LEAST_PRICE = 0.5
 """Least share of a loser's step that counts as one."""
 
 FLAT = 2
