@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from builders import seeds
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.tuning.config import EvolveConfig
-from ssm_metarl.tuning.course import better_ways
+from ssm_metarl.tuning.course import STUCK_POWER, better_ways, unseen_options
 from ssm_metarl.tuning.options import (
     DECAY,
     FIRST,
@@ -302,6 +302,18 @@ def test_two_may_win() -> None:
     assert options.tallies["clip"].direction == -1
     assert options.tallies["outer_lr"].direction == 1
     assert all(options.tallies[name].factor == WIN_GROWTH * FIRST for name in ("clip", "outer_lr"))
+
+
+def test_what_made_no_difference_is_tried_as_far_again_or_farther() -> None:
+    standing = {UP: 0.9, DOWN: -0.2, RATE: 1.1, Challenge("epochs", 3, 12): 0.1}
+    assert unseen_options(standing) == {"clip", "epochs"}
+    options = Options()
+    options.settle([UP, DOWN, RATE], [], unseen={"clip": 1.0})
+    assert options.tallies["clip"].factor == FIRST
+    assert options.tallies["outer_lr"].factor == FIRST**LOSS_POWER
+    for _ in range(9):
+        options.settle([UP, DOWN], [], unseen={"clip": STUCK_POWER})
+    assert options.tallies["clip"].factor == GREATEST
 
 
 def test_factors_have_bounds_and_a_loss_ends_a_streak() -> None:

@@ -25,7 +25,7 @@ from simulated import (
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.records import Decision, Phase
-from ssm_metarl.tuning.rules import least_budget
+from ssm_metarl.tuning.rules import LEAST_PRICE, least_budget
 
 ITERATION = 20 * 4 * 2 * EPISODE_STEPS
 """Environment steps of a meta-iteration of the simulated incumbent."""
@@ -346,18 +346,17 @@ def test_the_first_race_has_as_many_challengers_as_losers_may_cost(
     assert (least_budget(population.config, ITERATION) > rules["budget"]) == (not challengers)
 
 
-@pytest.mark.parametrize(("level", "pace", "price"), [(0.2, 0.0, 0.2), (0.9, 0.0, 0.9), (0.2, 0.02, 1.0)])
+@pytest.mark.parametrize(("level", "pace", "price"), [(0.2, 0.0, LEAST_PRICE), (0.9, 0.0, 0.9), (0.2, 0.02, 1.0)])
 def test_losers_cost_what_the_incumbent_would_have_made_of_their_steps(
     tmp_path: Path, level: float, pace: float, price: float
 ) -> None:
-    """Little where it learns nothing at a low level; all where it learns by itself, and nearly where it has learnt."""
+    """Half where it learns nothing at a low level; all where it learns by itself, and nearly where it has learnt."""
     world = World(gain=lambda config, iteration: pace, start=level, drift=0.0, own=0.0, ease=0.0)
     rules = {"budget": 100 * ITERATION, "cycles": 0, "proposals": 2}
     population = drive(new_population(tmp_path, **rules), world)
-    races, spent = events(population, phase=Phase.RACE), population.progress.spent
+    races = events(population, phase=Phase.RACE)
     assert {race["decision"] for race in races} == {Decision.REJECTED}
     assert races[0]["spent"]["charged"] == pytest.approx(price * races[0]["losers"], rel=0.01)
-    assert (spent["losers"] > 0.3 * spent["total"]) == (price < 0.5)
 
 
 def test_where_adaptation_hurts_its_step_is_shortened_first(tmp_path: Path) -> None:

@@ -145,6 +145,16 @@ def test_the_leader_wins_that_is_clearly_ahead() -> None:
     assert not race.is_ahead(2)
 
 
+def test_who_is_clearly_ahead_wins_also_where_another_has_the_best_mean() -> None:
+    """The other's returns differ so much from task to task that its lead says nothing."""
+    race = Race(3, RaceRule(rounds=1, spread=1.0, win=1.0, behind=(9.0, 9.0), drop_first=9.0))
+    play(race, [np.zeros(4), ahead(1.5), 3 * ahead(0.6, OTHER_SPREAD)])
+    assert race.leader() == 2
+    assert not race.is_ahead(2)
+    assert race.is_ahead(1)
+    assert race.winner() == 1
+
+
 @pytest.mark.parametrize(("z", "winner"), [(0.9, INCUMBENT), (1.1, 1), (-1.1, INCUMBENT)])
 def test_what_a_challenger_must_show(z: float, winner: int) -> None:
     race = Race(2, RaceRule(rounds=1, spread=1.0, win=1.0, behind=(9.0, 9.0), drop_first=9.0))
