@@ -89,7 +89,7 @@ FAMILIES = {
 }
 
 
-STEPS = {("bad-size", "navigation-2d"): 3.2e6, ("changed-world", "navigation-2d"): 1e6}
+STEPS = {("bad-size", "navigation-2d"): 3.2e6}
 """Environment steps of a run where they are other than the family's."""
 
 
