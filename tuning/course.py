@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -156,7 +157,10 @@ class Running(Assessing):
         ahead.sort(key=lambda contender: -race.z(contender, INCUMBENT))
         accepted = [won] if won else []
         accepted += [challenges[i - 1] for i in ahead if won and independent(won, challenges[i - 1])][:1]
-        standing = {challenge: race.z(i, INCUMBENT) for i, challenge in enumerate(challenges, 1)}
+        standing = {
+            challenge: -math.inf if race.failed[i] else race.z(i, INCUMBENT)
+            for i, challenge in enumerate(challenges, 1)
+        }
         longest = LONGEST * self.config.stretch
         control = [report.returns for report in heard[members[INCUMBENT]] if report.returns is not None]
         curve = [*incumbent.curve, *(self._normal(returns)[-1] for returns in control)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any, get_args
 
@@ -307,6 +308,7 @@ def test_two_may_win() -> None:
 def test_what_made_no_difference_is_tried_as_far_again_or_farther() -> None:
     standing = {UP: 0.9, DOWN: -0.2, RATE: 1.1, Challenge("epochs", 3, 12): 0.1}
     assert unseen_options(standing) == {"clip", "epochs"}
+    assert unseen_options({UP: -math.inf, DOWN: 0.1}) == set(), "one that failed went too far"
     options = Options()
     options.settle([UP, DOWN, RATE], [], unseen={"clip": 1.0})
     assert options.tallies["clip"].factor == FIRST
