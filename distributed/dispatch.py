@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     """What each worker plays."""
 
 PATIENCE = 10.0
-"""Seconds without adapted weights after which is looked what they wait for."""
+"""Seconds of waiting for learners after which is looked what becomes of them."""
 
 _log = logging.getLogger(__name__)
 

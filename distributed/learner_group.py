@@ -18,6 +18,7 @@ from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.shard import Gradient, ShardLoss
 from ssm_metarl.algorithms.spec import PolicySpec
 from ssm_metarl.config import MachineConfig
+from ssm_metarl.distributed import dispatch
 from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.learner import Learner, Stage, task_weights
 from ssm_metarl.distributed.learner_actor import LearnerActor
@@ -25,8 +26,8 @@ from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
 from ssm_metarl.distributed.stopwatch import Stopwatch
 from ssm_metarl.distributed.worker import nodes_alive
 
-PATIENCE, LOOKS = 10.0, 3
-"""Seconds of waiting for learners after which is looked where they are, and looks that find no place for one."""
+LOOKS = 3
+"""After how many looks, `PATIENCE` apart, a learner without a node is told."""
 
 
 class LearnerGroup(Learner):
@@ -103,7 +104,7 @@ class LearnerGroup(Learner):
     def _get(self, references: Any) -> Any:
         """`ray.get`, with `waited` again and again until all is there."""
         several = references if isinstance(references, list) else [references]
-        while ray.wait(several, num_returns=len(several), timeout=PATIENCE)[1]:
+        while ray.wait(several, num_returns=len(several), timeout=dispatch.PATIENCE)[1]:
             self.waited()
         return ray.get(references)
 

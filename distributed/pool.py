@@ -253,21 +253,23 @@ class Pool:
         """End as many workers as learners wait for a processor, and those that wait themselves; one stays.
 
         Args:
-            count: learners.
+            count: learners whose node was lost, and that have no other.
             ends: False: only say it, as in a placement group, whose processors are not for others.
         """
+        import ray
+
         from ssm_metarl.distributed.worker import nodes_alive
 
-        alive = nodes_alive()
+        alive, free = nodes_alive(), ray.available_resources().get("CPU", 0.0)
         running = sum(not worker.starting and worker.node in alive for worker in self._workers)
-        left = max(running - count, 1) if ends else self.num_workers
-        lost = f"The node of {count} learner{'s' * (count > 1)} is gone, and no processor is free"
+        left = max(running - count, 1) if ends and free < self._processors else self.num_workers
+        lost = f"The node of {count} learner{'s' * (count > 1)} was lost, and no other has room yet"
         if left < self.num_workers:
             workers = f"{left} worker{'s' * (left > 1)}"
             _log.warning("%s: %s from now on, instead of %d.", lost, workers, self.num_workers)
             self.resize(left)
         else:
-            _log.warning("%s: training goes on when there is one.", lost)
+            _log.warning("%s: training goes on when one has.", lost)
 
     def _start(self, count: int) -> None:
         """Start so many more workers."""

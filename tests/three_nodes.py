@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ssm_metarl.cli.main import main
 from ssm_metarl.config import TrainConfig
-from ssm_metarl.distributed import dispatch, learner_group
+from ssm_metarl.distributed import dispatch
 from ssm_metarl.distributed.schedule import Schedule
 from ssm_metarl.distributed.train import train
 
@@ -109,7 +109,7 @@ def run_room(folder: Path) -> dict[str, Any]:
     """Another's actor has the head; a node that holds a learner is killed, and workers have all other processors."""
     cluster, nodes = cluster_of(1, 3, 2)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    dispatch.PATIENCE = learner_group.PATIENCE = 1.0
+    dispatch.PATIENCE = 1.0
     here = NodeAffinitySchedulingStrategy(cluster.head_node.node_id, soft=False)
     other = ray.remote(Counter).options(num_cpus=1, scheduling_strategy=here).remote()
     ray.get(other.__ray_ready__.remote())

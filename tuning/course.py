@@ -152,34 +152,17 @@ class Running(Assessing):
             self._account(losers=sum(steps))
             self.race = []
             return
-        won = challenges[winner - 1] if winner != INCUMBENT else None
-        ahead = [i for i in range(1, len(challenges) + 1) if i != winner and race.is_ahead(i)] if won else []
-        ahead.sort(key=lambda contender: -race.z(contender, INCUMBENT))
-        accepted = [won] if won else []
-        accepted += [challenges[i - 1] for i in ahead if won and independent(won, challenges[i - 1])][:1]
-        standing = {
-            challenge: -math.inf if race.failed[i] else race.z(i, INCUMBENT)
-            for i, challenge in enumerate(challenges, 1)
-        }
-        longest = LONGEST * self.config.stretch
-        control = [report.returns for report in heard[members[INCUMBENT]] if report.returns is not None]
-        curve = [*incumbent.curve, *(self._normal(returns)[-1] for returns in control)]
-        progress.price = self._price(np.stack(curve)) if curve else progress.price
-        unseen = dict.fromkeys(unseen_options(standing), STUCK_POWER if progress.price <= LEAST_PRICE else 1.0)
-        near = [challenges[i - 1] for i in ahead]
-        self.options.settle(challenges, accepted, near, better_ways(standing), unseen)
-        grown = int((1 + progress.price / 2) * progress.length + 0.5)
-        progress.length = self.config.stretch if won else min(grown, longest)
+        accepted = self._conclude(race, winner, challenges, heard[members[INCUMBENT]])
         progress.spent["charged"] += round(progress.price * (sum(steps) - steps[winner]))
         self._account(losers=sum(steps) - steps[winner])
-        if won:
+        if accepted:
             incumbent.path.append([incumbent.iteration, _difference(incumbent.config, configs[winner])])
             incumbent.latest, progress.flat = [], 0
         incumbent.config, incumbent.member = configs[winner], member
         errors = [report.resize_error for report in done if report.resize_error is not None]
         self._log(
             Phase.RACE,
-            Decision.ACCEPTED if won else Decision.REJECTED,
+            Decision.ACCEPTED if accepted else Decision.REJECTED,
             changes=[asdict(challenge) for challenge in challenges],
             accepted=[asdict(challenge) for challenge in accepted],
             contenders=self.race,
@@ -193,8 +176,39 @@ class Running(Assessing):
             incumbent.config = config
         progress.cycle, progress.phase, self.race = progress.cycle + 1, Phase.STRETCH, []
         # What won may go farther still: the next race comes at once.
-        progress.left = 0 if won and self._races() else min(progress.length, self._affordable())
+        progress.left = 0 if accepted and self._races() else min(progress.length, self._affordable())
         self._boundary()
+
+    def _conclude(self, race: Race, winner: int, challenges: list[Challenge], control: list[Report]) -> list[Challenge]:
+        """What a race says of the options, of a loser's price, and of the length of the next stretch.
+
+        Args:
+            race: that is over.
+            winner: its number.
+            challenges: of the challengers, from number 1 on.
+            control: what the incumbent's member reported.
+
+        Returns:
+            What the incumbent takes over: of the winner, and of another that is ahead and independent of it.
+        """
+        progress, accepted, near = self.progress, list[Challenge](), list[Challenge]()
+        if winner != INCUMBENT:
+            won = challenges[winner - 1]
+            ahead = [i for i in range(1, len(challenges) + 1) if i != winner and race.is_ahead(i)]
+            near = [challenges[i - 1] for i in sorted(ahead, key=lambda i: -race.z(i, INCUMBENT))]
+            accepted = [won, *[each for each in near if independent(won, each)][:1]]
+        standing = {
+            challenge: -math.inf if race.failed[i] else race.z(i, INCUMBENT)
+            for i, challenge in enumerate(challenges, 1)
+        }
+        returns = [report.returns for report in control if report.returns is not None]
+        if curve := [*self.incumbent.curve, *(self._normal(each)[-1] for each in returns)]:
+            progress.price = self._price(np.stack(curve))
+        unseen = dict.fromkeys(unseen_options(standing), STUCK_POWER if progress.price <= LEAST_PRICE else 1.0)
+        self.options.settle(challenges, accepted, near, better_ways(standing), unseen)
+        grown = min(int((1 + progress.price / 2) * progress.length + 0.5), LONGEST * self.config.stretch)
+        progress.length = self.config.stretch if accepted else grown
+        return accepted
 
     def _alone(self, iterations: int, checkpoint: str | None = None, **more: Any) -> Course:
         """The incumbent does something alone; returns its reports. A failure has been dealt with."""

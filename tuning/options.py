@@ -239,12 +239,13 @@ class Options:
             tally.wins, tally.losses = DECAY * tally.wins, DECAY * tally.losses
         won = {challenge.option: challenge.direction for challenge in winners}
         near = {challenge.option: challenge.direction for challenge in ahead}
-        raced = [challenge.option for challenge in challenges]
+        raced: dict[str, list[int]] = {}
         for challenge in challenges:
-            if raced.count(challenge.option) == 1 and not self.tallies[challenge.option].direction:
-                self.tallies[challenge.option].lean = -challenge.direction  # the other way is still to be tried
-        for name in dict.fromkeys(raced):
+            raced.setdefault(challenge.option, []).append(challenge.direction)
+        for name, ways in raced.items():
             tally = self.tallies[name]
+            if len(ways) == 1 and not tally.direction:
+                tally.lean = -ways[0]  # the other way is still to be tried
             tally.direction = won.get(name, near.get(name, 0))
             if tally.direction:
                 tally.wins += 1.0

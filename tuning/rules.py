@@ -259,9 +259,8 @@ def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
         rules: of the run.
         iteration_steps: environment steps of a meta-iteration.
     """
-    challengers = 1
-    losers = ROUNDS * challengers / rules.losers_share if rules.losers_share else 0.0
-    return max(losers, rules.warm_up + rules.race.rounds + 1 + challengers + rules.stretch) * iteration_steps
+    losers = ROUNDS / rules.losers_share if rules.losers_share else 0.0
+    return max(losers, rules.warm_up + rules.race.rounds + 2 + rules.stretch) * iteration_steps
 
 
 def cost(config: Mapping[str, Any]) -> int:

@@ -212,19 +212,22 @@ def test_a_pool_of_another_size_brings_the_same_experience(ray_session: None) ->
         pool.resize(1)
 
 
-def test_workers_make_room_for_learners(ray_session: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_workers_make_room_for_learners(
+    ray_session: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a placement group, where a processor is free, and the last one."""
     with Pool(FAULTY, NAVIGATION, num_workers=2, name="run/trial/room") as pool:
         pool.processes()
-        pool.make_room(1, ends=False)
-        assert pool.num_workers == 2
-        pool.make_room(1)
-        assert pool.num_workers == 1
-        assert "no processor is free: 1 worker from now on, instead of 2." in caplog.messages[-1]
-        pool.make_room(2)
-        assert pool.num_workers == 1
-        assert caplog.messages[-1] == (
-            "The node of 2 learners is gone, and no processor is free: training goes on when there is one."
-        )
+        for free, ends, workers in ((1.0, True, 2), (0.0, False, 2), (0.0, True, 1), (0.0, True, 1)):
+            monkeypatch.setattr("ray.available_resources", lambda free=free: {"CPU": free})
+            pool.make_room(1, ends)
+            assert pool.num_workers == workers
+        assert [message.partition("yet: ")[2] for message in caplog.messages] == [
+            "training goes on when one has.",
+            "training goes on when one has.",
+            "1 worker from now on, instead of 2.",
+            "training goes on when one has.",
+        ]
         assert len(collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 2)).tasks) == 2
 
 

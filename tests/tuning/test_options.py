@@ -227,13 +227,18 @@ def test_what_is_urgent_goes_first_and_its_way_alone() -> None:
         assert "inner_lr" not in {other.option for other in others}
 
 
-@pytest.mark.parametrize("stays", [{"bounds": {"inner_lr": [0.4, 0.8]}}, {"fixed": ["inner_lr"]}])
-def test_what_is_urgent_and_cannot_move_its_way_waits(stays: dict[str, Any]) -> None:
-    options, rng = Options(("clip", "inner_lr"), stays.get("bounds", {})), np.random.default_rng(0)
-    fixed, urgent = stays.get("fixed", ()), {"inner_lr": -1}
-    challenges = options.challenges(base(inner_lr=0.4), 2, rng, sizes=False, fixed=fixed, urgent=urgent)
-    assert all(challenge.after > challenge.before for challenge in challenges if challenge.option == "inner_lr")
-    assert challenges
+@pytest.mark.parametrize(
+    ("bounds", "fixed", "ways"), [({"inner_lr": [0.4, 0.8]}, [], [1]), ({}, ["inner_lr"], []), ({}, [], [-1])]
+)
+def test_what_is_urgent_and_cannot_move_its_way_waits(
+    bounds: dict[str, Any], fixed: list[str], ways: list[int]
+) -> None:
+    options, rng = Options(("clip", "inner_lr"), bounds), np.random.default_rng(0)
+    challenges = options.challenges(
+        base(inner_lr=0.4), 4, rng, sizes=False, fixed=fixed, urgent={"inner_lr": -1, "epochs": 1}
+    )
+    assert [challenge.direction for challenge in challenges if challenge.option == "inner_lr"] == ways
+    assert [challenge.direction for challenge in challenges if challenge.option == "clip"] in ([1, -1], [-1, 1])
 
 
 @given(seed=seeds, count=st.integers(1, 6), sizes=st.booleans(), config=configs())

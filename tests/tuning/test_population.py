@@ -379,4 +379,4 @@ def test_a_policy_that_stops_learning_is_tried_with_a_lower_rate(tmp_path: Path)
     assert races[0]["accepted"][0]["after"] == BEST_RATE / 10 * 4
     raised = [race["changes"][0]["after"] > race["changes"][0]["before"] for race in races[1:]]
     # The streak ends, the curve of the first stretch still rises, the second one is flat; then in turns.
-    assert raised == [True, True, False, True, False, True, False][: len(raised)]
+    assert raised == [True, True, False, True, False, True, False]
