@@ -266,15 +266,6 @@ def pbt(config: TrainConfig, steps: float, folder: Path) -> dict[str, Any]:
     return _tuned(config, steps, folder, scheduler, {"drawn": tune.grid_search(drawn)}, num_samples=1)
 
 
-class _Tuned(MetaTrainer):
-    """A `MetaTrainer` whose drawn options are in one entry or each in its own."""
-
-    def setup(self, config: dict[str, Any]) -> None:
-        config = {**config}
-        config |= config.pop("drawn", {})
-        super().setup({**config, "epochs": int(config["epochs"])})
-
-
 def _tuned(
     config: TrainConfig, steps: float, folder: Path, scheduler: Any, space: Mapping[str, Any], num_samples: int
 ) -> dict[str, Any]:
@@ -282,6 +273,15 @@ def _tuned(
     from ray import tune
 
     spent: dict[str, int] = {}
+
+    # Within the function: a job's process is not the one whose main module Ray's workers could load it from.
+    class Tuned(MetaTrainer):
+        """A `MetaTrainer` whose drawn options are in one entry or each in its own."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            config = {**config}
+            config |= config.pop("drawn", {})
+            super().setup({**config, "epochs": int(config["epochs"])})
 
     class Spent(tune.Stopper):
         def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
@@ -296,7 +296,7 @@ def _tuned(
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     base = {name: value for name, value in config.to_dict().items() if name not in space}
     results = tune.Tuner(
-        _Tuned,
+        Tuned,
         param_space={**base, **space},
         tune_config=tune.TuneConfig(
             scheduler=scheduler, metric="return_after", mode="max", num_samples=num_samples, reuse_actors=True
