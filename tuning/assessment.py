@@ -12,7 +12,7 @@ from ssm_metarl.seeds import Branch, seed_for
 from ssm_metarl.tuning.incumbent import Course
 from ssm_metarl.tuning.metrics import metric_intervals, metrics
 from ssm_metarl.tuning.records import Assignment, Decision, Phase, Play, Record
-from ssm_metarl.tuning.rules import LEAST_PRICE, Rules, gain
+from ssm_metarl.tuning.rules import LEAST_PRICE, STUCK, Rules, gain
 from ssm_metarl.tuning.safety import fallen
 
 LEAST_TASKS = 4
@@ -55,7 +55,8 @@ class Assessing(Rules):
         progress.price = LEAST_PRICE if worse else self._price(curve)
         progress.flat = 0 if len(curve) < 2 or gain(curve) else progress.flat + 1
         if progress.flat == 1:
-            self.options.turn("outer_lr", -1)  # what a policy learnt fast with makes it swing later
+            # What a policy learnt fast with makes it swing later; what it learnt nothing with is too low.
+            self.options.turn("outer_lr", 1 if progress.price < STUCK else -1)
         if self.level.suspicious(record.level) and (yield from self._confirmed(record)):
             return
         self.progress.collapses = 0

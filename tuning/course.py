@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,10 +16,10 @@ from ssm_metarl.tuning.assessment import Assessing
 from ssm_metarl.tuning.incumbent import Course, Outcome
 from ssm_metarl.tuning.options import OPTIONS, SIZES, Challenge, changed, independent, playable
 from ssm_metarl.tuning.race import INCUMBENT, Race, task_scores
-from ssm_metarl.tuning.records import Decision, Phase, Report, Status
-from ssm_metarl.tuning.rules import LEAST_PRICE, SIZE_ROUND, cost
+from ssm_metarl.tuning.records import Decision, Phase, Report
+from ssm_metarl.tuning.rules import SIZE_ROUND, STUCK, cost
 
-STUCK_POWER = 1.3
+STUCK_POWER = 2.0
 """Power of an option's factor where a policy is stuck and the last one made no difference: it was too short."""
 
 LONGEST = 16
@@ -57,6 +57,8 @@ class Running(Assessing):
         if not progress.left:
             if progress.phase == Phase.STRETCH:
                 yield from self._assess()
+            else:  # the warm-up
+                progress.price = self._price(np.stack(incumbent.curve))
             progress.phase = Phase.RACE
             incumbent.curve = []
         self._boundary()
@@ -109,9 +111,9 @@ class Running(Assessing):
                         race.begin(contender, np.concatenate(scores[: rounds[contender]]))
                     if number > 1:
                         race.add(contender, np.concatenate(scores[-rounds[contender] :]))
-            for contender in [each for each in race.left if self.statuses[members[each]] == Status.GONE]:
+            for contender in [each for each in race.left if self._is_gone(members[each])]:
                 race.fail(contender, "its process is gone")  # while it had nothing to do
-            if race.failed[INCUMBENT] and self.statuses[members[INCUMBENT]] == Status.GONE:  # the race is void
+            if race.failed[INCUMBENT] and self._is_gone(members[INCUMBENT]):  # the race is void
                 self._account(losers=sum(map(steps_of, heard.values())))
                 self.race = []
                 return
@@ -152,7 +154,8 @@ class Running(Assessing):
             self._account(losers=sum(steps))
             self.race = []
             return
-        accepted = self._conclude(race, winner, challenges, heard[members[INCUMBENT]])
+        lost = {challenge for challenge, member in zip(challenges, members[1:], strict=True) if self._is_gone(member)}
+        accepted = self._conclude(race, winner, challenges, lost)
         progress.spent["charged"] += round(progress.price * (sum(steps) - steps[winner]))
         self._account(losers=sum(steps) - steps[winner])
         if accepted:
@@ -170,6 +173,8 @@ class Running(Assessing):
             resize_error=errors[0] if errors else None,
         )
         self._advance([*done, *reports], name)
+        if accepted:
+            progress.price = self._price(np.stack(incumbent.curve))
         for challenge in accepted[1:]:
             config = changed(incumbent.config, challenge)
             incumbent.path.append([incumbent.iteration, _difference(incumbent.config, config)])
@@ -179,14 +184,16 @@ class Running(Assessing):
         progress.left = 0 if accepted and self._races() else min(progress.length, self._affordable())
         self._boundary()
 
-    def _conclude(self, race: Race, winner: int, challenges: list[Challenge], control: list[Report]) -> list[Challenge]:
-        """What a race says of the options, of a loser's price, and of the length of the next stretch.
+    def _conclude(
+        self, race: Race, winner: int, challenges: list[Challenge], lost: Collection[Challenge]
+    ) -> list[Challenge]:
+        """What a race says of the options, and of the length of the next stretch.
 
         Args:
             race: that is over.
             winner: its number.
             challenges: of the challengers, from number 1 on.
-            control: what the incumbent's member reported.
+            lost: those of which nothing is learnt: a process that is gone says nothing of an option.
 
         Returns:
             What the incumbent takes over: of the winner, and of another that is ahead and independent of it.
@@ -200,14 +207,12 @@ class Running(Assessing):
         standing = {
             challenge: -math.inf if race.failed[i] else race.z(i, INCUMBENT)
             for i, challenge in enumerate(challenges, 1)
+            if challenge not in lost
         }
-        returns = [report.returns for report in control if report.returns is not None]
-        if curve := [*self.incumbent.curve, *(self._normal(each)[-1] for each in returns)]:
-            progress.price = self._price(np.stack(curve))
-        unseen = dict.fromkeys(unseen_options(standing), STUCK_POWER if progress.price <= LEAST_PRICE else 1.0)
-        self.options.settle(challenges, accepted, near, better_ways(standing), unseen)
-        grown = min(int((1 + progress.price / 2) * progress.length + 0.5), LONGEST * self.config.stretch)
-        progress.length = self.config.stretch if accepted else grown
+        unseen = dict.fromkeys(unseen_options(standing), STUCK_POWER if progress.price < STUCK else 1.0)
+        self.options.settle(list(standing), accepted, near, better_ways(standing), unseen)
+        grown = max(int((1 + progress.price / 2) * progress.length + 0.5), progress.length + 1)
+        progress.length = self.config.stretch if accepted else min(grown, LONGEST * self.config.stretch)
         return accepted
 
     def _alone(self, iterations: int, checkpoint: str | None = None, **more: Any) -> Course:
@@ -225,7 +230,9 @@ class Running(Assessing):
         clipped = ALGORITHMS[config["algorithm"]].clipped
         rng = np.random.default_rng(seed_for(self.seed, Branch.PROPOSAL, progress.cycle))
         fixed = [name for name in self.config.evolve if not playable(name, config, clipped)]
-        count, urgent = self._challengers(), {"inner_lr": -1} if self._adaptation_hurts() else {}
+        count = self._challengers()
+        # Not race after race: it may hurt for another reason.
+        urgent = {"inner_lr": -1} if progress.cycle % 2 == 0 and self._adaptation_hurts() else {}
         options = self.options
         return options.challenges(config, count, rng, sizes=self._sizes(), fixed=fixed, urgent=urgent) if count else []
 

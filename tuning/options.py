@@ -44,7 +44,7 @@ class Option:
 
 
 OPTIONS: Mapping[str, Option] = {
-    "outer_lr": Option(1e-6, 0.1, prior=(9.0, 1.0)),
+    "outer_lr": Option(1e-6, 0.1, prior=(9.0, 1.0), reach=100.0),
     "inner_lr": Option(1e-3, 10.0, plays="query", prior=(4.0, 1.5)),
     "epochs": Option(1, 20, "count", prior=(3.0, 2.0)),
     "entropy_bonus": Option(1e-5, 0.1),
@@ -244,15 +244,17 @@ class Options:
             raced.setdefault(challenge.option, []).append(challenge.direction)
         for name, ways in raced.items():
             tally = self.tallies[name]
-            if len(ways) == 1 and not tally.direction:
-                tally.lean = -ways[0]  # the other way is still to be tried
-            tally.direction = won.get(name, near.get(name, 0))
+            streak, tally.direction = tally.direction, won.get(name, near.get(name, 0))
             if tally.direction:
                 tally.wins += 1.0
-                tally.factor = min(GREATEST, WIN_GROWTH * tally.factor) if name in won else tally.factor
+                if name in won:
+                    tally.factor = min(max(GREATEST, tally.factor), WIN_GROWTH * tally.factor)
             else:
                 tally.losses += 1.0
-                tally.factor = min(GREATEST, max(LEAST, tally.factor ** unseen.get(name, LOSS_POWER)))
+                if len(ways) == 1 and not streak:
+                    tally.lean = -ways[0]  # the other way is still to be tried
+                farthest = max(GREATEST, OPTIONS[name].reach)
+                tally.factor = min(farthest, max(LEAST, tally.factor ** unseen.get(name, LOSS_POWER)))
         for challenge in better:
             self.tallies[challenge.option].lean = challenge.direction
 

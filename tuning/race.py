@@ -166,10 +166,10 @@ class Race:
         return max(ahead, key=self.mean, default=INCUMBENT)
 
     def is_ahead(self, contender: int) -> bool:
-        """Whether a challenger was clearly better than the incumbent as long as both were in the race."""
+        """Whether a challenger that did not fail was clearly better than the incumbent while both were in the race."""
         # The best of many is ahead by chance more often than the best of two.
         wanted = self.rule.win + self.rule.win_of_more * max(len(self.scores) - 3, 0)
-        if not self.scores[contender] or not self.lasts(contender, self.rule.lasting):
+        if self.failed[contender] or not self.scores[contender] or not self.lasts(contender, self.rule.lasting):
             return False
         return self.z(contender, INCUMBENT) >= wanted
 

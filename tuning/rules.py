@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,9 @@ HURT = 3.0
 
 LEAST_PRICE = 0.5
 """Least share of a loser's step that counts as one."""
+
+STUCK = 0.6
+"""A policy is stuck that would not reach this level by itself; without an oracle the random player has ½."""
 
 FLAT = 2
 """Stretches without an improvement after which the policy's sizes may move, too."""
@@ -90,7 +94,7 @@ class Rules(Ledger):
 
     def _retreat(self, member: int, reason: str) -> None:
         """The incumbent cannot go on: again from its checkpoint, with other random numbers and half the rate."""
-        if self.statuses[member] == Status.GONE:  # which was said, and counted, at once
+        if self._is_gone(member):  # which was said, and counted, at once
             return
         self._fail(member, reason)
         if self.finished:
@@ -145,12 +149,15 @@ class Rules(Ledger):
             self.assignments = {}
             self._boundary()
 
+    def _is_gone(self, member: int) -> bool:
+        return self.statuses[member] == Status.GONE
+
     def _alive(self) -> list[int]:
-        return [member for member, status in enumerate(self.statuses) if status != Status.GONE]
+        return [member for member in range(len(self.statuses)) if not self._is_gone(member)]
 
     def _member(self) -> int:
         """Who trains the incumbent: its own member, or another one where that is gone."""
-        if self.statuses[self.incumbent.member] == Status.GONE:
+        if self._is_gone(self.incumbent.member):
             self.incumbent.member = self._alive()[0]
         return self.incumbent.member
 
@@ -253,14 +260,26 @@ def gain(curve: Array) -> float:
 
 
 def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
-    """Environment steps that a run must have for its first race.
+    """Environment steps that a run needs for its first race where a loser's step counts in full.
 
     Args:
         rules: of the run.
         iteration_steps: environment steps of a meta-iteration.
+
+    Returns:
+        ∞ where there is nothing for losers, or all is for assessments.
     """
-    losers = ROUNDS / rules.losers_share if rules.losers_share else 0.0
-    return max(losers, rules.warm_up + rules.race.rounds + 2 + rules.stretch) * iteration_steps
+    training = 1 - rules.assess_share
+    if not (rules.losers_share and training):
+        return math.inf
+    iterations = math.ceil(max(ROUNDS / rules.losers_share, rules.warm_up / training))
+    while True:
+        challengers = min(int(rules.losers_share * iterations / ROUNDS), rules.proposals)
+        left = int(iterations * training - rules.warm_up + 0.5)
+        longest = (1 + challengers) * (rules.race.rounds + 1)
+        if left >= max(rules.race.rounds + 2 + challengers + rules.stretch, longest):
+            return iterations * iteration_steps
+        iterations += 1
 
 
 def cost(config: Mapping[str, Any]) -> int:

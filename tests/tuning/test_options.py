@@ -298,7 +298,7 @@ def test_two_ways_that_lose_are_one_loss() -> None:
 def test_who_was_ahead_of_the_incumbent_too_is_tried_again() -> None:
     options = Options()
     options.settle([RATE, DOWN], [RATE], ahead=[DOWN])
-    assert options.tallies["clip"] == Tally(factor=FIRST, direction=-1, wins=1.0, lean=1)
+    assert options.tallies["clip"] == Tally(factor=FIRST, direction=-1, wins=1.0)
     assert options.tallies["outer_lr"].direction == 1
 
 

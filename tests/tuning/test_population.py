@@ -338,9 +338,10 @@ def test_a_run_of_the_old_rules_is_refused_in_one_sentence(tmp_path: Path) -> No
 def test_the_first_race_has_as_many_challengers_as_losers_may_cost(
     tmp_path: Path, iterations: int, challengers: list[int]
 ) -> None:
-    """A fifth of the budget, three meta-iterations each."""
+    """A fifth of the budget, three meta-iterations each, of a policy that learns by itself."""
     rules = {"budget": iterations * ITERATION, "cycles": 0, "proposals": 4}
-    population = drive(new_population(tmp_path, **rules), World())
+    world = World(gain=lambda config, iteration: 0.05, start=0.9, drift=0.0, own=0.0, ease=0.0)
+    population = drive(new_population(tmp_path, **rules), world)
     races = events(population, phase=Phase.RACE)
     assert [len(race["changes"]) for race in races[:1]] == challengers
     assert (least_budget(population.config, ITERATION) > rules["budget"]) == (not challengers)
@@ -367,16 +368,22 @@ def test_where_adaptation_hurts_its_step_is_shortened_first(tmp_path: Path) -> N
     assert len(changes) == 1
 
 
-def test_a_policy_that_stops_learning_is_tried_with_a_lower_rate(tmp_path: Path) -> None:
-    """Also where a higher one had won before; then ways take turns."""
+@pytest.mark.parametrize(
+    ("start", "ways"),
+    [(0.5, [True, True, False, True, False, True]), (0.1, [True, True, True, False, True, False, True])],
+)
+def test_a_policy_that_stops_learning_is_tried_with_a_lower_rate(
+    tmp_path: Path, start: float, ways: list[bool]
+) -> None:
+    """Also where a higher one had won before; a higher one where it is stuck. Then ways take turns."""
 
     def gain(config: Any, iteration: int) -> float:
         return 0.04 * (iteration < 8) * (config["outer_lr"] > 0.002) + 0.001 * (iteration < 8)
 
     rules = {"budget": 150 * ITERATION, "cycles": 0, "evolve": ("outer_lr",), "proposals": 2}
-    population = drive(new_population(tmp_path, **rules), World(gain=gain, drift=0.0, own=0.0, ease=0.0))
+    population = drive(new_population(tmp_path, **rules), World(gain=gain, start=start, drift=0.0, own=0.0, ease=0.0))
     races = events(population, phase=Phase.RACE)
     assert races[0]["accepted"][0]["after"] == BEST_RATE / 10 * 4
     raised = [race["changes"][0]["after"] > race["changes"][0]["before"] for race in races[1:]]
     # The streak ends, the curve of the first stretch still rises, the second one is flat; then in turns.
-    assert raised == [True, True, False, True, False, True, False]
+    assert raised == ways
