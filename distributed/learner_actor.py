@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from threadpoolctl import threadpool_limits
 
@@ -51,9 +50,9 @@ class LearnerActor:
         self._policy = SSMPolicy(spec).to(self._device)
         self._normalizer = Normalizer(spec, config.discount)
 
-    def process(self) -> tuple[int, str]:
-        """Ids of the actor's process and of its node; others after a restart."""
-        return os.getpid(), ray.get_runtime_context().get_node_id()
+    def process(self) -> int:
+        """Id of the actor's process; another one after a restart."""
+        return os.getpid()
 
     def totals(self, normalizer: Mapping[str, Array], *pieces: Kept) -> Array:
         """A shard's `step_totals`.

@@ -22,12 +22,12 @@ from ssm_metarl.distributed import dispatch
 from ssm_metarl.distributed.collection import StageCollector
 from ssm_metarl.distributed.learner import Learner, Stage, task_weights
 from ssm_metarl.distributed.learner_actor import LearnerActor
+from ssm_metarl.distributed.ray_shim import has_no_node
 from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
 from ssm_metarl.distributed.stopwatch import Stopwatch
-from ssm_metarl.distributed.worker import nodes_alive
 
 LOOKS = 3
-"""After how many looks, `PATIENCE` apart, a learner without a node is told."""
+"""After how many looks in a row, `PATIENCE` apart, learners without a node are told."""
 
 
 class LearnerGroup(Learner):
@@ -47,7 +47,7 @@ class LearnerGroup(Learner):
         processors: that Ray keeps for each.
 
     Attributes:
-        homeless: called with the number of learners whose node was lost and that no other node has a processor for.
+        homeless: called with the number of learners that ended and that no node has room for.
     """
 
     actor_class: ClassVar[type] = LearnerActor
@@ -80,22 +80,16 @@ class LearnerGroup(Learner):
             .remote(spec, config, machine.device)
             for i in range(machine.num_learners)
         ]
-        self._nodes = [""] * machine.num_learners
-        self._asked = [actor.process.remote() for actor in self._actors]  # whose answers say where they are
         self._looks = 0
 
     def processes(self) -> list[int]:
         """Process ids of the learners, as soon as all of them run."""
-        return [pid for pid, _ in ray.get([actor.process.remote() for actor in self._actors])]
+        found: list[int] = ray.get([actor.process.remote() for actor in self._actors])
+        return found
 
     def waited(self) -> None:
-        """Look whether learners lost their node and found no other, and tell `homeless` after several times."""
-        alive = nodes_alive()
-        for i, actor in enumerate(self._actors):
-            if self._nodes[i] not in alive and ray.wait([self._asked[i]], timeout=0)[0]:
-                self._nodes[i] = ray.get(self._asked[i])[1]
-                self._asked[i] = actor.process.remote()
-        count = sum(bool(node) and node not in alive for node in self._nodes)
+        """Look whether learners that ended find no node, and tell `homeless` after several times."""
+        count = sum(has_no_node(actor) for actor in self._actors)
         self._looks = self._looks + 1 if count else 0
         if self._looks == LOOKS:
             self._looks = 0

@@ -249,27 +249,29 @@ class Pool:
         self._workers[:] = [worker for worker in self._workers if worker in kept]
         self._start(num_workers - len(kept))
 
-    def make_room(self, count: int, ends: bool = True) -> None:
-        """End as many workers as learners wait for a processor, and those that wait themselves; one stays.
+    def make_room(self, count: int, ends: bool = True, gpus: float = 0.0) -> None:
+        """End as many workers as learners wait for a processor, and those that wait themselves; one that runs stays.
 
         Args:
-            count: learners whose node was lost, and that have no other.
+            count: learners that ended, and that no node has room for.
             ends: False: only say it, as in a placement group, whose processors are not for others.
+            gpus: of each learner; where they are missing, too, a worker's processor does not help.
         """
         import ray
 
         from ssm_metarl.distributed.worker import nodes_alive
 
-        alive, free = nodes_alive(), ray.available_resources().get("CPU", 0.0)
+        alive, free = nodes_alive(), ray.available_resources()
         running = sum(not worker.starting and worker.node in alive for worker in self._workers)
-        left = max(running - count, 1) if ends and free < self._processors else self.num_workers
-        lost = f"The node of {count} learner{'s' * (count > 1)} was lost, and no other has room yet"
-        if left < self.num_workers:
+        helps = free.get("CPU", 0.0) < self._processors and free.get("GPU", 0.0) >= gpus
+        waits = f"{count} learner{'s that ended have' if count > 1 else ' that ended has'} no processor yet"
+        if ends and helps and running > 1:
+            left = max(running - count, 1)
             workers = f"{left} worker{'s' * (left > 1)}"
-            _log.warning("%s: %s from now on, instead of %d.", lost, workers, self.num_workers)
+            _log.warning("%s: %s from now on, instead of %d.", waits, workers, self.num_workers)
             self.resize(left)
         else:
-            _log.warning("%s: training goes on when one has.", lost)
+            _log.warning("%s: training goes on when one has.", waits)
 
     def _start(self, count: int) -> None:
         """Start so many more workers."""

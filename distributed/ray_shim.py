@@ -1,8 +1,8 @@
 """Every private name of Ray that is used here; `tests/distributed/test_ray_shim.py` names one that a new Ray changed.
 
 Ray has no public way to say that a head listens on loopback alone, to send the token of this user to a cluster that is
-joined, to read and remove its record of the cluster of this machine, to name one of RLlib's workers, or to tell by what
-Tune's `get_best_result` compares trials.
+joined, to read and remove its record of the cluster of this machine, to tell without a dashboard whether an actor has a
+node, to name one of RLlib's workers, or to tell by what Tune's `get_best_result` compares trials.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray._common.utils import reset_ray_address
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, state
 from ray._private.authentication import authentication_token_setup
 from ray._private.utils import read_ray_address
 
 if TYPE_CHECKING:
+    from ray.actor import ActorHandle
     from ray.job_submission import JobSubmissionClient
     from ray.rllib.env.env_runner_group import EnvRunnerGroup
     from ray.tune import ResultGrid
@@ -57,6 +58,12 @@ def node_address() -> str:
     """Address of this machine by which others reach it."""
     address: str = services.get_node_ip_address()
     return address
+
+
+def has_no_node(actor: ActorHandle[Any]) -> bool:
+    """Whether an actor that ended is to be started again and no node has taken it yet."""
+    found = state.actors(actor._actor_id.hex())
+    return found["State"] == "RESTARTING" and not found["Address"]["IPAddress"]
 
 
 def kill_env_runner(group: EnvRunnerGroup, worker: int) -> None:

@@ -111,7 +111,9 @@ class MetaTrainer(tune.Trainable):
         )
         if isinstance(self.learner, LearnerGroup):
             self.pool.on_wait(self.learner.waited)
-            self.learner.homeless = partial(self.pool.make_room, ends=self._trial_info is None)
+            self.learner.homeless = partial(
+                self.pool.make_room, ends=self._trial_info is None, gpus=learner_gpus(machine)
+            )
         self.telemetry = Telemetry(self.trial_name, self.train_config.task)
         self.replay = ReplayBuffer(experience.replay_episodes) if experience.replay_episodes else None
         self.meta_iteration = 0

@@ -21,9 +21,8 @@ from builders import SMALL, assert_equal_arrays
 from faulty_tasks import FaultyNavigation
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as learner_module
-from ssm_metarl.distributed import learner_group as learner_group_module
 from ssm_metarl.distributed import trainer as trainer_module
-from ssm_metarl.distributed.learner_group import LearnerGroup
+from ssm_metarl.distributed.learner_group import LOOKS, LearnerGroup
 from ssm_metarl.distributed.references import RemoteRollouts, RemoteWeights
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.tasks import Task
@@ -321,17 +320,18 @@ def test_rollouts_and_weights_stay_in_the_object_store() -> None:
             assert [len(place["node_ids"]) for place in places.values()] == [1] * len(kept)
 
 
-def test_learners_whose_node_is_gone_are_told_after_some_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not while their node lives, however long an answer takes."""
+def test_learners_that_find_no_node_are_told_after_some_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not while they run, however long an answer takes."""
     with running(task="navigation-2d", num_learners=2) as trainer:
         group, told = trainer.learner, list[int]()
         assert isinstance(group, LearnerGroup)
         group.homeless = told.append
         group.processes()
-        for _ in range(4 * learner_group_module.LOOKS):
+        for _ in range(4 * LOOKS):
             group.waited()
         assert told == []
-        monkeypatch.setattr(learner_group_module, "nodes_alive", lambda: {"another"})
-        for _ in range(2 * learner_group_module.LOOKS):
+        answers = iter([True, True] * (LOOKS - 1) + [False, False] + [True, False] * LOOKS)
+        monkeypatch.setattr("ssm_metarl.distributed.learner_group.has_no_node", lambda actor: next(answers))
+        for _ in range(2 * LOOKS):
             group.waited()
-        assert told == [2, 2]
+        assert told == [1]

@@ -215,14 +215,21 @@ def test_a_pool_of_another_size_brings_the_same_experience(ray_session: None) ->
 def test_workers_make_room_for_learners(
     ray_session: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for a placement group, where a processor is free, and the last one."""
+    """But for a placement group, where a processor is free, where a GPU is missing, and the last one."""
     with Pool(FAULTY, NAVIGATION, num_workers=2, name="run/trial/room") as pool:
         pool.processes()
-        for free, ends, workers in ((1.0, True, 2), (0.0, False, 2), (0.0, True, 1), (0.0, True, 1)):
-            monkeypatch.setattr("ray.available_resources", lambda free=free: {"CPU": free})
-            pool.make_room(1, ends)
+        for free, ends, gpus, workers in (
+            (1.0, True, 0.0, 2),
+            (0.0, False, 0.0, 2),
+            (0.0, True, 1.0, 2),
+            (0.0, True, 0.0, 1),
+            (0.0, True, 0.0, 1),
+        ):
+            monkeypatch.setattr("ray.available_resources", lambda free=free: {"CPU": free, "GPU": 0.5})
+            pool.make_room(1, ends, gpus)
             assert pool.num_workers == workers
         assert [message.partition("yet: ")[2] for message in caplog.messages] == [
+            "training goes on when one has.",
             "training goes on when one has.",
             "training goes on when one has.",
             "1 worker from now on, instead of 2.",

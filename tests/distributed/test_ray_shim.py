@@ -19,6 +19,7 @@ NAMES = {
     "ray._private.ray_constants": ["ENABLE_RAY_CLUSTERS_ENV_VAR", "ENABLE_RAY_CLUSTER"],
     "ray._private.services": ["get_node_ip_address"],
     "ray._private.authentication.authentication_token_setup": ["maybe_enable_token_auth_if_token_available"],
+    "ray._private.state": ["actors"],
     "ray._private.utils": ["read_ray_address"],
 }
 
