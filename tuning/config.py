@@ -30,7 +30,7 @@ class EvolveConfig:
         stretch: meta-iterations after the first race that no challenger won; after each further one up to half as
             many again, and at most sixteen times as many. After a race that one won, the next race comes at once.
         losers_share: of all environment steps that may go into the losers of races. A step counts by the level in
-            [0, 1] which the incumbent would reach by itself: losers of a policy that is stuck cost little.
+            [½, 1] which the incumbent would reach by itself: losers of a policy that is stuck count half.
         race: when a contender leaves a race, and what a challenger must show to win it.
         mean_iterations: meta-iterations over which the running mean of weights reaches back.
         assess_share: of all environment steps that may go into assessments.

@@ -57,8 +57,6 @@ class Running(Assessing):
         if not progress.left:
             if progress.phase == Phase.STRETCH:
                 yield from self._assess()
-            else:  # the warm-up
-                progress.price = self._price(np.stack(incumbent.curve))
             progress.phase = Phase.RACE
             incumbent.curve = []
         self._boundary()
@@ -155,8 +153,10 @@ class Running(Assessing):
             self.race = []
             return
         lost = {challenge for challenge, member in zip(challenges, members[1:], strict=True) if self._is_gone(member)}
-        accepted = self._conclude(race, winner, challenges, lost)
-        progress.spent["charged"] += round(progress.price * (sum(steps) - steps[winner]))
+        admitted = progress.price
+        accepted = self._conclude(race, winner, challenges, lost, heard[members[INCUMBENT]])
+        # Not more than it was meant to cost, and less where the incumbent turned out to make little of its own steps.
+        progress.spent["charged"] += round(min(admitted, progress.price) * (sum(steps) - steps[winner]))
         self._account(losers=sum(steps) - steps[winner])
         if accepted:
             incumbent.path.append([incumbent.iteration, _difference(incumbent.config, configs[winner])])
@@ -173,8 +173,6 @@ class Running(Assessing):
             resize_error=errors[0] if errors else None,
         )
         self._advance([*done, *reports], name)
-        if accepted:
-            progress.price = self._price(np.stack(incumbent.curve))
         for challenge in accepted[1:]:
             config = changed(incumbent.config, challenge)
             incumbent.path.append([incumbent.iteration, _difference(incumbent.config, config)])
@@ -185,15 +183,16 @@ class Running(Assessing):
         self._boundary()
 
     def _conclude(
-        self, race: Race, winner: int, challenges: list[Challenge], lost: Collection[Challenge]
+        self, race: Race, winner: int, challenges: list[Challenge], lost: Collection[Challenge], control: list[Report]
     ) -> list[Challenge]:
-        """What a race says of the options, and of the length of the next stretch.
+        """What a race says of the options, of a loser's price, and of the length of the next stretch.
 
         Args:
             race: that is over.
             winner: its number.
             challenges: of the challengers, from number 1 on.
             lost: those of which nothing is learnt: a process that is gone says nothing of an option.
+            control: what the incumbent's member reported.
 
         Returns:
             What the incumbent takes over: of the winner, and of another that is ahead and independent of it.
@@ -209,6 +208,9 @@ class Running(Assessing):
             for i, challenge in enumerate(challenges, 1)
             if challenge not in lost
         }
+        returns = [report.returns for report in control if report.returns is not None]
+        if curve := [*self.incumbent.curve, *(self._normal(each)[-1] for each in returns)]:
+            progress.price = self._price(np.stack(curve))
         unseen = dict.fromkeys(unseen_options(standing), STUCK_POWER if progress.price < STUCK else 1.0)
         self.options.settle(list(standing), accepted, near, better_ways(standing), unseen)
         grown = max(int((1 + progress.price / 2) * progress.length + 0.5), progress.length + 1)

@@ -119,7 +119,7 @@ _PROGRESS = record(
         "left": whole(),
         "length": whole(),
         "flat": whole(),
-        "price": number(low=0.0),
+        "price": number(above=0.0),
         "best": maybe(text),
         "failures": whole(),
         "collapses": whole(),

@@ -260,7 +260,7 @@ def gain(curve: Array) -> float:
 
 
 def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
-    """Environment steps that a run needs for its first race where a loser's step counts in full.
+    """Environment steps with which a run has its first race, also where a loser's step counts in full.
 
     Args:
         rules: of the run.

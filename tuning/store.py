@@ -34,7 +34,7 @@ from ssm_metarl.storage.run_record import write_record
 from ssm_metarl.storage.uri import below, join
 from ssm_metarl.tuning.forms import REQUEST_FORM, STATE_FORM, event_form
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of `state.json`."""
 
 NOT_COPIED = ("rsi/tune", "rsi/checkpoints")

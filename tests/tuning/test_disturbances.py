@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from simulated import SHORT, Killed, World, drive, events, new_population, read_policy, resumed, skill_of
+from ssm_metarl.tuning.options import FIRST, LOSS_POWER
 from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.records import Decision, Phase, Report, Status, mean_name
 from ssm_metarl.tuning.store import read_state, request_rollback
@@ -29,8 +30,8 @@ def failed(population: Population) -> list[dict[str, Any]]:
 
 
 class Accidents:
-    """Processes that die: as many as `times` of a member (None: of any), before it reports its iteration `at` in a
-    phase."""
+    """Processes that die: as many as `times` of a member (None: the incumbent's), before it reports its iteration `at`
+    in a phase."""
 
     def __init__(
         self,
@@ -47,7 +48,8 @@ class Accidents:
     def __call__(self, population: Population, member: int, report: Report) -> bool:
         racing = any(entry["status"] != Status.IDLE for entry in population.race)
         phase = Phase.RACE if racing else population.progress.phase
-        due = self.member in (None, member) and phase == self.phase and report.iterations >= self.at
+        whose = population.incumbent.member if self.member is None else self.member
+        due = member == whose and phase == self.phase and report.iterations >= self.at
         if not due or self.times == 0 or self.cycle not in (None, population.progress.cycle):
             return False
         self.times -= 1
@@ -227,6 +229,19 @@ def test_without_a_challenger_the_others_race(tmp_path: Path, at_work: bool) -> 
     first, *_ = events(population, phase=Phase.RACE, decision=Decision.ACCEPTED)
     assert first["accepted"][0]["after"] > first["accepted"][0]["before"]
     assert population.statuses[2] == Status.GONE
+
+
+def test_a_challenger_whose_process_is_gone_says_nothing_of_its_option(folders: Iterator[Path]) -> None:
+    """One whose weights are not finite went too far."""
+    rules = {**SHORT, "cycles": 1, "evolve": ("outer_lr",), "proposals": 2}
+    flat = World(gain=lambda config, iteration: 0.0, start=0.8, drift=0.0)
+    gone = drive(new_population(next(folders), **rules), flat, disturb=Accidents(1, Phase.RACE, gone=True))
+    assert gone.statuses[1] == Status.GONE
+    assert [entry["reason"] for entry in events(gone, phase=Phase.RACE)[-1]["contenders"] if entry["reason"]]
+    flat.failure = lambda config, iteration: "not finite" if config["outer_lr"] > 0.001 else None
+    broken = drive(new_population(next(folders), **rules), flat)
+    factors = [population.options.tallies["outer_lr"].factor for population in (gone, broken)]
+    assert factors == [FIRST, FIRST**LOSS_POWER]
 
 
 def test_without_any_challenger_the_incumbent_trains_alone(tmp_path: Path) -> None:

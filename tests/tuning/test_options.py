@@ -302,6 +302,13 @@ def test_who_was_ahead_of_the_incumbent_too_is_tried_again() -> None:
     assert options.tallies["outer_lr"].direction == 1
 
 
+def test_after_a_win_the_other_way_is_not_what_is_left_to_try() -> None:
+    options = Options(("outer_lr",))
+    options.settle([Challenge("outer_lr", 0.01, 0.04)], [Challenge("outer_lr", 0.01, 0.04)])
+    options.settle([Challenge("outer_lr", 0.04, 0.24)], [])
+    assert options.tallies["outer_lr"].lean == 0
+
+
 def test_two_may_win() -> None:
     options = Options()
     options.settle([RATE, DOWN], [RATE, DOWN], ahead=[DOWN])
@@ -319,8 +326,11 @@ def test_what_made_no_difference_is_tried_as_far_again_or_farther() -> None:
     assert options.tallies["clip"].factor == FIRST
     assert options.tallies["outer_lr"].factor == FIRST**LOSS_POWER
     for _ in range(9):
-        options.settle([UP, DOWN], [], unseen={"clip": STUCK_POWER})
+        options.settle([UP, DOWN, RATE], [], unseen={"clip": STUCK_POWER, "outer_lr": STUCK_POWER})
     assert options.tallies["clip"].factor == GREATEST
+    assert options.tallies["outer_lr"].factor == OPTIONS["outer_lr"].reach
+    options.settle([RATE], [RATE])
+    assert options.tallies["outer_lr"].factor == OPTIONS["outer_lr"].reach, "not less because it won"
 
 
 def test_factors_have_bounds_and_a_loss_ends_a_streak() -> None:

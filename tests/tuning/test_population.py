@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from simulated import (
     skill_of,
 )
 from ssm_metarl.config import TrainConfig
+from ssm_metarl.tuning.config import EvolveConfig
 from ssm_metarl.tuning.population import Population
 from ssm_metarl.tuning.records import Decision, Phase
 from ssm_metarl.tuning.rules import LEAST_PRICE, least_budget
@@ -330,7 +332,7 @@ def test_a_damaged_state_is_refused_in_one_sentence(tmp_path: Path, damage: Call
 def test_a_run_of_the_old_rules_is_refused_in_one_sentence(tmp_path: Path) -> None:
     population = new_population(tmp_path)
     (tmp_path / "rsi" / "state.json").write_text('{"format": 1, "generation": 3, "trials": [], "events": []}')
-    with pytest.raises(ValueError, match=r"state\.json is of format 1, but this version .* reads 2\.$"):
+    with pytest.raises(ValueError, match=r"state\.json is of format 1, but this version .* reads 3\.$"):
         resumed(population)
 
 
@@ -368,9 +370,55 @@ def test_where_adaptation_hurts_its_step_is_shortened_first(tmp_path: Path) -> N
     assert len(changes) == 1
 
 
+def test_where_adaptation_hurts_for_another_reason_other_options_race_too(tmp_path: Path) -> None:
+    population = drive(new_population(tmp_path, cycles=8, proposals=1, base={"inner_lr": 0.5}), World(adaptation=-0.2))
+    raced = [race["changes"][0]["option"] for race in events(population, phase=Phase.RACE)]
+    assert raced[::2] == ["inner_lr"] * 4
+    assert "outer_lr" in raced[1::2]
+
+
+def test_a_race_is_charged_at_the_price_that_admitted_it(tmp_path: Path) -> None:
+    """Also where an assessment found the policy worse than the one that is kept, and its level is high."""
+
+    def gain(config: Any, iteration: int) -> float:
+        return -0.05 * (iteration == 9)
+
+    world = World(gain=gain, start=0.85, drift=0.0, own=0.001, ease=0.0)
+    rules = {"budget": 100 * ITERATION, "cycles": 0, "proposals": 2}
+    population = drive(new_population(tmp_path, **rules), world)
+    races = events(population, phase=Phase.RACE)
+    charged = np.diff([0, *(race["spent"]["charged"] for race in races)]) / [race["losers"] for race in races]
+    assert charged[0] == pytest.approx(0.85, abs=0.01)
+    assert min(charged) == pytest.approx(LEAST_PRICE, abs=0.01)
+
+
+def test_a_stretch_of_one_iteration_grows_too(tmp_path: Path) -> None:
+    world = World(gain=lambda config, iteration: 0.0, start=0.2, drift=0.0)
+    population = drive(new_population(tmp_path, cycles=6, stretch=1), world)
+    assert population.progress.length > 4
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2])
+@pytest.mark.parametrize("assess", [0.0, 0.05, 0.3])
+def test_the_least_budget_is_the_first_with_a_race(folders: Iterator[Path], share: float, assess: float) -> None:
+    world = World(gain=lambda config, iteration: 0.05, start=0.9, drift=0.0, own=0.0, ease=0.0)
+
+    def races(iterations: int) -> int:
+        rules = {"cycles": 0, "losers_share": share, "assess_share": assess, "budget": iterations * ITERATION}
+        return len(events(drive(new_population(next(folders), **rules), world), phase=Phase.RACE))
+
+    least = round(least_budget(EvolveConfig(losers_share=share, assess_share=assess), ITERATION) / ITERATION)
+    assert (races(least - 1), races(least) > 0) == (0, True)
+
+
+@pytest.mark.parametrize(("losers", "assess"), [(0.0, 0.05), (0.2, 1.0)])
+def test_without_steps_for_losers_no_budget_is_enough(losers: float, assess: float) -> None:
+    assert least_budget(EvolveConfig(losers_share=losers, assess_share=assess), ITERATION) == math.inf
+
+
 @pytest.mark.parametrize(
     ("start", "ways"),
-    [(0.5, [True, True, False, True, False, True]), (0.1, [True, True, True, False, True, False, True])],
+    [(0.5, [True, True, False, True, False, True, False]), (0.1, [True, True, True, False, True, False, True, False])],
 )
 def test_a_policy_that_stops_learning_is_tried_with_a_lower_rate(
     tmp_path: Path, start: float, ways: list[bool]

@@ -246,6 +246,16 @@ def test_a_challenger_that_fails_leaves_without_scores() -> None:
     assert race.winner() == INCUMBENT
 
 
+def test_a_challenger_that_led_and_then_fails_is_not_ahead() -> None:
+    race = Race(3, STRICT)
+    play(race, [np.zeros(4), ahead(2.5), ahead(2.0, OTHER_SPREAD)])
+    assert race.left == [0, 1, 2]
+    assert race.is_ahead(1)
+    race.fail(1, "not finite")
+    assert not race.is_ahead(1)
+    assert race.winner() == 2
+
+
 def test_where_the_incumbent_fails_the_best_challenger_wins() -> None:
     race = Race(3, STRICT)
     race.fail(INCUMBENT, "not finite")

@@ -203,8 +203,8 @@ def _content(values: Any) -> Callable[[Path], None]:
         (_folder, r"state\.json is unreadable: Is a directory"),
         (_content([1]), r"state\.json is foreign: it holds no JSON object"),
         (_content({"generation": 3}), r"state\.json is of format None"),
-        (_content({"format": 1, "generation": 3}), r"state\.json is of format 1, but this version .* reads 2"),
-        (_content({"format": FORMAT_VERSION + 1}), r"state\.json is of format 3, but this version .* reads 2"),
+        (_content({"format": 1, "generation": 3}), r"state\.json is of format 1, but this version .* reads 3"),
+        (_content({"format": FORMAT_VERSION + 1}), r"state\.json is of format 4, but this version .* reads 3"),
     ],
     ids=["missing", "cut", "no text", "a folder", "a list", "foreign", "older", "newer"],
 )
