@@ -41,6 +41,31 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def kept_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file of runs, by their job."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {run["job"]: run for run in map(json.loads, lines)}
+
+
+def keep_run(path: Path, job: str, at: str | None, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Append a run's line to a file, from which it is read the next time.
+
+    Args:
+        path: of the file.
+        job: a name that says all that changes the result but the code.
+        at: the commit of the code that did it.
+        result: JSON values.
+
+    Returns:
+        The line's values.
+    """
+    run = {"job": job, "commit": at, **result}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(run) + "\n")
+    return run
+
+
 def machine() -> dict[str, Any]:
     """Processor, versions, and the load: above the benchmark's own threads it makes timings worthless."""
     return {

@@ -48,12 +48,6 @@ def seconds(result: Result) -> float:
     return float(result["seconds"])
 
 
-def metrics(result: Result) -> list[dict[str, Any]]:
-    """Of every iteration of training."""
-    lines = (Path(result["checkpoint"]).parent / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def seconds_to(level: float) -> Reading:
     """Wall seconds of training until the return after the last inner step is above a level; infinite: it never is.
 
@@ -62,11 +56,11 @@ def seconds_to(level: float) -> Reading:
     """
 
     def read(result: Result) -> float:
-        iterations = metrics(result)
+        iterations = result["curve"]
         adapted = np.array([each["return_by_step"][-1] for each in iterations])
         for end in range(SMOOTHED, len(adapted) + 1):
             if adapted[end - SMOOTHED : end].mean() > level:
-                return float(sum(each["seconds"]["total"] for each in iterations[:end]))
+                return float(sum(each["seconds"] for each in iterations[:end]))
         return np.inf
 
     return read
@@ -108,7 +102,8 @@ class Bench:
     Args:
         targets: by name, which is that of a target's folder, too.
         seeds: of training.
-        out: folder of runs and results.
+        out: folder of trainings.
+        runs: file with a line for each seed that is done.
         quick: next to no training.
         num_workers, learner_threads: of training.
     """
@@ -118,13 +113,14 @@ class Bench:
         targets: Mapping[str, Target],
         seeds: Sequence[int],
         out: Path,
+        runs: Path,
         *,
         quick: bool = False,
         num_workers: int = 0,
         learner_threads: int = 1,
     ) -> None:
         self._targets = {name: _quick(target) if quick else target for name, target in targets.items()}
-        self._seeds, self._out, self._quick = seeds, out, quick
+        self._seeds, self._out, self._runs, self._quick = seeds, out, runs, quick
         self._how = num_workers, learner_threads
         self._made: dict[Any, Any] = {}
         self.took: dict[str, Any] = {}  # by target: what its trainings were, for the reader
@@ -147,7 +143,7 @@ class Bench:
         return self._made[key]
 
     def _train(self, name: str) -> list[dict[str, Any]]:
-        results, config = run_target(name, self._targets[name], self._seeds, self._out, *self._how)
+        results, config = run_target(name, self._targets[name], self._seeds, self._out, self._runs, *self._how)
         keys = ("seed", "env_steps", "seconds", "untrained")
         self.took[name] = {**{key: [result[key] for result in results] for key in keys}, "config": config}
         return results
@@ -281,7 +277,7 @@ def in_training(target: str) -> Curve:
     """Training returns of the last `SMOOTHED` iterations after 0..S inner steps."""
 
     def curve(bench: Bench) -> list[Point]:
-        runs = [metrics(result) for result in bench.results(target)]
+        runs = [result["curve"] for result in bench.results(target)]
         return [_point([run[:end] for run, end in zip(runs, ends)]) for ends in zip(*map(_quarters, runs))]
 
     return curve
@@ -291,7 +287,7 @@ def _point(runs: list[list[dict[str, Any]]]) -> Point:
     adapted = [np.mean([each["return_by_step"] for each in run[-SMOOTHED:]], 0) for run in runs]
     return {
         "env_steps": float(np.mean([run[-1]["env_steps"] for run in runs])),
-        "seconds": float(np.mean([sum(each["seconds"]["total"] for each in run) for run in runs])),
+        "seconds": float(np.mean([sum(each["seconds"] for each in run) for run in runs])),
         "returns": np.mean(adapted, 0).tolist(),
     }
 

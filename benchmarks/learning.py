@@ -3,8 +3,7 @@
     python benchmarks/learning.py --target navigation-2d --seeds 0 1 2
 
 Started again after an interruption, it resumes where it stopped: a seed's training from its last checkpoint,
-and a seed that is done is read from its `result.json` under `--out`. To measure a seed anew, delete its
-folder.
+and a seed that is done is read from its line in `--runs`. To measure a seed anew, delete the line.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from _report import log, report
+from _report import commit, keep_run, kept_runs, log, report
 
 from ssm_metarl.algorithms.rollouts import Array
 from ssm_metarl.algorithms.statistics import confidence_interval, interval_values
@@ -28,6 +27,9 @@ from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
+
+RUNS = Path("benchmarks/results/learning-runs.jsonl")
+"""Every seed that was trained and evaluated, with the commit that did it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,25 +202,28 @@ class Options:
     Attributes:
         target: what to show.
         seeds: of training.
-        out: folder of runs and results.
+        runs: file with a line for each seed that is done.
+        out: folder of trainings.
         num_workers: Ray actors that collect rollouts; 0: in process.
         learner_threads: threads of the learner.
     """
 
     target: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(TARGETS)))]
     seeds: tuple[int, ...] = (0, 1, 2)
+    runs: Path = RUNS
     out: Path = Path("runs/benchmarks")
     num_workers: int = 0
     learner_threads: int = field(default_factory=available_cores)
 
 
 def run_target(
-    name: str, target: Target, seeds: Sequence[int], out: Path, num_workers: int, learner_threads: int
+    name: str, target: Target, seeds: Sequence[int], out: Path, runs: Path, num_workers: int, learner_threads: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train and evaluate every seed that has not been done; see `run_seed`.
 
     Args:
         name: of the folder in `out`; a seed's own in it is named after what changes its result.
+        runs: file with a line for each seed that is done.
 
     Returns:
         The seeds' results, and the configuration that they share.
@@ -232,41 +237,59 @@ def run_target(
         protocol = (target.max_env_steps, target.num_tasks, target.steps, target.episodes)
         key = json.dumps([config.to_dict(), protocol], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
-        results.append(run_seed(target, config, out / name / f"seed-{seed}-{digest}"))
+        job = f"{name}/seed-{seed}-{digest}"
+        if (result := kept_runs(runs).get(job)) is not None:
+            log(f"seed {seed}: read from {runs}")
+        else:
+            at = commit()
+            result = keep_run(runs, job, at, run_seed(target, config, out / job))
+        results.append(result)
         shared = {option: value for option, value in config.to_dict().items() if option != "seed"}
     return results, shared
 
 
 def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Train and evaluate one seed, or read its result where that has been done.
+    """Train and evaluate one seed.
 
     Returns:
         JSON values: `env_steps` and `seconds` of training, `untrained` return, `evaluation` as from
-        `Evaluation.summary` and `returns` [tasks, S+1].
+        `Evaluation.summary`, `returns` [tasks, S+1], and of every iteration of training the `curve`: `env_steps`,
+        `seconds` and `return_by_step`.
     """
-    done = folder / "result.json"
-    if done.exists():
-        log(f"seed {config.experience.seed}: read from {done}")
-        return json.loads(done.read_text())
     untrained = evaluate_untrained(target, config, folder / "untrained")
     log(f"seed {config.experience.seed}: untrained {untrained:.1f}; training in {folder / 'run'}")
     seconds = train_seed(config, folder / "run")
     checkpoint, env_steps = last_within(folder / "run", target.max_env_steps)
     evaluation = evaluate_seed(target, config, checkpoint, target.steps)
-    result = {
+    lines = metrics(folder / "run")
+    return {
         "seed": config.experience.seed,
         "env_steps": env_steps,
         "seconds": seconds,
-        "checkpoint": str(checkpoint),
         "untrained": untrained,
-        "deviation": deviation(folder / "run"),
+        # Standard deviation of the training return after the last step over the last ten iterations.
+        "deviation": float(np.std([line["return_by_step"][-1] for line in lines[-10:]], ddof=1)),
         "evaluation": evaluation.summary(),
-        "returns": evaluation.returns.tolist(),
+        "returns": [brief(task) for task in evaluation.returns.tolist()],
+        "curve": [
+            {
+                "env_steps": line["env_steps"],
+                "seconds": round(line["seconds"]["total"], 3),
+                "return_by_step": brief(line["return_by_step"]),
+            }
+            for line in lines
+        ],
     }
-    fresh = done.with_suffix(".tmp")
-    fresh.write_text(json.dumps(result))
-    fresh.replace(done)
-    return result
+
+
+def brief(values: Sequence[float]) -> list[float]:
+    """With six digits, for a file that is kept."""
+    return [float(f"{value:.6g}") for value in values]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Of every iteration of training."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def evaluate_untrained(target: Target, config: TrainConfig, checkpoint: Path) -> float:
@@ -315,14 +338,7 @@ def train_seed(config: TrainConfig, run: Path) -> float:
     if result.signal is not None:
         log(f"seed {config.experience.seed}: interrupted; the same command resumes from {result.checkpoint}")
         raise SystemExit(128 + result.signal)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return max(result.seconds, sum(json.loads(line)["seconds"]["total"] for line in lines))
-
-
-def deviation(run: Path) -> float:
-    """Standard deviation of the training return after the last step over the last ten iterations."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return float(np.std([line["return_by_step"][-1] for line in lines[-10:]], ddof=1))
+    return max(result.seconds, sum(line["seconds"]["total"] for line in metrics(run)))
 
 
 def last_within(run: Path, max_env_steps: int | None) -> tuple[Path, int]:
@@ -393,7 +409,10 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
         "gain": gain,
         "seeds": [result["seed"] for result in results],
         "runs": [
-            {**{key: value for key, value in result.items() if key != "returns"}, "gain": mean_interval(own)}
+            {
+                **{key: value for key, value in result.items() if key not in ("job", "returns", "curve")},
+                "gain": mean_interval(own),
+            }
             for result, own in zip(results, gains, strict=True)
         ],
     }
@@ -402,7 +421,7 @@ def summarise(target: Target, results: list[dict[str, Any]]) -> dict[str, Any]:
 def main(options: Options) -> None:
     target = TARGETS[options.target]
     results, shared = run_target(
-        options.target, target, options.seeds, options.out, options.num_workers, options.learner_threads
+        options.target, target, options.seeds, options.out, options.runs, options.num_workers, options.learner_threads
     )
     report("learning", {"target": options.target, **summarise(target, results), "config": shared})
 

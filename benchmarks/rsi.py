@@ -14,7 +14,6 @@ the commit that did it, so that an interrupted benchmark resumes; delete its lin
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -28,7 +27,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import tyro
-from _report import commit, log, report
+from _report import commit, keep_run, kept_runs, log, report
 
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.algorithms.statistics import (
@@ -403,10 +402,7 @@ def jobs(options: Options) -> list[Job]:
 
 def carry_out(options: Options) -> dict[str, dict[str, Any]]:
     """All jobs that are not done, and the results of all, by key."""
-    path, at = options.runs, commit()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {line["job"]: line for line in lines}
+    done, at = kept_runs(options.runs), commit()
     todo = [job for job in jobs(options) if job.key not in done]
     with ProcessPoolExecutor(
         options.processes, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
@@ -415,13 +411,12 @@ def carry_out(options: Options) -> dict[str, dict[str, Any]]:
         for future in as_completed(futures):
             job = futures[future]
             try:
-                done[job.key] = {"job": job.key, "commit": at, **future.result()}
+                result = future.result()
             except Exception as error:  # the others go on; it is tried again the next time
                 log(f"{job.key}: {error!r}")
                 continue
-            with path.open("a") as file:
-                file.write(json.dumps(done[job.key]) + "\n")
-            log(f"{job.key}: {done[job.key]['returns'][-1]:.2f}, {done[job.key]['seconds']:.0f} s")
+            done[job.key] = keep_run(options.runs, job.key, at, result)
+            log(f"{job.key}: {result['returns'][-1]:.2f}, {result['seconds']:.0f} s")
     return {job.key: done[job.key] for job in jobs(options) if job.key in done}
 
 

@@ -4,8 +4,8 @@
     python benchmarks/tables.py --table bandits --quick
 
 Players play the very trials that our policies are evaluated on. JSON goes to stdout; Markdown goes to stderr and to
-`tables/NAME.md` under `--out`. A seed that is done is read from its `result.json`, one that was interrupted
-goes on, and where `learning.py` has the same target they share its folder; players and timings are made anew.
+`tables/NAME.md` under `--out`. A seed that is done is read from its line in `--runs`, one that was interrupted
+goes on, and where `learning.py` has the same target they share its line; players and timings are made anew.
 
 `--quick` shows within a minute that a table can be made, with next to no training and in a folder of its own.
 Its figures say nothing.
@@ -334,7 +334,8 @@ class Options:
         table: which.
         quick: see that it can be made; the figures say nothing.
         seeds: of training; if none is given 0, 1 and 2, or with `--quick` 0.
-        out: folder of runs, results and tables.
+        runs: file with a line for each seed that is done.
+        out: folder of trainings and tables.
         num_workers: Ray actors that collect rollouts; 0: in process.
         learner_threads: threads of the learner.
     """
@@ -342,6 +343,7 @@ class Options:
     table: Annotated[str, tyro.conf.arg(constructor=tyro.extras.literal_type_from_choices(tuple(TABLES)))]
     quick: bool = False
     seeds: tuple[int, ...] = ()
+    runs: Path = learning.RUNS
     out: Path = Path("runs/benchmarks")
     num_workers: int = 0
     learner_threads: int = field(default_factory=available_cores)
@@ -351,8 +353,9 @@ def main(options: Options) -> None:
     quick = options.quick
     seeds = options.seeds or ((0,) if quick else (0, 1, 2))
     out = options.out / "quick" if quick else options.out
+    runs = out / "runs.jsonl" if quick else options.runs
     how = {"num_workers": options.num_workers, "learner_threads": options.learner_threads}
-    made = TABLES[options.table].make(Bench(TARGETS, seeds, out, quick=quick, **how))
+    made = TABLES[options.table].make(Bench(TARGETS, seeds, out, runs, quick=quick, **how))
     if quick:
         made["notes"].append("A trial of the code: the figures say nothing.")
     result = {"table": options.table, "quick": quick, "seeds": list(seeds), **made}

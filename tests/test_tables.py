@@ -51,7 +51,7 @@ def test_what_is_done_is_read_and_ours_stand_beside_the_players_on_the_same_tria
     )
 
     def make() -> dict[str, Any]:
-        made: dict[str, Any] = tiny.make(table.Bench({"tiny": target}, (0, 1), tmp_path))
+        made: dict[str, Any] = tiny.make(table.Bench({"tiny": target}, (0, 1), tmp_path, tmp_path / "runs.jsonl"))
         return made
 
     made = make()
@@ -121,11 +121,10 @@ def test_a_claim_about_an_interval_is_not_met_by_one_task(tables: ModuleType) ->
 
 @pytest.mark.parametrize(("returns", "expected"), [((-30, -10, -10, -10), 4.0), ((-30, -20, -20, -20), np.inf)])
 def test_the_threshold_is_passed_by_the_mean_of_three_iterations(
-    table: ModuleType, tmp_path: Path, returns: tuple[float, ...], expected: float
+    table: ModuleType, returns: tuple[float, ...], expected: float
 ) -> None:
-    lines = [json.dumps({"return_by_step": [0.0, value], "seconds": {"total": 1.0}}) for value in returns]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    read = table.seconds_to(-16.0)({"checkpoint": str(tmp_path / "checkpoint")})
+    curve = [{"return_by_step": [0.0, value], "seconds": 1.0} for value in returns]
+    read = table.seconds_to(-16.0)({"curve": curve})
     assert read == expected
     assert (table.across([read])["mean"] is None) == np.isinf(expected)
 
