@@ -71,6 +71,19 @@ class Rollouts:
         total = np.where(self.valid, self.rewards, 0.0).cumsum(axis=1, dtype=np.float64)[:, -1]
         return np.where(self.kept(), total, np.nan)
 
+    def returns_by_episode(self) -> Array:
+        """Undiscounted return of each episode of each slot's trial, [M, K, E] float64.
+
+        E is the most that a slot has; NaN where one was dropped, or has fewer.
+        """
+        number = (self.starts & self.valid).cumsum(axis=1)  # [M, T, K], from 1 on
+        found = []
+        for episode in range(1, max(int(number.max(initial=0)), 1) + 1):
+            own = self.valid & (number == episode)
+            total = np.where(own, self.rewards, 0.0).cumsum(axis=1, dtype=np.float64)[:, -1]
+            found.append(np.where(own.any(1), total, np.nan))
+        return np.stack(found, -1)
+
     def lengths(self) -> Array:
         """Number of valid steps of each slot, [M, K] int64; 0 where the slot was dropped."""
         return self.valid.sum(axis=1)

@@ -43,6 +43,11 @@ def returns(after: int) -> Reading:
     return lambda result: np.array(result["returns"])[:, after]
 
 
+def episode(number: int) -> Reading:
+    """Of one episode of the trials that are played before any inner step, 0 the first, mean over the tasks."""
+    return lambda result: result["evaluation"]["return_by_episode"][0][number]
+
+
 def seconds(result: Result) -> float:
     """Of training."""
     return float(result["seconds"])

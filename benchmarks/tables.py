@@ -26,6 +26,7 @@ from _table import (
     Row,
     Script,
     Table,
+    episode,
     in_training,
     least,
     most,
@@ -43,7 +44,7 @@ from learning import Target
 from render import section
 
 from ssm_metarl import presets
-from ssm_metarl.config import available_cores
+from ssm_metarl.config import TrainConfig, available_cores
 from ssm_metarl.tasks import make
 from ssm_metarl.tasks.baselines.play import BASELINE_POLICIES
 
@@ -79,6 +80,25 @@ TABULAR = {10: "tabular-mdp", 25: "tabular-mdp-25"}
 POPGYM = tuple(f"{task}-{difficulty}" for task in ("repeat-previous", "noisy-position-only-cartpole")
                for difficulty in ("easy", "medium", "hard"))  # fmt: skip
 
+SUITE = {"cheetah-dir-v0": 20e6, "cheetah-vel-v0": 5e6, "ant-dir-v0": 10e6, "wind-v0": 0.75e6}
+"""Environment steps of a run in the meta-RL suite."""
+
+
+def suite(task: str) -> Target:
+    """The recommended options for so many steps of a family, fewer where trials end early."""
+    config = TrainConfig.for_task(task, algorithm="rl2")
+    experience = config.experience
+    trials = experience.meta_batch * experience.episodes * experience.trial_episodes
+    return Target(
+        claim=f"{SUITE[task] / 1e6:g} M steps of {task}, adapted to within a trial.",
+        task=task,
+        options={"algorithm": "rl2", "iterations": round(SUITE[task] / trials / config.family().horizon)},
+        num_tasks=100,
+        after=0,
+        steps=0,
+    )
+
+
 CHEETAHS = {100: "halfcheetah-dir-100", 200: "halfcheetah-dir-200"}
 """Target by the horizon."""
 
@@ -90,7 +110,7 @@ def _with(target: Target, claim: str, steps: int = 0, **options: Any) -> Target:
 
 _bandit, _tabular = learning.TARGETS["bandit"], learning.TARGETS["tabular-mdp"]
 
-TARGETS: Mapping[str, Target] = {
+TARGETS: dict[str, Target] = {
     **learning.TARGETS,
     **{
         f"bandit-{arms}": _with(_bandit, f"100 pulls of {arms} arms, played in context.", task_options={"arms": arms})
@@ -159,6 +179,8 @@ TARGETS: Mapping[str, Target] = {
         for horizon, name in CHEETAHS.items()
     },
 }
+
+TARGETS |= {task: suite(task) for task in SUITE}
 
 ITERATION = Script("iteration.py", quick=("--iterations", "1"))
 SSM = Script("ssm.py", quick=("--repetitions", "1"))
@@ -311,6 +333,26 @@ TABLES: Mapping[str, Table] = {
                 least(*(TARGETS[name].goal for name in POPGYM)),
             ),
         ),
+    ),
+    "suite": Table(
+        title="The meta-RL suite: return within a trial",
+        columns=("cheetah-dir-v0, 2nd episode", "cheetah-vel-v0, trial", "ant-dir-v0, trial", "wind-v0"),
+        notes=(
+            "Published figures are of more steps (variBAD: 50 to 100 M for the first column) or learn off-policy. "
+            "They are of MuJoCo 1.5 to 2.1.",
+        ),
+        rows=(
+            Row("variBAD (Zintgraf et al. 2020)", published((2104.0, 87.0), None, None, None)),
+            Row("best published", published(2507.0, -33.0, 2532.0, 65.0)),
+            Row("second best published", published(2300.0, -62.0, 2318.0, 61.0)),
+            Row(
+                "ours, `rl2`",
+                (ours("cheetah-dir-v0", episode(1)), *(ours(task, returns(0)) for task in list(SUITE)[1:])),
+                least(1500.0, -62.0, 1200.0, 61.0),
+            ),
+        ),
+        curves={task: in_training(task) for task in SUITE},
+        curve_columns=("trial",),
     ),
     "policy-gradient": Table(
         title="cartpole: PPO with memory, return of 500",

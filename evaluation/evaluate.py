@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from ssm_metarl.algorithms.adapters import StandardAdapter
 from ssm_metarl.algorithms.policy import SSMPolicy
 from ssm_metarl.algorithms.registry import MetaConfig
-from ssm_metarl.algorithms.rollouts import Array
+from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.statistics import confidence_interval, finite
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.core import Collect
@@ -28,6 +29,8 @@ class Evaluation:
     Attributes:
         returns: [M, S+1] float64, mean over a task's episodes; NaN where all of them were dropped.
         lengths: [M, S+1] float64, mean episode length in steps.
+        by_episode: [S+1, E] float64, mean return of each episode of a trial, over tasks and trials; E is 1 where a
+            trial is an episode. NaN where no trial has so many.
         environment_steps: all steps taken, those of the last step's rollouts included.
         seconds: wall time.
         task, split: where the tasks come from.
@@ -35,13 +38,14 @@ class Evaluation:
 
     returns: Array
     lengths: Array
+    by_episode: Array
     environment_steps: int
     seconds: float
     task: str = ""
     split: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """JSON values: lists `return`, `ci_low`, `ci_high`, `episode_length` over 0..S, and totals.
+        """JSON values: lists `return`, `ci_low`, `ci_high`, `episode_length` and `return_by_episode` over 0..S, totals.
 
         The bounds are of the 95 % interval over tasks; null with fewer than two tasks.
         """
@@ -53,6 +57,7 @@ class Evaluation:
             "ci_low": [finite(bound) for bound in low],
             "ci_high": [finite(bound) for bound in high],
             "episode_length": np.nanmean(self.lengths, 0).tolist(),
+            "return_by_episode": [[finite(value) for value in step] for step in self.by_episode],
             "num_tasks": len(self.returns),
             "environment_steps": self.environment_steps,
             "seconds": self.seconds,
@@ -77,8 +82,20 @@ def evaluate(
         episodes: episodes a task and step.
         step_size: of the inner steps; None: as in training.
     """
-    found = StandardAdapter(policy, config, steps=steps, step_size=step_size).adapt(collect, episodes)
-    return Evaluation(found.returns, found.lengths, found.environment_steps, found.seconds)
+    played: list[Array] = []
+
+    def watched(weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
+        rollouts = collect(weights, episodes, step)
+        own = rollouts.returns_by_episode()
+        count = np.isfinite(own).sum((0, 1))
+        played.append(np.divide(np.nansum(own, (0, 1)), count, out=np.full(len(count), np.nan), where=count > 0))
+        return rollouts
+
+    found = StandardAdapter(policy, config, steps=steps, step_size=step_size).adapt(watched, episodes)
+    by_episode = np.full((len(played), max(map(len, played))), np.nan)
+    for row, values in zip(by_episode, played, strict=True):
+        row[: len(values)] = values
+    return Evaluation(found.returns, found.lengths, by_episode, found.environment_steps, found.seconds)
 
 
 def evaluate_checkpoint(

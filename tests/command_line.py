@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 Command = Callable[..., Outcome]
 """Runs the command line with these words."""
 
-EVALUATION = {"task", "split", "num_tasks", "return", "ci_low", "ci_high", "episode_length"}
+EVALUATION = {"task", "split", "num_tasks", "return", "ci_low", "ci_high", "episode_length", "return_by_episode"}
 EVALUATION |= {"environment_steps", "seconds"}
 """Keys of an evaluation."""
 

@@ -58,6 +58,12 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
     for step, (mean, low, high, length) in enumerate(rows):
         interval = interval_words({"ci_low": low, "ci_high": high}, digits)
         table.add_row(str(step), f"{mean:.{digits}f}", interval, f"{length:.1f}")
+    # Files of earlier versions have none.
+    for step, episodes in enumerate(report.get("return_by_episode", [])):
+        if len(episodes) > 1:
+            words = " ".join("–" if value is None else f"{value:.{digits}f}" for value in episodes)
+            after = f" after {step} step{'s' * (step != 1)}" if len(report["return"]) > 1 else ""
+            table.caption = f"{table.caption or ''}\nReturn of each episode of a trial{after}: {words}".strip()
     return table
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from builders import ARRAYS, assert_same, make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
+from builders import ARRAYS, assert_same, drop, make_policy, make_spec, seeds, spoil, toy_rollouts, uneven
 from ssm_metarl.algorithms.collect import blank
 from ssm_metarl.algorithms.rollouts import Rollouts
 
@@ -56,6 +56,21 @@ def test_totals_are_of_valid_steps_and_kept_slots() -> None:
     assert np.isnan(whole.returns()).tolist() == [[False] * 3, [False, False, True]]
     expected = sum(float(whole.rewards[0, t, 1]) for t in range(valid.shape[1]) if valid[0, t, 1])
     assert whole.returns()[0, 1] == pytest.approx(expected)
+
+
+def test_a_trials_return_is_that_of_its_episodes() -> None:
+    one = record(2, False, 3)
+    valid, starts = np.ones_like(one.valid), np.zeros_like(one.starts)
+    starts[:, 0] = starts[0, 2] = starts[0, 4, 0] = True  # three, two and two episodes of the first task
+    valid[0, 5, 2] = False
+    rewards = np.random.default_rng(0).normal(size=valid.shape).astype(np.float32)
+    trials = drop(dataclasses.replace(one, valid=valid, starts=starts, rewards=rewards), 1, 0)
+    found = trials.returns_by_episode()
+    assert found.shape == (2, 3, 3)
+    np.testing.assert_allclose(found[0, 0], [rewards[0, a : a + 2, 0].sum() for a in (0, 2, 4)], rtol=1e-6)
+    np.testing.assert_allclose(found[0, 2, :2], [rewards[0, :2, 2].sum(), rewards[0, 2:5, 2].sum()], rtol=1e-6)
+    assert np.isnan(found).sum(2).tolist() == [[0, 1, 1], [3, 2, 2]]
+    np.testing.assert_allclose(np.nansum(found, 2)[trials.kept()], trials.returns()[trials.kept()])
 
 
 def test_an_empty_record_joins_and_says_what_was_lost() -> None:

@@ -66,6 +66,13 @@ def test_an_evaluation_fits(card: dict[str, Any]) -> None:
     assert sum(line.count("…") for line in shown) == len(card["evaluation"]["return"])
 
 
+def test_a_trials_episodes_stand_below_the_table(card: dict[str, Any]) -> None:
+    report = {name: card["evaluation"][name][:1] for name in ("return", "ci_low", "ci_high", "episode_length")}
+    report |= {"task": "tabular-mdp", "split": "test", "num_tasks": 3, "return_by_episode": [[1.23, 20.0, None]]}
+    shown = " ".join(lines(evaluation_table(report), 60)).split()
+    assert " ".join(shown).endswith("Return of each episode of a trial: 1.23 20.00 –")
+
+
 @pytest.mark.parametrize("width", [80, 60])
 def test_the_steps_of_an_adaptation_fit(width: int) -> None:
     returns = {"return": -17364.5}

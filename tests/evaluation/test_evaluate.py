@@ -63,6 +63,14 @@ def test_evaluation_is_the_returns_of_policies_adapted_one_step_after_another(di
     assert result.seconds > 0
 
 
+def test_episodes_of_a_trial_have_returns_of_their_own(tmp_path: Path) -> None:
+    config = small_config("bandit", algorithm="rl2", task_options={"pulls": 5}, trial_episodes=3, iterations=1)
+    train(config, tmp_path)
+    result = evaluate_checkpoint(tmp_path, num_tasks=6, steps=0, episodes=4)
+    assert result.by_episode.shape == (1, 3)
+    assert result.by_episode.sum() == pytest.approx(result.returns.mean())
+
+
 def test_the_policy_is_not_changed() -> None:
     spec = make_spec()
     policy = make_policy(spec)
@@ -123,10 +131,11 @@ def test_shards_do_not_show(seed: int, shared: bool, num_episodes: int) -> None:
 
 
 def test_one_task_has_no_interval_in_json() -> None:
-    one = Evaluation(np.array([[1.0, 2.0]]), np.ones((1, 2)), 10, 0.1)
+    one = Evaluation(np.array([[1.0, 2.0]]), np.ones((1, 2)), np.array([[1.0, np.nan]] * 2), 10, 0.1)
     summary = json.loads(json.dumps(one.summary(), allow_nan=False))
     assert summary["return"] == [1.0, 2.0]
     assert summary["ci_low"] == summary["ci_high"] == [None, None]
+    assert summary["return_by_episode"] == [[1.0, None]] * 2
 
 
 class Recorded(Navigation2D):
