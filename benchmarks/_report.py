@@ -34,17 +34,21 @@ def command() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the project's folder, with a "+" where files differ from it; None outside a checkout."""
-    folder = Path(__file__).parents[1]
-    words = ["git", "-C", str(folder), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
+    """The commit of the project's folder, with a "+" where files but results differ from it; None without one."""
+
+    def git(*words: str) -> str:
+        found = ["git", "-C", str(Path(__file__).parents[1]), *words]
+        return subprocess.run(found, capture_output=True, text=True, check=False).stdout.strip()
+
+    name = git("describe", "--always", "--abbrev=10", "--exclude=*")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    return f"{name}{'+' * bool(changed)}" or None
 
 
 def kept_runs(path: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a file of runs, by their job."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {run["job"]: run for run in map(json.loads, lines)}
+    """The lines of a file of runs, by their job; without one whose writing was cut short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return {run["job"]: run for run in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
 def keep_run(path: Path, job: str, at: str | None, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,8 +65,12 @@ def keep_run(path: Path, job: str, at: str | None, result: Mapping[str, Any]) ->
     """
     run = {"job": job, "commit": at, **result}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(run) + "\n")
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        if file.read(1) not in (b"", b"\n"):  # a line that was cut short goes
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(json.dumps(run).encode() + b"\n")
     return run
 
 

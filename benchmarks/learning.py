@@ -28,6 +28,8 @@ from ssm_metarl.evaluation.evaluate import Evaluation, evaluate_checkpoint
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
 
+MACHINE = ("num_workers", "learner_threads")
+
 RUNS = Path("benchmarks/results/learning-runs.jsonl")
 """Every seed that was trained and evaluated, with the commit that did it."""
 
@@ -235,13 +237,15 @@ def run_target(
         how = {"seed": seed, "num_workers": num_workers, "learner_threads": learner_threads}
         config = TrainConfig.for_task(target.task, **{**target.options, **how})
         protocol = (target.max_env_steps, target.num_tasks, target.steps, target.episodes)
-        key = json.dumps([config.to_dict(), protocol], sort_keys=True)
+        # Workers and threads change seconds alone.
+        options = {option: value for option, value in config.to_dict().items() if option not in MACHINE}
+        key = json.dumps([options, protocol], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]
         job = f"{name}/seed-{seed}-{digest}"
         if (result := kept_runs(runs).get(job)) is not None:
             log(f"seed {seed}: read from {runs}")
         else:
-            at = commit()
+            at = commit()  # of the code that does it
             result = keep_run(runs, job, at, run_seed(target, config, out / job))
         results.append(result)
         shared = {option: value for option, value in config.to_dict().items() if option != "seed"}

@@ -71,6 +71,28 @@ def test_what_is_done_is_read_and_ours_stand_beside_the_players_on_the_same_tria
     assert json.loads(json.dumps(made)) == made
 
 
+def test_a_run_whose_line_was_cut_short_is_done_again(tables: ModuleType, tmp_path: Path) -> None:
+    report, path = importlib.import_module("_report"), tmp_path / "kept" / "runs.jsonl"
+    assert report.kept_runs(path) == {}
+    one = report.keep_run(path, "one", "abc", {"value": 1.0})
+    with path.open("a") as file:
+        file.write('{"job": "two", "val')
+    assert report.kept_runs(path) == {"one": one}
+    two = report.keep_run(path, "two", None, {"value": 2.0})
+    assert report.kept_runs(path) == {"one": one, "two": two}
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_workers_and_threads_are_no_other_run(tables: ModuleType, tmp_path: Path) -> None:
+    learning = importlib.import_module("learning")
+    options = {**SMALL, "algorithm": "rl2", "minibatches": 1, "task_options": {"pulls": 5}}
+    target = tables.Target(claim="Tiny.", task="bandit", options=options, num_tasks=4, episodes=1, after=0, steps=0)
+    runs = tmp_path / "runs.jsonl"
+    (first,), _ = learning.run_target("tiny", target, (0,), tmp_path, runs, 0, 1)
+    (again,), _ = learning.run_target("tiny", target, (0,), tmp_path, runs, 0, 2)
+    assert again == first
+
+
 def test_a_section_shows_intervals_goals_and_what_was_never_reached(tables: ModuleType) -> None:
     never = {"mean": None, "ci_low": None, "ci_high": None}
     reached = {"mean": -1234.56, "ci_low": -1235.56, "ci_high": -1233.56}

@@ -51,12 +51,13 @@ class Assessing(Rules):
         record.handed_over = known.handed_over if known else "last"
         self._choose(record, plays)
         worse = known is not None and significantly_below(record, known)
+        price = self._price(curve)
         # Steps that make a policy worse are worth nothing.
-        progress.price = LEAST_PRICE if worse else self._price(curve)
+        progress.price = LEAST_PRICE if worse else price
         progress.flat = 0 if len(curve) < 2 or gain(curve) else progress.flat + 1
         if progress.flat == 1:
             # What a policy learnt fast with makes it swing later; what it learnt nothing with is too low.
-            self.options.turn("outer_lr", 1 if progress.price < STUCK else -1)
+            self.options.turn("outer_lr", 1 if price < STUCK else -1)
         if self.level.suspicious(record.level) and (yield from self._confirmed(record)):
             return
         self.progress.collapses = 0

@@ -272,14 +272,16 @@ def least_budget(rules: EvolveConfig, iteration_steps: float) -> float:
     training = 1 - rules.assess_share
     if not (rules.losers_share and training):
         return math.inf
-    iterations = math.ceil(max(ROUNDS / rules.losers_share, rules.warm_up / training))
-    while True:
-        challengers = min(int(rules.losers_share * iterations / ROUNDS), rules.proposals)
-        left = int(iterations * training - rules.warm_up + 0.5)
-        longest = (1 + challengers) * (rules.race.rounds + 1)
-        if left >= max(rules.race.rounds + 2 + challengers + rules.stretch, longest):
-            return iterations * iteration_steps
-        iterations += 1
+    iterations = 0
+    for challengers in range(1, rules.proposals + 1):
+        needed = max(rules.race.rounds + 2 + challengers + rules.stretch, (1 + challengers) * (rules.race.rounds + 1))
+        # `_challengers`, `_affordable`, `_races` and `_longest_race` the other way round.
+        iterations = math.ceil(
+            max(ROUNDS * challengers / rules.losers_share, (rules.warm_up + needed - 0.5) / training) - 1e-9
+        )
+        if int(rules.losers_share * iterations / ROUNDS + 1e-9) <= challengers:
+            break
+    return iterations * iteration_steps
 
 
 def cost(config: Mapping[str, Any]) -> int:

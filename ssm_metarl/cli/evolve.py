@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -83,6 +84,8 @@ def room_words(rules: EvolveConfig, config: TrainConfig) -> str:
     needed = least_budget(rules, steps)
     if rules.budget >= needed:
         return ""
+    if math.isinf(needed):
+        return "There will be no race: losers may cost nothing, or assessments everything."
     return (
         f"The budget may have no room for a race: at up to {steps:,} environment steps an iteration the first takes "
         f"{needed:,.0f}. A smaller --meta-batch or fewer --episodes take less."

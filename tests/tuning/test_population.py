@@ -392,6 +392,19 @@ def test_a_race_is_charged_at_the_price_that_admitted_it(tmp_path: Path) -> None
     assert min(charged) == pytest.approx(LEAST_PRICE, abs=0.01)
 
 
+def test_a_policy_that_got_worse_is_not_stuck(tmp_path: Path) -> None:
+    """After the fall `outer_lr` is tried downwards first."""
+
+    def gain(config: Any, iteration: int) -> float:
+        return -0.07 * (iteration == 9)
+
+    world = World(gain=gain, start=0.85, drift=0.0, own=0.001, ease=0.0)
+    rules = {"budget": 60 * ITERATION, "cycles": 0, "evolve": ("outer_lr",), "proposals": 1}
+    population = drive(new_population(tmp_path, **rules), world)
+    after = [race for race in events(population, phase=Phase.RACE) if race["iteration"] > 9]
+    assert after[0]["changes"][0]["after"] < after[0]["changes"][0]["before"]
+
+
 def test_a_stretch_of_one_iteration_grows_too(tmp_path: Path) -> None:
     world = World(gain=lambda config, iteration: 0.0, start=0.2, drift=0.0)
     population = drive(new_population(tmp_path, cycles=6, stretch=1), world)
