@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -102,7 +102,7 @@ class Running(Assessing):
                 reports = _news(outcome[members[contender]], heard[members[contender]])
                 heard[members[contender]] += reports
                 if reports[-1].failure is not None:
-                    race.fail(contender, reports[-1].failure)
+                    race.fail(contender, reports[-1].failure, gone=self._is_gone(members[contender]))
                 else:
                     scores = self._scores(heard[members[contender]], configs[contender])
                     if race.first[contender] is None:
@@ -110,7 +110,7 @@ class Running(Assessing):
                     if number > 1:
                         race.add(contender, np.concatenate(scores[-rounds[contender] :]))
             for contender in [each for each in race.left if self._is_gone(members[each])]:
-                race.fail(contender, "its process is gone")  # while it had nothing to do
+                race.fail(contender, "its process is gone", gone=True)  # while it had nothing to do
             if race.failed[INCUMBENT] and self._is_gone(members[INCUMBENT]):  # the race is void
                 self._account(losers=sum(map(steps_of, heard.values())))
                 self.race = []
@@ -152,12 +152,11 @@ class Running(Assessing):
             self._account(losers=sum(steps))
             self.race = []
             return
-        lost = {challenge for challenge, member in zip(challenges, members[1:], strict=True) if self._is_gone(member)}
-        admitted = progress.price
-        accepted = self._conclude(race, winner, challenges, lost, heard[members[INCUMBENT]])
+        admitted, losers = progress.price, sum(steps) - steps[winner]
+        self._account(losers=losers)
+        accepted = self._conclude(race, winner, challenges, heard[members[INCUMBENT]], steps[winner])
         # Not more than it was meant to cost, and less where the incumbent turned out to make little of its own steps.
-        progress.spent["charged"] += round(min(admitted, progress.price) * (sum(steps) - steps[winner]))
-        self._account(losers=sum(steps) - steps[winner])
+        progress.spent["charged"] += round(min(admitted, progress.price) * losers)
         if accepted:
             incumbent.path.append([incumbent.iteration, _difference(incumbent.config, configs[winner])])
             incumbent.latest, progress.flat = [], 0
@@ -169,7 +168,7 @@ class Running(Assessing):
             changes=[asdict(challenge) for challenge in challenges],
             accepted=[asdict(challenge) for challenge in accepted],
             contenders=self.race,
-            losers=sum(steps) - steps[winner],
+            losers=losers,
             resize_error=errors[0] if errors else None,
         )
         self._advance([*done, *reports], name)
@@ -183,7 +182,7 @@ class Running(Assessing):
         self._boundary()
 
     def _conclude(
-        self, race: Race, winner: int, challenges: list[Challenge], lost: Collection[Challenge], control: list[Report]
+        self, race: Race, winner: int, challenges: list[Challenge], control: list[Report], played: int
     ) -> list[Challenge]:
         """What a race says of the options, of a loser's price, and of the length of the next stretch.
 
@@ -191,8 +190,8 @@ class Running(Assessing):
             race: that is over.
             winner: its number.
             challenges: of the challengers, from number 1 on.
-            lost: those of which nothing is learnt: a process that is gone says nothing of an option.
             control: what the incumbent's member reported.
+            played: environment steps of the winner, which are not accounted yet.
 
         Returns:
             What the incumbent takes over: of the winner, and of another that is ahead and independent of it.
@@ -206,11 +205,11 @@ class Running(Assessing):
         standing = {
             challenge: -math.inf if race.failed[i] else race.z(i, INCUMBENT)
             for i, challenge in enumerate(challenges, 1)
-            if challenge not in lost
+            if not race.gone[i]
         }
         returns = [report.returns for report in control if report.returns is not None]
         if curve := [*self.incumbent.curve, *(self._normal(each)[-1] for each in returns)]:
-            progress.price = self._price(np.stack(curve))
+            progress.price = self._price(np.stack(curve), played)
         unseen = dict.fromkeys(unseen_options(standing), STUCK_POWER if progress.price < STUCK else 1.0)
         self.options.settle(list(standing), accepted, near, better_ways(standing), unseen)
         grown = max(int((1 + progress.price / 2) * progress.length + 0.5), progress.length + 1)

@@ -93,6 +93,7 @@ class Race:
         self.left = list(range(contenders))
         self.dropped: list[Dropped] = []
         self.failed = [False] * contenders
+        self.gone = [False] * contenders
 
     @property
     def rounds(self) -> int:
@@ -123,9 +124,15 @@ class Race:
         """
         self.scores[contender].append(np.asarray(scores, np.float64))
 
-    def fail(self, contender: int, reason: str) -> None:
-        """Take a contender out for another reason than its returns, such as weights that are not finite."""
-        self.failed[contender] = True
+    def fail(self, contender: int, reason: str, gone: bool = False) -> None:
+        """Take a contender out for another reason than its returns, such as weights that are not finite.
+
+        Args:
+            contender: its number.
+            reason: for the log.
+            gone: its process is, which says nothing of its options.
+        """
+        self.failed[contender], self.gone[contender] = True, gone
         self._drop(contender, reason)
 
     def _drop(self, contender: int, reason: str) -> None:

@@ -215,15 +215,17 @@ class Rules(Ledger):
         whole = self.config.budget or max(spent["total"], ENDLESS * self._iteration_steps())
         return (self.config.losers_share * whole - spent["charged"]) / self.progress.price
 
-    def _price(self, curve: Array) -> float:
+    def _price(self, curve: Array, played: int = 0) -> float:
         """Share of a loser's step that counts: the level which the incumbent would reach by itself at its pace.
 
         What it would have made of those steps is little where it no longer learns far below what is possible.
 
         Args:
             curve: [I, M], its normalised returns after adaptation in the last meta-iterations.
+            played: its environment steps that are not accounted yet.
         """
-        left = self._affordable() if self.config.budget else ENDLESS
+        each = self._iteration_steps()
+        left = max(self._affordable() - played / each, 0) if self.config.budget and each else ENDLESS
         # Learning slows down: half of its pace is what lasts.
         reached = float(curve[-LATEST:].mean()) + gain(curve) / 2 * left
         return min(max(reached, LEAST_PRICE), 1.0)

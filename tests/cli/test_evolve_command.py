@@ -237,6 +237,7 @@ def test_a_budget_without_room_for_a_race_is_told() -> None:
     assert "at up to 10,000 environment steps an iteration the first takes 150,000." in said
     for rules in ({"budget": 1.5e5}, {"budget": 0.0}, {"budget": 1e5, "mutate": False}):
         assert room_words(EvolveConfig(**rules), config) == ""
+    assert room_words(EvolveConfig(budget=1e9, losers_share=0.0), config).startswith("There will be no race")
 
 
 def test_an_unassessed_incumbent_has_dashes(fresh: Path) -> None:

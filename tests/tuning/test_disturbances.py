@@ -244,6 +244,25 @@ def test_a_challenger_whose_process_is_gone_says_nothing_of_its_option(folders: 
     assert factors == [FIRST, FIRST**LOSS_POWER]
 
 
+def test_a_challenger_that_came_back_late_says_nothing_of_its_option_either(tmp_path: Path) -> None:
+    """Its process was gone while the others raced on."""
+    rules = {**SHORT, "cycles": 1, "evolve": ("outer_lr",), "proposals": 2}
+    flat, lost = World(gain=lambda config, iteration: 0.0, start=0.8, drift=0.0), list[int]()
+
+    def disturb(population: Population, member: int, report: Report) -> bool:
+        if len(population.assignments) > 1 and not lost:
+            lost.append(1)
+            population.gone(1, "its node is lost")
+        elif lost and report.iterations >= 3 and population.statuses[1] == Status.GONE:
+            population.statuses[1] = Status.IDLE  # as the scheduler does once its trial runs again
+        return False
+
+    population = drive(new_population(tmp_path, **rules), flat, disturb=disturb)
+    assert lost == [1]
+    assert Status.GONE not in population.statuses
+    assert population.options.tallies["outer_lr"].factor == FIRST
+
+
 def test_without_any_challenger_the_incumbent_trains_alone(tmp_path: Path) -> None:
     population = new_population(tmp_path, **SHORT, max_failures=9)
     for member in (1, 2):
