@@ -29,6 +29,7 @@ from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.storage.run_folder import checkpoints
 
 MACHINE = ("num_workers", "learner_threads")
+"""Options that change seconds alone."""
 
 RUNS = Path("benchmarks/results/learning-runs.jsonl")
 """Every seed that was trained and evaluated, with the commit that did it."""
@@ -237,7 +238,6 @@ def run_target(
         how = {"seed": seed, "num_workers": num_workers, "learner_threads": learner_threads}
         config = TrainConfig.for_task(target.task, **{**target.options, **how})
         protocol = (target.max_env_steps, target.num_tasks, target.steps, target.episodes)
-        # Workers and threads change seconds alone.
         options = {option: value for option, value in config.to_dict().items() if option not in MACHINE}
         key = json.dumps([options, protocol], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:10]

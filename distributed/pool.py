@@ -271,7 +271,7 @@ class Pool:
             _log.warning("%s: %s from now on, instead of %d.", waits, workers, self.num_workers)
             self.resize(left)
         else:
-            _log.warning("%s: training goes on when one has.", waits)
+            _log.warning("%s: training goes on when there is one.", waits)
 
     def _start(self, count: int) -> None:
         """Start so many more workers."""

@@ -222,7 +222,7 @@ class Rules(Ledger):
 
         Args:
             curve: [I, M], its normalised returns after adaptation in the last meta-iterations.
-            played: its environment steps that are not accounted yet.
+            played: environment steps of the incumbent-to-be that are not accounted yet.
         """
         each = self._iteration_steps()
         left = max(self._affordable() - played / each, 0) if self.config.budget and each else ENDLESS

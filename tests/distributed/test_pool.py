@@ -229,11 +229,11 @@ def test_workers_make_room_for_learners(
             pool.make_room(1, ends, gpus)
             assert pool.num_workers == workers
         assert [message.partition("yet: ")[2] for message in caplog.messages] == [
-            "training goes on when one has.",
-            "training goes on when one has.",
-            "training goes on when one has.",
+            "training goes on when there is one.",
+            "training goes on when there is one.",
+            "training goes on when there is one.",
             "1 worker from now on, instead of 2.",
-            "training goes on when one has.",
+            "training goes on when there is one.",
         ]
         assert len(collect(pool, shared_weights(NAVIGATION), draw(FAULTY, 2)).tasks) == 2
 
