@@ -61,9 +61,15 @@ def node_address() -> str:
 
 
 def has_no_node(actor: ActorHandle[Any]) -> bool:
-    """Whether an actor that ended is to be started again and no node has taken it yet."""
+    """Whether an actor that ended is to be started again and no node has taken it yet.
+
+    Until a node starts its process, its address is empty, or that of the node manager at whose door it waits.
+    """
     found = state.actors(actor._actor_id.hex())
-    return found["State"] == "RESTARTING" and not found["Address"]["IPAddress"]
+    address = found["Address"]
+    managers = {(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
+    waits = not address["IPAddress"] or (address["IPAddress"], address["Port"]) in managers
+    return found["State"] == "RESTARTING" and waits
 
 
 def kill_env_runner(group: EnvRunnerGroup, worker: int) -> None:

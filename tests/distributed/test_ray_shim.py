@@ -6,10 +6,12 @@ import ast
 import importlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import ssm_metarl
+from ssm_metarl.distributed import ray_shim
 
 PACKAGE = Path(ssm_metarl.__file__).parent
 SHIM = "distributed/ray_shim.py"
@@ -48,6 +50,28 @@ def test_results_have_what_trials_are_compared_by() -> None:
     assert "self._experiment_analysis = experiment_analysis" in grid, f"Ray changed ResultGrid: see {SHIM}"
     trial = importlib.import_module("ray.tune.experiment.trial").Trial("x", stub=True)
     assert trial.metric_analysis == {}
+
+
+@pytest.mark.parametrize(
+    ("state", "address", "port", "expected"),
+    [
+        ("RESTARTING", "", 0, True),  # of no node yet, or of one that was asked
+        ("RESTARTING", "192.0.2.2", 44175, True),  # another node sent it on to this one, which is full
+        ("RESTARTING", "192.0.2.2", 38127, False),  # its process starts
+        ("ALIVE", "192.0.2.2", 38127, False),
+        ("DEAD", "", 0, False),
+    ],
+)
+def test_who_waits_for_a_node(
+    monkeypatch: pytest.MonkeyPatch, state: str, address: str, port: int, expected: bool
+) -> None:
+    """Tables as Ray 2.60 fills them."""
+    table = {"State": state, "Address": {"IPAddress": address, "Port": port, "NodeID": "17e84f"}}
+    managers = [("192.0.2.2", 37045), ("192.0.2.2", 44175)]
+    nodes = [{"NodeManagerAddress": own, "NodeManagerPort": at} for own, at in managers]
+    monkeypatch.setattr(ray_shim.state, "actors", lambda actor: table)
+    monkeypatch.setattr(ray_shim.ray, "nodes", lambda: nodes)
+    assert ray_shim.has_no_node(SimpleNamespace(_actor_id=b"\x01")) is expected  # type: ignore[arg-type]
 
 
 def private(module: str) -> bool:
