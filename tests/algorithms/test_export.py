@@ -53,7 +53,9 @@ def test_torch_export(name: str, num_episodes: int) -> None:
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [name if name == "default" else pytest.param(name, marks=pytest.mark.slow) for name in SPECS]
+)
 def test_onnx(name: str, tmp_path: Path) -> None:
     spec = SPECS[name]
     policy, inputs, heads, last = reference(spec, 3)

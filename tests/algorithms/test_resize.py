@@ -346,6 +346,7 @@ def test_what_is_dropped_is_made_up_for(redundant: str) -> None:
 # --- Both -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(spec=specs(), seed=seeds, chain=st.lists(sizes, min_size=1, max_size=4), with_resets=st.booleans())
 def test_chains_of_resizes_give_valid_policies(spec: Any, seed: int, chain: Any, with_resets: bool) -> None:

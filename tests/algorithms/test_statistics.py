@@ -78,7 +78,7 @@ class TestAggregates:
     @pytest.mark.parametrize(
         ("tasks", "episodes", "between", "within", "statistic"),
         [
-            (30, 2, 10.0, 3.0, np.nanmean),
+            pytest.param(30, 2, 10.0, 3.0, np.nanmean, marks=pytest.mark.slow),
             pytest.param(30, 20, 10.0, 3.0, np.nanmean, marks=pytest.mark.slow),
             pytest.param(10, 5, 10.0, 3.0, np.nanmean, marks=pytest.mark.slow),
             (30, 5, 0.0, 3.0, np.nanmean),  # episodes drawn within the tasks, too, would cover 99 %

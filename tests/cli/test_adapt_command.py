@@ -56,6 +56,7 @@ def frames(path: Path) -> np.ndarray:
         return np.stack([np.asarray(frame.convert("L"), float) / 255 for frame in ImageSequence.Iterator(film)])
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme_makes_its_animation(tmp_path: Path) -> None:
     found = re.search(r"`python run_local\.py (adapt .*?)`", (ROOT / "README.md").read_text())
     assert found is not None

@@ -204,7 +204,8 @@ def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("name", "num_workers"), [pytest.param("SIGINT", 1, marks=pytest.mark.slow), ("SIGTERM", 0)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "num_workers"), [("SIGINT", 1), ("SIGTERM", 0)])
 def test_an_interrupted_run_ends_with_a_checkpoint_and_goes_on(
     command: Command, tmp_path: Path, name: str, num_workers: int
 ) -> None:

@@ -77,6 +77,7 @@ def test_threads_change_nothing(algorithm: str, discrete: bool) -> None:
         assert_equal_arrays(parameters, results[0][1])
 
 
+@pytest.mark.slow
 def test_threads_change_nothing_in_any_environment() -> None:
     """The suite sets OMP_NUM_THREADS; without it a new thread begins with as many threads as there are cores."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -109,7 +109,8 @@ def alone(task: str) -> tuple[list[Rollouts], list[Metrics]]:
 
 @pytest.mark.usefixtures("ray_session", "small_shards")
 @pytest.mark.parametrize(
-    ("num_workers", "learner_threads"), [(0, 2), (1, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+    ("num_workers", "learner_threads"),
+    [(0, 2), (2, 2), *(pytest.param(count, 1, marks=pytest.mark.slow) for count in (1, 4))],
 )
 @pytest.mark.parametrize("task", FAMILIES)
 def test_experience_and_metrics_depend_neither_on_workers_nor_on_threads(
@@ -170,6 +171,7 @@ def test_metrics_say_what_was_collected() -> None:
 # --- Deaths and faults ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_killed_in_the_middle_of_an_iteration_change_nothing(ray_session: None, tmp_path: Path) -> None:
     announcement = tmp_path / "process"
     dies_in = {1: "support", 2: "query"}  # by iteration, from 0
@@ -206,6 +208,7 @@ def test_workers_killed_in_the_middle_of_an_iteration_change_nothing(ray_session
     assert [len(before - after) for before, after in pairwise(processes)] == [1, 1], "another process after each death"
 
 
+@pytest.mark.slow
 def test_a_task_that_kills_its_workers_is_dropped_after_three_and_named_and_the_run_goes_on(ray_session: None) -> None:
     def deadly(iteration: int, tasks: list[Task]) -> None:
         if iteration == 0:

@@ -236,7 +236,7 @@ def shown(population: Population) -> list[str]:
 
 
 @pytest.mark.parametrize("rules", [PLAIN, {"stretch": 3, "proposals": 1}], ids=["plain", "races"])
-@pytest.mark.parametrize("loss", [0.3, 0.1, 0.05])
+@pytest.mark.parametrize("loss", [0.1, *(pytest.param(loss, marks=pytest.mark.slow) for loss in (0.3, 0.05))])
 def test_training_that_ruins_a_policy_does_not_hand_it_over(
     folders: Iterator[Path], rules: dict[str, bool | int], loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_checkpoint_goes_to_the_central_learner_and_back_to_the_last_bit(tmp_p
     assert_equal_arrays(again.optimizer, checkpoint.optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_goes_on_is_evaluated_and_gives_and_takes_the_weights_of_meta_training(tmp_path: Path) -> None:
     settings = config(iterations=1)
