@@ -15,7 +15,7 @@ from ssm_metarl.algorithms.numpy_policy import NumpyPolicy
 from ssm_metarl.algorithms.parameters import of_tasks
 from ssm_metarl.algorithms.rollouts import Array, Rollouts
 from ssm_metarl.algorithms.spec import PolicySpec
-from ssm_metarl.core import InvalidStep, TaskDistribution
+from ssm_metarl.core import SUCCESS, InvalidStep, TaskDistribution
 from ssm_metarl.seeds import child
 
 MakeEnv = Callable[[Sequence[Any], int], gymnasium.vector.VectorEnv]
@@ -54,7 +54,8 @@ def collect(
     Returns:
         One record of the M tasks, after a pause (yield) at every step. An episode in which an observation, a reward, an
         action or its log-probability was not finite is dropped: its slot has no valid step, and `errors` says where it
-        happened.
+        happened. An episode succeeds where the infos of a step have a number above 0 as "success" or "is_success", as
+        those of Meta-World and of Gymnasium-Robotics.
     """
     shape = (len(seeds), env.num_envs // len(seeds))
     horizon *= trial_episodes
@@ -87,7 +88,7 @@ def collect(
             observation, reward = record.screen(observation, reward, steps + 1)
         if screened is not final:
             observation = np.where(np.isfinite(observation), observation, np.float32(0))
-        record.after(steps, screened, reward, ended, done)
+        record.after(steps, screened, reward, ended, done, _successes(info, done) if info else None)
         steps += 1
         if full:
             inputs[..., size:-2] = spec.encoded(action)
@@ -231,6 +232,8 @@ class _Record:
         self._terminated, self._valid, self._starts = np.zeros((3, horizon, *shape), bool)
         self._starts[0] = True
         self._last = np.zeros((*shape, spec.observation_size), np.float32)
+        self._episodes = episodes
+        self._successes: Array | None = None
         self._broken: dict[tuple[int, int], str] = {}
         self.alive = np.ones(shape, bool)
 
@@ -264,9 +267,16 @@ class _Record:
         self._log_probs[t] = log_prob
         self._valid[t] = self.alive
 
-    def after(self, t: int, final: Array, reward: Array, ended: Array, done: Array) -> None:
-        """Record the environment's side of step t: what it observed before any autoreset, reward and ends."""
+    def after(
+        self, t: int, final: Array, reward: Array, ended: Array, done: Array, successes: Array | None = None
+    ) -> None:
+        """Record the environment's side of step t: what it observed before any autoreset, reward, ends and success."""
         self._rewards[t] = reward
+        if successes is not None:
+            if self._successes is None:
+                self._successes = np.zeros((*self.alive.shape, self._episodes), bool)
+            task, slot = np.nonzero(successes & self.alive)
+            self._successes[task, slot, self._episodes - self._left[task, slot]] = True
         self._left -= done
         over = done & (self._left <= 0)
         self._terminated[t] = ended & over & self.alive
@@ -305,6 +315,7 @@ class _Record:
             last_observations=np.where(np.logical_or.reduce(valid, 0)[..., None], self._last, np.float32(0)),
             tasks=tuple(self._tasks),
             errors=tuple(self._broken[key] for key in sorted(self._broken)),
+            successes=self._successes,
         )
 
 
@@ -315,6 +326,21 @@ def _final_observations(observation: Array, info: Mapping[str, Any]) -> Array:
     for index in np.flatnonzero(info["_final_obs"]):
         flat[index] = info["final_obs"][index]
     return final
+
+
+def _successes(info: Mapping[str, Any], done: Array) -> Array | None:
+    """Which episodes the environment calls successful at a step, [M, K] bool; None: it says nothing of it.
+
+    Where an episode ended, the infos are those of the next one's start, and `final_info` has its own.
+    """
+    found = None
+    for told, meant in ((info, ~done), (info.get("final_info", {}), done)):
+        for name in SUCCESS:
+            values = np.asarray(told.get(name, ""))
+            if values.dtype.kind in "biuf" and values.size == done.size:
+                said = np.asarray(told.get(f"_{name}", True)).ravel() & (values.ravel() > 0)
+                found = (np.zeros(done.shape, bool) if found is None else found) | (said.reshape(done.shape) & meant)
+    return found
 
 
 def blank(spec: PolicySpec, tasks: Sequence[Any], num_episodes: int, errors: Sequence[str] = ()) -> Rollouts:

@@ -37,6 +37,8 @@ class Rollouts:
         tasks: M JSON values, the tasks' parameters.
         errors: tracebacks or descriptions of what went wrong in episodes that were dropped. A dropped episode is a
             slot without a single valid step.
+        successes: [M, K, E] bool, whether the environment said `success` in an episode of the trial, see `collect`;
+            None: it says nothing of it.
     """
 
     observations: Array
@@ -50,6 +52,7 @@ class Rollouts:
     last_observations: Array
     tasks: tuple[Any, ...]
     errors: tuple[str, ...] = ()
+    successes: Array | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -84,6 +87,23 @@ class Rollouts:
             found.append(np.where(own.any(1), total, np.nan))
         return np.stack(found, -1)
 
+    def success_rates(self) -> Array | None:
+        """Share of each episode of a trial in which the environment said `success`, [E] float64 over tasks and slots.
+
+        NaN where no trial has so many episodes; None where the environment says nothing of it.
+        """
+        if self.successes is None:
+            return None
+        played = np.isfinite(self.returns_by_episode())
+        played = np.pad(played, ((0, 0), (0, 0), (0, self.successes.shape[2] - played.shape[2])))
+        count = played.sum((0, 1))
+        return np.divide((self.successes & played).sum((0, 1)), count, out=np.full(len(count), np.nan), where=count > 0)
+
+    def arrays(self) -> dict[str, Any]:
+        """All arrays that it has, by name."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("tasks", "errors"))
+        return {name: array for name, array in named if array is not None}
+
     def lengths(self) -> Array:
         """Number of valid steps of each slot, [M, K] int64; 0 where the slot was dropped."""
         return self.valid.sum(axis=1)
@@ -99,8 +119,8 @@ class Rollouts:
 
     def select(self, index: slice) -> Rollouts:
         """The tasks of `index` (a slice over M), as views."""
-        arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "errors"}
-        return replace(self, **arrays)
+        arrays = {name: array[index] for name, array in self.arrays().items()}
+        return replace(self, **arrays, tasks=self.tasks[index])
 
     def trimmed(self) -> Rollouts:
         """The record without the steps that no episode took, in writable arrays of C order.
@@ -108,7 +128,7 @@ class Rollouts:
         Ray's arrays are read-only, and the order of an array in memory decides the last bits of a sum over it.
         """
         longest = max(1, int(self.valid.any((0, 2)).sum()))
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("tasks", "errors")}
+        arrays = self.arrays()
         arrays |= {name: arrays[name][:, :longest] for name in TIMED}
         return replace(self, **{name: np.require(a, requirements=["C", "W"]) for name, a in arrays.items()})
 
@@ -142,13 +162,14 @@ class Rollouts:
             last_observations=np.concatenate([part.last_observations for part in parts]),
             tasks=tuple(task for part in parts for task in part.tasks),
             errors=tuple(error for part in parts for error in part.errors),
+            successes=_joined([part.successes for part in parts], [part.kept().shape for part in parts]),
         )
 
     def beside(self, other: Rollouts) -> Rollouts:
         """The same tasks with the episodes of `other` after their own, padded in time with steps that are not valid.
 
         Args:
-            other: a record of as many tasks; its parameters and errors are left out.
+            other: a record of as many tasks; its parameters and errors are left out, and successes of both.
         """
         longest = max(self.valid.shape[1], other.valid.shape[1])
         joined: dict[str, Any] = {}
@@ -157,4 +178,13 @@ class Rollouts:
             padding = [[(0, 0), (0, longest - x.shape[1]), *[(0, 0)] * (x.ndim - 2)] for x in pair]
             joined[name] = np.concatenate([np.pad(x, width) for x, width in zip(pair, padding, strict=True)], 2)
         last = np.concatenate([self.last_observations, other.last_observations], 1)
-        return replace(self, **joined, last_observations=last)
+        return replace(self, **joined, last_observations=last, successes=None)
+
+
+def _joined(successes: Sequence[Array | None], shapes: Sequence[tuple[int, ...]]) -> Array | None:
+    """Those of several records of [M, K] slots; one that says nothing, as of tasks that were dropped, has none."""
+    said = [own for own in successes if own is not None]
+    if not said:
+        return None
+    blank = [np.zeros((*shape, said[0].shape[2]), bool) for shape in shapes]
+    return np.concatenate([none if own is None else own for own, none in zip(successes, blank, strict=True)])

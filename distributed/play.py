@@ -6,7 +6,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +197,5 @@ def remote(record: Rollouts, tasks: range) -> RemoteRollouts:
 
 def owned(rollouts: Rollouts) -> Rollouts:
     """The same in writable arrays of C order."""
-    names = [f.name for f in fields(rollouts) if f.name not in ("tasks", "errors")]
-    arrays = {name: np.require(getattr(rollouts, name), requirements=["C", "W"]) for name in names}
+    arrays = {name: np.require(array, requirements=["C", "W"]) for name, array in rollouts.arrays().items()}
     return replace(rollouts, **arrays)

@@ -60,7 +60,7 @@ class Pool:
         spec: the policy's sizes.
         num_workers: n, Ray actors of one CPU each; 0 collects in this process and needs no Ray.
         trial_episodes: episodes that follow each other in an episode slot, see `collect`.
-        name: the actors are named `{name}/rollout-worker-{i}`, unique among the open pools of a driver.
+        name: the actors are named `{name}/rollout-worker-{i}`, unique among the pools of a driver; empty: one that is.
         sample_timeout_s: when a worker is replaced and its tasks are played again, see `MachineConfig`. Has no effect
             in process.
         processors: that Ray keeps for each worker.
@@ -83,7 +83,7 @@ class Pool:
         *,
         num_workers: int,
         trial_episodes: int = 1,
-        name: str = "local",
+        name: str = "",
         sample_timeout_s: SampleTimeout = "auto",
         processors: float = 1.0,
     ) -> None:
@@ -99,7 +99,7 @@ class Pool:
         self._put: tuple[Mapping[str, Array], Any] | None = None  # the last shared weights, their reference
         self._workers: list[WorkerHandle] = []
         self._closed = False
-        self._name, self._started, self._processors = name, 0, processors
+        self._name, self._started, self._processors = name or f"pool-{time.monotonic_ns()}", 0, processors
         if num_workers:
             self._start(num_workers)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Evaluation:
         lengths: [M, S+1] float64, mean episode length in steps.
         by_episode: [S+1, E] float64, mean return of each episode of a trial, over tasks and trials; E is 1 where a
             trial is an episode. NaN where no trial has so many.
+        success: [S+1, E] float64, share of those episodes that succeeded, see `collect`; None: the environment says
+            nothing of it.
         environment_steps: all steps taken, those of the last step's rollouts included.
         seconds: wall time.
         task, split: where the tasks come from.
@@ -43,12 +45,15 @@ class Evaluation:
     seconds: float
     task: str = ""
     split: str = ""
+    success: Array | None = None
 
     def summary(self) -> dict[str, Any]:
         """JSON values: lists `return`, `ci_low`, `ci_high`, `episode_length` and `return_by_episode` over 0..S, totals.
 
-        The bounds are of the 95 % interval over tasks; null with fewer than two tasks.
+        The bounds are of the 95 % interval over tasks; null with fewer than two tasks. `success_by_episode` is there
+        where the environment says it.
         """
+        success = {} if self.success is None else {"success_by_episode": _rows(self.success)}
         mean, low, high = confidence_interval(self.returns)
         return {
             "task": self.task,
@@ -57,7 +62,8 @@ class Evaluation:
             "ci_low": [finite(bound) for bound in low],
             "ci_high": [finite(bound) for bound in high],
             "episode_length": np.nanmean(self.lengths, 0).tolist(),
-            "return_by_episode": [[finite(value) for value in step] for step in self.by_episode],
+            "return_by_episode": _rows(self.by_episode),
+            **success,
             "num_tasks": len(self.returns),
             "environment_steps": self.environment_steps,
             "seconds": self.seconds,
@@ -82,20 +88,34 @@ def evaluate(
         episodes: episodes a task and step.
         step_size: of the inner steps; None: as in training.
     """
-    played: list[Array] = []
+    played, succeeded = list[Array](), list[Array]()
 
     def watched(weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
         rollouts = collect(weights, episodes, step)
         own = rollouts.returns_by_episode()
         count = np.isfinite(own).sum((0, 1))
         played.append(np.divide(np.nansum(own, (0, 1)), count, out=np.full(len(count), np.nan), where=count > 0))
+        if (rates := rollouts.success_rates()) is not None:
+            succeeded.append(rates)
         return rollouts
 
     found = StandardAdapter(policy, config, steps=steps, step_size=step_size).adapt(watched, episodes)
-    by_episode = np.full((len(played), max(map(len, played))), np.nan)
-    for row, values in zip(by_episode, played, strict=True):
+    success = _padded(succeeded) if len(succeeded) == len(played) else None
+    totals = found.environment_steps, found.seconds
+    return Evaluation(found.returns, found.lengths, _padded(played), *totals, success=success)
+
+
+def _padded(rows: Sequence[Array]) -> Array:
+    """Rows that may be of different lengths, with NaN behind them."""
+    padded = np.full((len(rows), max(map(len, rows))), np.nan)
+    for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = values
-    return Evaluation(found.returns, found.lengths, by_episode, found.environment_steps, found.seconds)
+    return padded
+
+
+def _rows(values: Array) -> list[list[float | None]]:
+    """As JSON values."""
+    return [[finite(value) for value in row] for row in values]
 
 
 def evaluate_checkpoint(

@@ -93,6 +93,9 @@ class InvalidStep(ValueError):
 Task = dict[str, Any]
 """Parameters of one task: JSON values only."""
 
+SUCCESS = ("success", "is_success")
+"""Names under which the infos of a step say whether it succeeded, as a number."""
+
 Step = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]
 """Observations [N, O], rewards [N], terminated [N], truncated [N], infos."""
 

@@ -47,7 +47,11 @@ EVALUATION_FORM = record(
         "episode_length": list_of(any_number, 1),
         "num_tasks": whole(1),
     },
-    {"checkpoint": text, "return_by_episode": list_of(list_of(maybe(number()), 1), 1)},
+    {
+        "checkpoint": text,
+        "return_by_episode": list_of(list_of(maybe(number()), 1), 1),
+        "success_by_episode": list_of(list_of(maybe(number(0.0)), 1), 1),
+    },
     others=True,
 )
 """Of `Evaluation.summary()`; a run's own also names its "checkpoint"."""

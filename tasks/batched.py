@@ -40,7 +40,8 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
     Flags and infos are those of gymnasium's `SyncVectorEnv` in `AutoresetMode.SAME_STEP`: the step that
     ends an episode returns its reward and flags with the next episode's first observation, and its last
     observation as `infos["final_obs"][slot]`, where `infos["_final_obs"][slot]` is true. Where
-    nothing ended, infos are empty. All arrays returned are the caller's to keep and to change.
+    nothing ended, infos are empty but for "success" in a family that has `_success`. All arrays returned are the
+    caller's to keep and to change.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 (gymnasium's type)
@@ -88,6 +89,10 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
     @abc.abstractmethod
     def _observe(self) -> NDArray[np.float32]:
         """Return the present observations in a new array [N, O] float32."""
+
+    def _success(self) -> NDArray[np.bool_] | None:
+        """Return in a new array [N] bool whose step was a success, in a family where there is such a thing."""
+        return None
 
     def reset(
         self,
@@ -145,10 +150,14 @@ class BatchedEnv(VectorEnv[NDArray[np.float32], NDArray[Any], NDArray[Any]], abc
         else:
             truncated = self._deadlines <= self._clock
         ended = terminated | truncated
+        success = self._success()
+        infos: dict[str, Any] = {} if success is None else {"success": success, "_success": ~ended}
         if not np.count_nonzero(ended):
-            return observations, rewards, terminated, truncated, {}
+            return observations, rewards, terminated, truncated, infos
         slots = np.flatnonzero(ended)
-        infos = _final_infos(observations, ended, slots)
+        infos |= _final_infos(observations, ended, slots)
+        if success is not None:
+            infos["final_info"] = {"success": success.copy(), "_success": ended.copy()}
         self._begin(slots)
         return self._observe(), rewards, terminated, truncated, infos
 

@@ -102,6 +102,7 @@ class MetaWorldEnv(BatchedEnv):
         for env, task in zip(self._envs, tasks, strict=True):
             env.set_task(task)
         self._observations = np.zeros((self.num_envs, *OBSERVATION_SPACE.shape), dtype=np.float32)
+        self._successes = np.zeros(self.num_envs, dtype=np.bool_)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Leave the simulators to the next vector environment of this process."""
@@ -119,13 +120,17 @@ class MetaWorldEnv(BatchedEnv):
         for slot, env in enumerate(self._envs):
             action = clipped[slot]
             sound = bool(np.isfinite(action).all())
-            observation, reward, *_ = env.step(action if sound else np.zeros_like(action))
+            observation, reward, *_, info = env.step(action if sound else np.zeros_like(action))
             self._observations[slot] = observation
+            self._successes[slot] = info["success"] > 0
             rewards[slot] = reward if sound else np.nan
         return rewards, np.zeros(self.num_envs, dtype=np.bool_)
 
     def _observe(self) -> NDArray[np.float32]:
         return self._observations.copy()
+
+    def _success(self) -> NDArray[np.bool_]:
+        return self._successes.copy()
 
 
 # --- Families ---------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def uneven(tasks: int, num_episodes: int, horizon: int, seed: int = 0) -> list[d
 
 # --- Records ----------------------------------------------------------------------------------------------
 
-ARRAYS = tuple(field.name for field in fields(Rollouts) if field.name not in ("tasks", "errors"))
+ARRAYS = tuple(field.name for field in fields(Rollouts) if field.name not in ("tasks", "errors", "successes"))
 
 
 def spoil(record: Rollouts, seed: int = 0) -> Rollouts:
@@ -215,6 +215,7 @@ def assert_same(one: Rollouts, other: Rollouts) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
         assert getattr(one, name).dtype == getattr(other, name).dtype, name
     assert one.tasks == other.tasks
+    np.testing.assert_array_equal(one.successes, other.successes)  # type: ignore[arg-type]
 
 
 def double(batch: Batch) -> Batch:

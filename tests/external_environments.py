@@ -112,11 +112,14 @@ def small_policy(family: TaskDistribution) -> tuple[PolicySpec, dict[str, Any]]:
     return spec, make_policy(spec).numpy_weights()
 
 
-def rollouts(family: TaskDistribution, tasks: list[Any], first: int = 0, num_episodes: int = 2) -> Rollouts:
+def rollouts(
+    family: TaskDistribution, tasks: list[Any], first: int = 0, num_episodes: int = 2, trial_episodes: int = 1
+) -> Rollouts:
     """What the small policy plays in these tasks, the first of which has the number `first`."""
     spec, weights = small_policy(family)
     nodes = [seed_for(0, first + number) for number in range(len(tasks))]
-    return played(collect_tasks(family.make_vector_env, spec, weights, nodes, tasks, num_episodes, family.horizon))
+    how = (nodes, tasks, num_episodes, family.horizon)
+    return played(collect_tasks(family.make_vector_env, spec, weights, *how, trial_episodes=trial_episodes))
 
 
 def draw(family: TaskDistribution, n: int, seed: int = 0) -> list[Any]:

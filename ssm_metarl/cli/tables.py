@@ -64,6 +64,9 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
             words = " ".join("–" if value is None else f"{value:.{digits}f}" for value in episodes)
             after = f" after {step} step{'s' * (step != 1)}" if len(report["return"]) > 1 else ""
             table.caption = f"{table.caption or ''}\nReturn of each episode of a trial{after}: {words}".strip()
+    if rates := report.get("success_by_episode"):
+        steps = ", then ".join(" ".join("–" if rate is None else f"{rate:.0%}" for rate in step) for step in rates)
+        table.caption = f"{table.caption or ''}\nSuccessful episodes: {steps}".strip()
     return table
 
 

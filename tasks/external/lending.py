@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
 from ssm_metarl.checks import check_count
-from ssm_metarl.core import InvalidStep, Task
+from ssm_metarl.core import SUCCESS, InvalidStep, Task
 from ssm_metarl.tasks.external.reading import NotInSpace, check_interface, reset_observation, step_results
 from ssm_metarl.tasks.external.spaces import action_of, action_space, vector_of, vector_space
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class LentVectorEnv(SyncVectorEnv):
-    """Environments of a family, which gets them back when the batch is closed. Infos have the ends only.
+    """Environments of a family, which gets them back when the batch is closed. Infos have ends and success only.
 
     Args:
         envs: the environments, each with its task.
@@ -58,8 +58,8 @@ class LentVectorEnv(SyncVectorEnv):
 
 
 class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
-    """One environment as the policy meets it: vectors, clipped actions, no infos, a limit of steps, its task at every
-    reset. What the environment returns must be in its spaces, or `InvalidStep` says what was wrong, and when.
+    """One environment as the policy meets it: vectors, clipped actions, infos of success alone, a limit of steps, its
+    task at every reset. What the environment returns must be in its spaces, or `InvalidStep` says what was wrong.
 
     Args:
         name: of the family, for errors.
@@ -122,7 +122,8 @@ class PolicyEnv(gymnasium.Wrapper[NDArray[np.float32], Any, Any, Any]):
         result = self.env.step(self._action(action))
         try:
             observation, reward, terminated, truncated = step_results(result)
-            return self._vector(observation), reward, terminated, truncated or self._steps >= self._horizon, {}
+            cut = truncated or self._steps >= self._horizon
+            return self._vector(observation), reward, terminated, cut, _success(result)
         except (NotInSpace, ValueError) as error:
             raise InvalidStep(f"{self._name}, step {self._steps}: {error}.") from error
 
@@ -144,6 +145,13 @@ def policy_env(env: gymnasium.Env[Any, Any], horizon: int | None = None) -> tupl
     wrapped = PolicyEnv(name, env, limit, *spaces, lambda env, task: None, again=False)
     wrapped.task = {}
     return wrapped, limit
+
+
+def _success(result: Any) -> dict[str, float]:
+    """Of the infos of a step whether it succeeded, where they have that as a number."""
+    info = result[-1] if isinstance(result[-1], dict) else {}
+    numbers = bool | int | float | np.number | np.bool_
+    return {name: float(info[name]) for name in SUCCESS if isinstance(info.get(name), numbers)}
 
 
 def _itself(env: PolicyEnv) -> PolicyEnv:

@@ -73,6 +73,21 @@ def test_a_trials_return_is_that_of_its_episodes() -> None:
     np.testing.assert_allclose(np.nansum(found, 2)[trials.kept()], trials.returns()[trials.kept()])
 
 
+def test_the_share_of_successes_is_of_episodes_that_were_played() -> None:
+    one = record(2, False, 3)
+    assert one.success_rates() is None
+    starts, successes = np.zeros_like(one.starts), np.zeros((2, 3, 3), bool)
+    starts[:, 0] = starts[0, 2, :2] = True  # two episodes of the first task's first two slots
+    successes[0] = [[True, False, False], [True, True, False], [False, True, False]]  # the last was not played
+    said = dataclasses.replace(one, valid=np.ones_like(one.valid), starts=starts, successes=successes)
+    np.testing.assert_array_equal(said.success_rates(), [2 / 6, 1 / 2, np.nan])
+    lost = blank(make_spec(), [{}], 3, ["it broke"])
+    joined = Rollouts.concatenate([lost, said.select(slice(0, 1)), said.select(slice(1, 2))])
+    np.testing.assert_array_equal(joined.success_rates(), said.success_rates())
+    assert joined.trimmed().select(slice(1, 3)).successes.tolist() == successes.tolist()  # type: ignore[union-attr]
+    assert said.beside(said).successes is None
+
+
 def test_an_empty_record_joins_and_says_what_was_lost() -> None:
     whole = record(2, True, 0)
     lost = blank(make_spec(discrete=True), [{"a": 1}], 3, ["it broke"])

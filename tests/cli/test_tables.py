@@ -73,6 +73,12 @@ def test_a_trials_episodes_stand_below_the_table(card: dict[str, Any]) -> None:
     assert " ".join(shown).endswith("Return of each episode of a trial: 1.23 20.00 –")
 
 
+def test_shares_of_success_stand_below_the_table(card: dict[str, Any]) -> None:
+    report = {**card["evaluation"], "success_by_episode": [[0.0, 0.125], [1.0, None]]}
+    shown = " ".join(lines(evaluation_table(report), 60)).split()
+    assert " ".join(shown).endswith("Successful episodes: 0% 12%, then 100% –")
+
+
 @pytest.mark.parametrize("width", [80, 60])
 def test_the_steps_of_an_adaptation_fit(width: int) -> None:
     returns = {"return": -17364.5}

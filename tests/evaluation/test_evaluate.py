@@ -71,6 +71,17 @@ def test_episodes_of_a_trial_have_returns_of_their_own(tmp_path: Path) -> None:
     assert result.by_episode.sum() == pytest.approx(result.returns.mean())
 
 
+def test_shares_of_success_are_those_of_the_rollouts() -> None:
+    spec, tasks = make_spec(), uneven(2, 2, 4)
+    said = np.array([[[True], [False]], [[True], [True]]])
+
+    def collect(weights: Any, episodes: int, step: int) -> Any:
+        return replace(toy_rollouts(spec, weights, tasks, 2, 4, step), successes=said & (step == 0))
+
+    result = evaluate(make_policy(spec), MetaConfig(), collect, 1, 2)
+    assert result.summary()["success_by_episode"] == [[0.75], [0.0]]
+
+
 def test_the_policy_is_not_changed() -> None:
     spec = make_spec()
     policy = make_policy(spec)

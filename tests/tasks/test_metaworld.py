@@ -103,6 +103,28 @@ class TestML1:
         for chosen in ([2], [1, 0], [0, 1, 2]):
             np.testing.assert_array_equal(play(chosen), together[:, chosen])
 
+    def test_success_is_metaworlds(self) -> None:
+        """A hand that goes to the goal, and one that stays."""
+        horizon = 60
+        family = ML1("reach-v3", horizon=horizon)
+        envs = family.make_vector_env(family.sample(2, np.random.default_rng(0)), 1)
+        envs.reset(seed=0)
+        simulator, said, near = envs._envs[0], [], []
+        goal = simulator._target_pos
+        for step in range(1, horizon + 1):
+            towards = np.zeros((2, 4), np.float32)
+            towards[0, :3] = np.clip(10 * (goal - simulator.tcp_center), -1, 1)
+            _, rewards, *_, infos = envs.step(towards)
+            own = infos["final_info"] if step == horizon else infos
+            assert own["_success"].all()
+            said.append(own["success"].tolist())
+            near.append(rewards[0] == pytest.approx(10.0))  # of a hand within .05 of the goal
+        envs.close()
+        assert [hand for hand, _ in said] == near
+        assert any(near)
+        assert not all(near)
+        assert not any(other for _, other in said)
+
     def test_nan_actions_spoil_one_step_of_one_slot(self) -> None:
         family = ML1("reach-v3")
         envs = family.make_vector_env(family.sample(2, np.random.default_rng(0)), 1)

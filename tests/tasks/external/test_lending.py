@@ -120,3 +120,32 @@ class TestRollouts:
         reference = from_name("gym:CartPole-v1").reference
         assert 17 < reference.random < 28
         assert 6 < reference.random_sd < 20
+
+    @pytest.mark.parametrize("ends", [False, True])
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "'success': distance < 0.3",
+            "'is_success': np.float64(distance < 0.3)",
+            "'success': np.bool_(distance < 0.3)",
+        ],
+    )
+    def test_successes_are_those_of_the_infos(self, module: Callable[[str], str], said: str, ends: bool) -> None:
+        """Also in the step that ends an episode, and not of the next one's start."""
+        source = LINE.replace('"distance": distance', said).replace(
+            "distance < 0.1, False", f"distance < 0.3 and {ends}, False"
+        )
+        family = from_name(f"{module(source)}:Line")
+        record = rollouts(family, draw(family, 3), trial_episodes=2)
+        assert record.successes is not None
+        assert record.successes.any()
+        assert not record.successes.all()
+        number = record.starts.cumsum(1)
+        for episode in (1, 2):
+            near = (record.rewards > -0.3) & record.valid & (number == episode)
+            np.testing.assert_array_equal(record.successes[..., episode - 1], near.any(1))
+
+    def test_words_are_no_success(self, module: Callable[[str], str]) -> None:
+        source = LINE.replace('"distance": distance', '"success": "no"')
+        family = from_name(f"{module(source)}:Line")
+        assert rollouts(family, draw(family, 2)).successes is None
