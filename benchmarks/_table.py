@@ -48,6 +48,11 @@ def episode(number: int) -> Reading:
     return lambda result: result["evaluation"]["return_by_episode"][0][number]
 
 
+def success(after: int, where: str = "evaluation") -> Reading:
+    """Percent of the trials' last episodes that succeed after inner steps, of held-out or, `on_train`, other tasks."""
+    return lambda result: 100 * result[where]["success_by_episode"][after][-1]
+
+
 def seconds(result: Result) -> float:
     """Of training."""
     return float(result["seconds"])

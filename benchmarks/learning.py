@@ -60,6 +60,7 @@ class Target:
         num_tasks: held-out tasks.
         episodes: episodes, or trials, a held-out task; None: as in training.
         steps: inner steps evaluated and reported.
+        on_train: the last checkpoint is evaluated on as many training tasks, too, and that is reported.
     """
 
     claim: str
@@ -77,6 +78,7 @@ class Target:
     num_tasks: int = 200
     episodes: int | None = None
     steps: int = 3
+    on_train: bool = False
 
 
 TARGETS = {
@@ -257,8 +259,8 @@ def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any
 
     Returns:
         JSON values: `env_steps` and `seconds` of training, `untrained` return, `evaluation` as from
-        `Evaluation.summary`, `returns` [tasks, S+1], and of every iteration of training the `curve`: `env_steps`,
-        `seconds` and `return_by_step`.
+        `Evaluation.summary`, `returns` [tasks, S+1], with `on_train` the evaluation `on_train`, and of every iteration
+        of training the `curve`: `env_steps`, `seconds` and `return_by_step`.
     """
     untrained = evaluate_untrained(target, config, folder / "untrained")
     log(f"seed {config.experience.seed}: untrained {untrained:.1f}; training in {folder / 'run'}")
@@ -266,6 +268,7 @@ def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any
     checkpoint, env_steps = last_within(folder / "run", target.max_env_steps)
     evaluation = evaluate_seed(target, config, checkpoint, target.steps)
     lines = metrics(folder / "run")
+    other = evaluate_seed(target, config, checkpoint, target.steps, "train").summary() if target.on_train else None
     return {
         "seed": config.experience.seed,
         "env_steps": env_steps,
@@ -274,6 +277,7 @@ def run_seed(target: Target, config: TrainConfig, folder: Path) -> dict[str, Any
         # Standard deviation of the training return after the last step over the last ten iterations.
         "deviation": float(np.std([line["return_by_step"][-1] for line in lines[-10:]], ddof=1)),
         "evaluation": evaluation.summary(),
+        **({"on_train": other} if other else {}),
         "returns": [brief(task) for task in evaluation.returns.tolist()],
         "curve": [
             {
@@ -306,11 +310,11 @@ def evaluate_untrained(target: Target, config: TrainConfig, checkpoint: Path) ->
     return float(np.nanmean(evaluate_seed(target, config, checkpoint, 0).returns))
 
 
-def evaluate_seed(target: Target, config: TrainConfig, checkpoint: Path, steps: int) -> Evaluation:
-    """The same held-out tasks for every seed and target of a family."""
+def evaluate_seed(target: Target, config: TrainConfig, checkpoint: Path, steps: int, split: str = "test") -> Evaluation:
+    """The same tasks of a split for every seed and target of a family."""
     return evaluate_checkpoint(
         checkpoint,
-        split="test",
+        split=split,
         num_tasks=target.num_tasks,
         steps=steps,
         episodes=target.episodes,

@@ -39,6 +39,7 @@ from _table import (
     returns,
     seconds,
     seconds_to,
+    success,
 )
 from learning import Target
 from render import section
@@ -89,6 +90,12 @@ POPGYM = tuple(f"{task}-{difficulty}" for task in ("repeat-previous", "noisy-pos
 SUITE = {"cheetah-dir-v0": 1250, "cheetah-vel-v0": 312, "ant-dir-v0": 625, "wind-v0": 50}
 """Meta-iterations in the meta-RL suite: 20, 5, 10 and .75 M environment steps, fewer where trials end early."""
 
+
+ML1 = {f"ml1-{env}-{algorithm}": (env, algorithm) for env in ("reach-v3", "push-v3") for algorithm in ("rl2", "promp")}
+"""Environment and algorithm by target of Meta-World: 2 M environment steps each."""
+
+STEPS = {"rl2": 0, "promp": 1}
+"""Inner steps after which an algorithm is judged."""
 
 CHEETAHS = {100: "halfcheetah-dir-100", 200: "halfcheetah-dir-200"}
 """Target by the horizon."""
@@ -155,6 +162,18 @@ TARGETS: Mapping[str, Target] = {
             steps=0,
         )
         for task, iterations in SUITE.items()
+    },
+    **{
+        name: Target(
+            claim=f"2 M steps of {env} of Meta-World's ML1 with {algorithm}.",
+            task=f"ml1:{env}",
+            options={"algorithm": algorithm, "iterations": 100 if algorithm == "rl2" else 50},
+            num_tasks=50,  # there are no others
+            after=STEPS[algorithm],
+            steps=STEPS[algorithm],
+            on_train=True,
+        )
+        for name, (env, algorithm) in ML1.items()
     },
     "navigation-2d-promp": Target(
         claim="Gradient steps find the goal, by MAML's protocol, within ten minutes of training.",
@@ -365,6 +384,25 @@ TABLES: Mapping[str, Table] = {
         ),
         curves={task: in_training(task) for task in SUITE},
         curve_columns=("trial",),
+    ),
+    "metaworld": Table(
+        title="Meta-World's ML1 after 2 M steps: episodes that succeed, in percent, and return of 500 steps",
+        columns=("success, test tasks", "success, training tasks", "return, test tasks"),
+        notes=("50 placements of the goal to train with, 50 others to test. `promp` is after one gradient step.",),
+        rows=tuple(
+            Row(
+                f"ours, {env}, `{algorithm}`",
+                (
+                    ours(name, success(STEPS[algorithm])),
+                    ours(name, success(STEPS[algorithm], "on_train")),
+                    ours(name, returns(STEPS[algorithm])),
+                ),
+                least(90.0, None, None) if env == "reach-v3" else (),
+            )
+            for name, (env, algorithm) in ML1.items()
+        ),
+        curves={f"{env}, `rl2`": in_training(name) for name, (env, algorithm) in ML1.items() if algorithm == "rl2"},
+        curve_columns=("return",),
     ),
     "policy-gradient": Table(
         title="cartpole: PPO with memory, return of 500",
