@@ -99,6 +99,10 @@ class Rollouts:
         count = played.sum((0, 1))
         return np.divide((self.successes & played).sum((0, 1)), count, out=np.full(len(count), np.nan), where=count > 0)
 
+    def succeeded(self) -> Array | None:
+        """Slots in whose trial any episode succeeded, [M, K] bool; None where the environment says nothing of it."""
+        return None if self.successes is None else np.asarray(self.successes.any(-1))
+
     def arrays(self) -> dict[str, Any]:
         """All arrays that it has, by name."""
         named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name not in ("tasks", "errors"))
@@ -162,7 +166,7 @@ class Rollouts:
             last_observations=np.concatenate([part.last_observations for part in parts]),
             tasks=tuple(task for part in parts for task in part.tasks),
             errors=tuple(error for part in parts for error in part.errors),
-            successes=_joined([part.successes for part in parts], [part.kept().shape for part in parts]),
+            successes=joined_successes([part.successes for part in parts], [part.kept().shape for part in parts]),
         )
 
     def beside(self, other: Rollouts) -> Rollouts:
@@ -181,10 +185,10 @@ class Rollouts:
         return replace(self, **joined, last_observations=last, successes=None)
 
 
-def _joined(successes: Sequence[Array | None], shapes: Sequence[tuple[int, ...]]) -> Array | None:
-    """Those of several records of [M, K] slots; one that says nothing, as of tasks that were dropped, has none."""
+def joined_successes(successes: Sequence[Array | None], shapes: Sequence[tuple[int, ...]]) -> Array | None:
+    """Those [M, K, ...] of several records of [M, K] slots; one that says nothing, as of dropped tasks, has none."""
     said = [own for own in successes if own is not None]
     if not said:
         return None
-    blank = [np.zeros((*shape, said[0].shape[2]), bool) for shape in shapes]
+    blank = [np.zeros((*shape, *said[0].shape[2:]), bool) for shape in shapes]
     return np.concatenate([none if own is None else own for own, none in zip(successes, blank, strict=True)])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import ray
 
-from ssm_metarl.algorithms.rollouts import Array, Rollouts
+from ssm_metarl.algorithms.rollouts import Array, Rollouts, joined_successes
 
 LEAST_BYTES = 110_000
 """Ray sends a smaller answer (below 100 KiB) to the caller itself, and from there to whoever is called with it."""
@@ -38,16 +38,18 @@ class Summary(NamedTuple):
         returns: [M, K] float64, see `Rollouts.returns`.
         lengths: [M, K] int64.
         errors: see `Rollouts`.
+        succeeded: [M, K] bool, see `Rollouts.succeeded`.
     """
 
     returns: Array
     lengths: Array
     errors: tuple[str, ...]
+    succeeded: Array | None = None
 
     @classmethod
     def of(cls, rollouts: Rollouts) -> Summary:
         """The summary of a record."""
-        return cls(rollouts.returns(), rollouts.lengths(), rollouts.errors)
+        return cls(rollouts.returns(), rollouts.lengths(), rollouts.errors, rollouts.succeeded())
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class RemoteRollouts:
             np.concatenate([part.summary.returns for part in parts]),
             np.concatenate([part.summary.lengths for part in parts]),
             tuple(error for part in parts for error in part.errors),
+            joined_successes([part.succeeded() for part in parts], [part.lengths().shape for part in parts]),
         )
         pieces = [piece for part in parts for piece in part.pieces]
         return cls(pieces, summary, tuple(task for part in parts for task in part.tasks))
@@ -88,7 +91,9 @@ class RemoteRollouts:
         parts, row = list[RemoteRollouts](), 0
         for tasks, reference in self.pieces:
             own = slice(row, row + len(tasks))
-            summary = Summary(self.summary.returns[own], self.summary.lengths[own], () if row else self.errors)
+            succeeded = None if self.summary.succeeded is None else self.summary.succeeded[own]
+            arrays = self.summary.returns[own], self.summary.lengths[own]
+            summary = Summary(*arrays, () if row else self.errors, succeeded)
             parts.append(RemoteRollouts([(tasks, reference)], summary, self.tasks[own]))
             row += len(tasks)
         return parts
@@ -128,6 +133,10 @@ class RemoteRollouts:
     def lengths(self) -> Array:
         """See `Rollouts.lengths`."""
         return self.summary.lengths
+
+    def succeeded(self) -> Array | None:
+        """See `Rollouts.succeeded`."""
+        return self.summary.succeeded
 
     def of_shard(self, shard: slice) -> list[Any]:
         """References to the records that the shard's tasks have together, in order; a piece is of one shard."""

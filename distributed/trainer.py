@@ -136,10 +136,12 @@ class MetaTrainer(tune.Trainable):
         self.env_steps += env_steps
         returns = [float(np.nanmean(rollouts.returns())) for rollouts in collected]
         lengths = [float(rollouts.num_steps / max(rollouts.kept().sum(), 1)) for rollouts in collected]
+        told = [(rollouts.succeeded(), rollouts.kept()) for rollouts in collected]
+        successes = [float(own[kept].mean()) for own, kept in told if own is not None]
         metrics = {
             "iteration": self.meta_iteration,
             "env_steps": self.env_steps,
-            **returns_metrics(returns, lengths, watch.dropped_tasks()),
+            **returns_metrics(returns, lengths, watch.dropped_tasks(), successes),
             "seconds": watch.seconds(),
             **watch.losses(),
             **statistics,

@@ -120,6 +120,21 @@ class FaultyNavigation(Navigation2D):
         return FaultyEnv(tasks, num_episodes)
 
 
+class TellingEnv(FaultyEnv):
+    """Says of each step whether it ends on the goal's side of the first axis."""
+
+    def _success(self) -> NDArray[np.bool_]:
+        return np.asarray((self._positions * self._goals)[:, 0] > 0)
+
+
+class Telling(FaultyNavigation):
+    """The same with success."""
+
+    def make_vector_env(self, tasks: Sequence[Task], num_episodes: int) -> TellingEnv:
+        """Build the environments of `tasks`."""
+        return TellingEnv(tasks, num_episodes)
+
+
 class FaultyAfter(FaultyNavigation):
     """Every environment raises, after some calls of `sample`."""
 

@@ -18,7 +18,7 @@ import pytest
 import ray
 
 from builders import SMALL, assert_equal_arrays
-from faulty_tasks import FaultyNavigation
+from faulty_tasks import FaultyNavigation, Telling
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
@@ -318,6 +318,22 @@ def test_rollouts_and_weights_stay_in_the_object_store() -> None:
             ray.wait(kept, num_returns=len(kept))
             places = ray.experimental.get_object_locations(kept)
             assert [len(place["node_ids"]) for place in places.values()] == [1] * len(kept)
+
+
+@pytest.mark.slow
+def test_success_is_counted_where_rollouts_stay() -> None:
+    """Also beside a task that is lost at the first stage."""
+
+    class Losing(Telling):  # not of this module: it travels to the workers by value
+        def sample(self, n: int, rng: np.random.Generator, split: str = "train") -> list[Task]:
+            return [{**task, **({"fault": "kill"} if i == 2 else {})} for i, task in enumerate(super().sample(n, rng))]
+
+    def shares(**options: Any) -> list[float]:
+        with running(Losing(), task="navigation-2d", **options) as trainer:
+            found: list[float] = trainer.step()["details"]["success_by_step"]
+            return found
+
+    assert shares(num_workers=1, num_learners=2) == shares(num_workers=1)
 
 
 def test_learners_that_find_no_node_are_told_after_some_looks(monkeypatch: pytest.MonkeyPatch) -> None:

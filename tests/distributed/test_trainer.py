@@ -18,13 +18,14 @@ import ray
 import torch
 
 from builders import SMALL, assert_equal_arrays, assert_same, wait_until
-from faulty_tasks import FaultyNavigation
+from faulty_tasks import FaultyNavigation, Telling
 from ssm_metarl.algorithms.rollouts import Rollouts
 from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed import learner as learner_module
 from ssm_metarl.distributed import trainer as trainer_module
 from ssm_metarl.distributed.cluster import auto_workers, check_resources
 from ssm_metarl.distributed.learner import resolve_device
+from ssm_metarl.distributed.metrics import log_line
 from ssm_metarl.distributed.play import EnvironmentFailure
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.storage.checkpoint import load_checkpoint
@@ -247,6 +248,22 @@ def test_invalid_episodes_are_dropped_and_counted_and_the_run_goes_on() -> None:
     for line, first in zip(metrics, records[::2], strict=True):
         assert_numbers(line)
         assert line["details"]["return_by_step"][0] == pytest.approx(np.nanmean(first.returns()))
+
+
+def test_metrics_have_the_share_of_trials_that_succeed() -> None:
+    with running(options(meta_batch=10), Telling()) as trainer:
+        records = recorded(trainer)
+        metrics = trainer.step()
+    expected = []
+    for record in records:
+        goals = np.array([task["goal"][0] for task in record.tasks])
+        ends = np.concatenate([record.observations[:, 1:], record.last_observations[:, None]], 1)[..., 0]
+        expected.append(((ends * goals[:, None, None] > 0) & record.valid).any(1).mean())
+    assert metrics["details"]["success_by_step"] == pytest.approx(expected)
+    assert metrics["success_after"] == metrics["details"]["success_by_step"][-1]
+    assert 0 < expected[0] < 1
+    assert log_line(metrics)["success_by_step"] == metrics["details"]["success_by_step"]
+    assert "success_after" not in log_line(metrics)
 
 
 @pytest.mark.parametrize(("fault", "count"), [("raise", 2), ("raise", 10), ("nan", 10)])
