@@ -52,11 +52,14 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def with_bounds(*values: float) -> list[str]:
-    """A mean and its bounds: two significant digits of half the interval, and no more than the result has."""
-    half = (max(values) - min(values)) / 2
+    """A mean and its bounds: two significant digits of half the interval, and no more than the result has.
+
+    Of an interval without a width, but for rounding, four of the mean.
+    """
+    half, largest = (max(values) - min(values)) / 2, max(map(abs, values))
     places = max(-int(Decimal(str(value)).normalize().as_tuple().exponent) for value in values)
-    if half:
-        places = min(places, 1 - math.floor(math.log10(half)))
+    finest = 1 - math.floor(math.log10(half)) if half > 1e-9 * largest else 3 - math.floor(math.log10(largest or 1))
+    places = min(places, finest)
     return [f"{value:,.{max(places, 0)}f}" for value in values]
 
 

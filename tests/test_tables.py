@@ -93,6 +93,24 @@ def test_workers_and_threads_are_no_other_run(tables: ModuleType, tmp_path: Path
     assert again == first
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ((-23.427482588881322,) * 3, ["-23.43"] * 3),
+        ((443.92000000000002, 443.91999999999996, 443.92000000000007), ["443.9"] * 3),
+        ((0.0, 0.0, 0.0), ["0"] * 3),
+        ((0.25, 0.25, 0.25), ["0.25"] * 3),
+        ((0.1161, 0.1131, 0.1191), ["0.1161", "0.1131", "0.1191"]),
+        ((498.8, 497.4, 500.2), ["498.8", "497.4", "500.2"]),
+        ((12345.6, 12000.0, 12700.0), ["12,346", "12,000", "12,700"]),
+    ],
+)
+def test_figures_have_as_many_digits_as_their_interval_bears(
+    tables: ModuleType, values: tuple[float, ...], expected: list[str]
+) -> None:
+    assert importlib.import_module("render").with_bounds(*values) == expected
+
+
 def test_a_section_shows_intervals_goals_and_what_was_never_reached(tables: ModuleType) -> None:
     never = {"mean": None, "ci_low": None, "ci_high": None}
     reached = {"mean": -1234.56, "ci_low": -1235.56, "ci_high": -1233.56}
