@@ -119,7 +119,7 @@ class MetaConfig:
         discount: of rewards, a step.
         gae_lambda: of the generalized advantage estimator.
         imitate: a baseline policy of the family, such as "index" of bandit. At first the policy learns to do what this
-            one would have done in its place; integer actions only.
+            one would have done in its place.
         imitate_iterations: for how many iterations.
     """
 

@@ -195,6 +195,17 @@ class PolicySpec(PolicyConfig):
         centre, half, least, most, low, high = _action_map(self.action_low, self.action_high)
         return np.clip(centre + half * np.clip(actions, least, most), low, high)
 
+    def policy_actions(self, actions: Array) -> Array:
+        """The policy's actions that `env_actions` maps to these, or to the nearest that it can.
+
+        Args:
+            actions: as of `env_actions`.
+        """
+        if self.discrete or not self.action_low:
+            return actions
+        centre, half, least, most, low, high = _action_map(self.action_low, self.action_high)
+        return np.clip((np.clip(actions, low, high) - centre) / half, least, most)
+
     def misfit(self, observations: gymnasium.Space[Any], actions: gymnasium.Space[Any]) -> str:
         """How the spaces of an environment of vectors differ from those that the policy was made for; "" if they fit.
 

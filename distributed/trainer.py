@@ -90,8 +90,6 @@ class MetaTrainer(tune.Trainable):
         self.spec = self.train_config.policy_spec(self.distribution)
         if self.train_config.meta.imitate:
             baseline_policy(self.distribution, self.train_config.meta.imitate)
-            if not self.spec.discrete:
-                raise ValueError("imitate needs integer actions: a baseline policy shows no standard deviation.")
         if self._trial_info is None:
             gpus = learner_gpus(machine) * machine.num_learners
             check_resources(machine.num_workers, machine.num_learners, gpus)
@@ -195,7 +193,7 @@ class MetaTrainer(tune.Trainable):
         return self.train_config.meta.imitate_iterations if self.train_config.meta.imitate else 0
 
     def _demonstrations(self, stage: int, rollouts: Rollouts) -> Array:
-        """What the baseline policy that is imitated would have done at each step, of the shape of the actions."""
+        """What the baseline policy that is imitated would have done at each step, as actions of the policy."""
         experience = self.train_config.experience
         path = (Branch.DEMONSTRATIONS, self.meta_iteration, stage)
         nodes = [seed_for(experience.seed, *path, task) for task in range(rollouts.num_tasks)]
@@ -204,8 +202,9 @@ class MetaTrainer(tune.Trainable):
             self.distribution, rollouts.tasks, rollouts.valid.shape[2], experience.trial_episodes, generators
         )
         player = baseline_policy(self.distribution, self.train_config.meta.imitate)
-        steps = (rollouts.observations, rollouts.actions, rollouts.rewards, rollouts.starts)
-        return demonstrate(player, trials, *steps)
+        actions = self.spec.env_actions(rollouts.actions)
+        steps = (rollouts.observations, actions, rollouts.rewards, rollouts.starts)
+        return self.spec.policy_actions(demonstrate(player, trials, *steps))
 
     def _collector(self) -> StageCollector:
         """What plays the tasks of this iteration, stage by stage."""

@@ -25,6 +25,7 @@ from ssm_metarl.tasks.baselines.navigation import ClairvoyantNavigation, StayPut
 from ssm_metarl.tasks.baselines.noisy_cartpole import KalmanRegulator
 from ssm_metarl.tasks.baselines.policy import Actions, BaselinePolicy, Floats, Trials, Uniform
 from ssm_metarl.tasks.baselines.tabular_mdp import PSRL, ClairvoyantTabular, GreedyTabular, OptimisticTabular
+from ssm_metarl.tasks.baselines.wind import ClairvoyantWind, DeadReckoning
 
 BASELINE_POLICIES: Mapping[str, Mapping[str, Callable[[Trials], BaselinePolicy]]] = {
     "navigation-2d": {"stay-put": StayPut, "clairvoyant": ClairvoyantNavigation},
@@ -43,6 +44,7 @@ BASELINE_POLICIES: Mapping[str, Mapping[str, Callable[[Trials], BaselinePolicy]]
         "clairvoyant": ClairvoyantTabular,
     },
     "noisy-position-only-cartpole": {"lqg": KalmanRegulator},
+    "wind-v0": {"dead-reckoning": DeadReckoning, "clairvoyant": ClairvoyantWind},
 }
 """By family and name; every family has `uniform` as well."""
 
@@ -74,12 +76,12 @@ def demonstrate(
         player: of `baseline_policy`.
         trials: M tasks and K trials each.
         observations: [M, T, K, O] float32, before each step.
-        actions: [M, T, K] int64, or [M, T, K, D].
+        actions: [M, T, K] int64, or [M, T, K, D], or [M, T, K, A] float32 in the environment's unit.
         rewards: [M, T, K].
         starts: [M, T, K] bool, first steps of episodes.
 
     Returns:
-        Of the shape of `actions`, int64.
+        Of the shape and type of `actions`.
     """
     running = player(trials)
 
@@ -92,7 +94,7 @@ def demonstrate(
         if t + 1 < actions.shape[1]:
             following = at(observations, t + 1), at(starts, t + 1)
             running.learn(at(actions, t), at(rewards, t).astype(np.float64), *following)
-    return np.stack(shown, 1).astype(np.int64)
+    return np.stack(shown, 1).astype(actions.dtype)
 
 
 def play_baseline(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,3 +75,27 @@ def test_an_unknown_or_missing_key_is_named() -> None:
     del values["discrete"]
     with pytest.raises(ValueError, match="discrete"):
         PolicySpec.from_dict(values)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([None, -3.0, 0.0]), st.sampled_from([None, 0.5, 40.0])), min_size=1, max_size=4),
+    st.integers(0, 1000),
+)
+def test_actions_go_to_the_environments_unit_and_back(
+    bounds: list[tuple[float | None, float | None]], seed: int
+) -> None:
+    low, high = zip(*bounds, strict=True)
+    spec = make_spec(action_size=len(bounds), action_low=low, action_high=high)
+    actions = np.random.default_rng(seed).normal(0, 20, (3, 5, len(bounds))).astype(np.float32)
+    there = spec.env_actions(actions)
+    np.testing.assert_allclose(spec.env_actions(spec.policy_actions(there)), there, rtol=1e-5, atol=1e-5)
+    back = spec.policy_actions(there)
+    both = np.array([None not in pair for pair in bounds])
+    np.testing.assert_allclose(back[..., both], np.clip(actions, -1, 1)[..., both], atol=1e-5)
+    # What the environment would cut counts as what it makes of it.
+    inside = np.clip(
+        actions,
+        [bound if bound is not None else -np.inf for bound in low],
+        [bound if bound is not None else np.inf for bound in high],
+    )
+    np.testing.assert_array_equal(spec.policy_actions(actions), spec.policy_actions(inside.astype(np.float32)))

@@ -15,6 +15,7 @@ from ssm_metarl.config import TrainConfig
 from ssm_metarl.distributed.train import train
 from ssm_metarl.distributed.trainer import MetaTrainer
 from ssm_metarl.evaluation.evaluate import evaluate_checkpoint
+from ssm_metarl.seeds import seed_for
 from ssm_metarl.storage.checkpoint import load_checkpoint
 from ssm_metarl.tasks import BatchedEnv, Task, TaskDistribution
 from ssm_metarl.tasks import registry as base
@@ -239,13 +240,21 @@ def held_out(trainer: MetaTrainer) -> Any:
     return trainer.distribution, tasks, [np.random.SeedSequence([0, i]) for i in range(500)]
 
 
-@pytest.mark.parametrize(
-    ("task", "player", "sentence"),
-    [
-        ("bandit", "psrl", "There is no bandit player 'psrl'"),
-        ("navigation-2d", "clairvoyant", "imitate needs integer actions"),
-    ],
-)
-def test_who_cannot_be_imitated(task: str, player: str, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        MetaTrainer.of_run(TrainConfig.for_task(task, imitate=player))
+def test_continuous_actions_are_shown_in_the_policys_unit() -> None:
+    """A hundredth of the plane is a tenth of the longest step, which the player takes as often as it can."""
+    options = {"algorithm": "rl2", "imitate": "clairvoyant", "meta_batch": 3, "episodes": 2, "learner_threads": 1}
+    trainer = MetaTrainer.of_run(TrainConfig.for_task("navigation-2d", **options))
+    tasks, seeds = trainer.distribution.sample(3, np.random.default_rng(0)), [seed_for(0, m) for m in range(3)]
+    rollouts = trainer.pool.collect(trainer.learner.weights(), tasks, seeds, 2)
+    shown = trainer._demonstrations(0, rollouts)
+    goals = np.array([task["goal"] for task in tasks], np.float32)[:, None, None]
+    np.testing.assert_allclose(shown, np.clip((goals - rollouts.observations) / 0.1, -1, 1), atol=1e-5)
+    assert shown.dtype == rollouts.actions.dtype
+    before = trainer.step()["loss"]
+    assert [trainer.step()["loss"] for _ in range(4)][-1] < before - 0.1
+    trainer.stop()
+
+
+def test_who_cannot_be_imitated() -> None:
+    with pytest.raises(ValueError, match="There is no bandit player 'psrl'"):
+        MetaTrainer.of_run(TrainConfig.for_task("bandit", imitate="psrl"))

@@ -29,6 +29,7 @@ FAMILIES: dict[str, Callable[[], TaskDistribution]] = {
     "bandit": lambda: Bandit(arms=3, pulls=20),
     "tabular-mdp": lambda: TabularMDP(states=4, actions=3, episode_length=5),
     "noisy-position-only-cartpole": lambda: NoisyPositionOnlyCartPole(difficulty="medium"),
+    "wind-v0": lambda: make("wind-v0"),
 }
 EVERY = [(family, player) for family in FAMILIES for player in ("uniform", *BASELINE_POLICIES[family])]
 
@@ -157,6 +158,22 @@ def test_in_its_own_trials_a_player_demonstrates_what_it_did(family: str, player
 
     np.testing.assert_array_equal(demonstrated(rewards), actions)
     assert (demonstrated(1.0 - rewards) != actions).any() == (player not in ("uniform", "clairvoyant"))
+
+
+def test_the_wind_is_shown_by_a_move_of_anothers() -> None:
+    """Who moved too fast, moved as fast as it may; what the first place of the next episode shows is nothing."""
+    distribution, wind = FAMILIES["wind-v0"](), np.array([0.03, -0.05])
+    places = np.zeros((1, 4, 1, 2), np.float32)
+    actions = np.array([[0.5, -0.02], [0.1, 0.1], [0.0, 0.0], [0.0, 0.0]], np.float32)[None, :, None]
+    starts = np.array([True, False, False, True])[None, :, None]
+    places[0, 1:, 0] = np.cumsum([wind + np.array([0.1, -0.02]), wind + 0.1, np.zeros(2)], 0)
+    places[0, 3] = 0.0
+    trials = Trials(distribution, [{"wind": [0.0, 0.0]}], 1, 2, [np.random.default_rng(0)])
+    own = baseline_policy(distribution, "dead-reckoning")
+    shown = demonstrate(own, trials, places, actions, np.zeros((1, 4, 1)), starts)
+    assert shown.dtype == np.float32
+    expected = np.array([0.0, 1.0]) - places[0, :, 0] - np.array([[0.0], [1.0], [1.0], [1.0]]) * wind
+    np.testing.assert_allclose(shown[0, :, 0], expected, atol=1e-6)
 
 
 def test_seeds_are_not_used_up() -> None:
