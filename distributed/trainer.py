@@ -135,7 +135,10 @@ class MetaTrainer(tune.Trainable):
         returns = [float(np.nanmean(rollouts.returns())) for rollouts in collected]
         lengths = [float(rollouts.num_steps / max(rollouts.kept().sum(), 1)) for rollouts in collected]
         told = [(rollouts.succeeded(), rollouts.kept()) for rollouts in collected]
-        successes = [float(own[kept].mean()) for own, kept in told if own is not None]
+        # An environment may tell of a success alone, and a stage may have none.
+        successes = [0.0 if own is None else float(own[kept].mean()) for own, kept in told]
+        if all(own is None for own, _ in told):
+            successes = []
         metrics = {
             "iteration": self.meta_iteration,
             "env_steps": self.env_steps,

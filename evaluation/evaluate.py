@@ -88,19 +88,21 @@ def evaluate(
         episodes: episodes a task and step.
         step_size: of the inner steps; None: as in training.
     """
-    played, succeeded = list[Array](), list[Array]()
+    played, succeeded = list[Array](), list[Array | None]()
 
     def watched(weights: Mapping[str, Array], episodes: int, step: int) -> Rollouts:
         rollouts = collect(weights, episodes, step)
         own = rollouts.returns_by_episode()
         count = np.isfinite(own).sum((0, 1))
         played.append(np.divide(np.nansum(own, (0, 1)), count, out=np.full(len(count), np.nan), where=count > 0))
-        if (rates := rollouts.success_rates()) is not None:
-            succeeded.append(rates)
+        succeeded.append(rollouts.success_rates())
         return rollouts
 
     found = StandardAdapter(policy, config, steps=steps, step_size=step_size).adapt(watched, episodes)
-    success = _padded(succeeded) if len(succeeded) == len(played) else None
+    # An environment may tell of a success alone, and a step may have none.
+    told = any(rates is not None for rates in succeeded)
+    rates = [np.zeros(len(own)) if each is None else each for own, each in zip(played, succeeded, strict=True)]
+    success = _padded(rates) if told else None
     totals = found.environment_steps, found.seconds
     return Evaluation(found.returns, found.lengths, _padded(played), *totals, success=success)
 
