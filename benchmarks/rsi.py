@@ -153,6 +153,9 @@ class _Exchange:
     def __deepcopy__(self, memo: object) -> _Exchange:
         return self  # Trainable copies its config
 
+    def threads(self, member: int) -> int | None:
+        return None
+
     def offer(self, key: str, rollouts: Sequence[Rollouts]) -> None:
         self._offered = (key, list(rollouts))
 
@@ -590,7 +593,7 @@ def wall_time(options: Options) -> dict[str, Any]:
         log(str(rows))
         ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
         slow = cast(TaskDistribution, Sleeping())
-        config = family.config(0, meta_batch=2, episodes=2, task="sleeping")
+        config = family.config(0, meta_batch=2, episodes=2)
         result = evolve(config, EvolveConfig(cycles=6), folder / "slow", distribution=slow)
         iterations = result.state["incumbent"]["iteration"]
         begin = time.perf_counter()

@@ -42,7 +42,7 @@ class _Mailbox:
             self._news.notify_all()
 
     async def next(self, member: int, after: int) -> dict[str, Any] | None:
-        """A member's assignment with a number above `after` and its "threads", or None at the end of the run.
+        """A member's assignment with a number above `after`, or None at the end of the run.
 
         A member whose process was started again calls anew: then the call of the process that is gone ends.
         """
@@ -58,12 +58,12 @@ class _Mailbox:
             if not is_last():
                 return None
             del self._waiting[member]
-        return None if self._closed else {**self._assignments[member], "threads": self._threads(member)}
+        return None if self._closed else self._assignments[member]
 
     def _is_new(self, member: int, after: int) -> bool:
         return bool(self._assignments.get(member, {"number": -1})["number"] > after)
 
-    def _threads(self, member: int) -> int:
+    async def threads(self, member: int) -> int:
         """The processors of a member's trainer, and its part of those of the members on its node that have no work."""
         if member not in self._places:
             return 1
@@ -110,6 +110,11 @@ class RayExchange:
         """See `Exchange`; waits without a limit."""
         answer: dict[str, Any] | None = ray.get(self.actor.next.remote(member, after))
         return answer
+
+    def threads(self, member: int) -> int:
+        """See `Exchange`."""
+        found: int = ray.get(self.actor.threads.remote(member))
+        return found
 
     def offer(self, key: str, rollouts: Sequence[Rollouts]) -> None:
         """See `Exchange`."""

@@ -36,6 +36,9 @@ class Exchange(Protocol):
     def next(self, member: int, after: int) -> dict[str, Any] | None:
         """The member's assignment, once there is one with a number above `after`; None: the run is over."""
 
+    def threads(self, member: int) -> int | None:
+        """Of the member's learner now, which has the processors of members without work; None: as in its config."""
+
     def offer(self, key: str, rollouts: Sequence[Rollouts]) -> None:
         """Offer rollouts under a name."""
 
@@ -94,8 +97,6 @@ class MemberTrainer(MetaTrainer):
         begin, self._report = time.perf_counter(), Report(number=assignment.number)
         try:
             self._take_up(assignment)
-            if assignment.threads is not None:
-                self.learner.use_threads(assignment.threads)
             while True:
                 self._count("resizing", begin)
                 if self._done < assignment.iterations:
@@ -145,6 +146,8 @@ class MemberTrainer(MetaTrainer):
     def _iterate(self, assignment: Assignment) -> None:
         """A meta-iteration, what it cost and what it brought."""
         begin, before = time.perf_counter(), self.env_steps
+        if (threads := self._exchange.threads(self.member)) is not None:  # others begin and end meanwhile
+            self.learner.use_threads(threads)
         first = self._done == 0
         self._given = self._exchange.fetch(assignment.take)[: assignment.stages] if first and assignment.take else ()
         self._metrics = super().step()

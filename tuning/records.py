@@ -81,7 +81,6 @@ class Assignment:
         checkpoint: name under which it is written at the end; the running mean gets a checkpoint beside it.
         plays: assessments after that.
         seed: of the assessments' tasks and rollouts.
-        threads: of the member's learner, which has idle members' processors; None: as in `config`.
     """
 
     number: int
@@ -94,7 +93,6 @@ class Assignment:
     checkpoint: str | None = None
     plays: list[Play] = field(default_factory=list)
     seed: int = 0
-    threads: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""

@@ -10,7 +10,7 @@ from ssm_metarl.tuning.mailbox import _Mailbox
 
 
 def threads(places: list[tuple[str, float, float]], working: list[int]) -> list[int]:
-    """Of members that get assignments at once, when all have asked for one."""
+    """Of members that got assignments at once, when all had asked for one."""
 
     async def run() -> list[int]:
         mailbox = _Mailbox()
@@ -19,10 +19,11 @@ def threads(places: list[tuple[str, float, float]], working: list[int]) -> list[
         asked = [asyncio.create_task(mailbox.next(member, 0)) for member in range(len(places))]
         await asyncio.sleep(0)
         await mailbox.put({member: {"number": 1} for member in working})
-        found = [await asked[member] for member in working]
+        assert [await asked[member] for member in working] == [{"number": 1}] * len(working)
+        found = [await mailbox.threads(member) for member in working]
         await mailbox.close()
         await asyncio.gather(*asked)
-        return [each["threads"] for each in found if each]
+        return found
 
     return asyncio.run(run())
 
@@ -40,7 +41,7 @@ def test_a_member_that_comes_back_ends_the_call_of_the_process_that_is_gone(over
         await (mailbox.close() if over else mailbox.put({0: {"number": 4}}))
         return await asyncio.gather(gone, back)
 
-    assert asyncio.run(run()) == [None, None if over else {"number": 4, "threads": 1}]
+    assert asyncio.run(run()) == [None, None if over else {"number": 4}]
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,23 @@ def test_idle_processors_of_the_node_go_to_who_works(
     places: list[tuple[str, float, float]], working: list[int], expected: list[int]
 ) -> None:
     assert threads(places, working) == expected
+
+
+def test_who_still_works_has_the_processors_of_who_has_ended() -> None:
+    async def run() -> list[int]:
+        mailbox, found = _Mailbox(), list[int]()
+        for member in range(2):
+            await mailbox.place(member, "a", 1.0, 0.0)
+        asked = [asyncio.create_task(mailbox.next(member, 0)) for member in range(2)]
+        await asyncio.sleep(0)
+        await mailbox.put({0: {"number": 1}, 1: {"number": 1}})
+        await asyncio.gather(*asked)
+        found.append(await mailbox.threads(0))
+        ended = asyncio.create_task(mailbox.next(1, 1))
+        await asyncio.sleep(0)
+        found.append(await mailbox.threads(0))
+        await mailbox.close()
+        await ended
+        return found
+
+    assert asyncio.run(run()) == [1, 2]

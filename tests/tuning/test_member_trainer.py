@@ -43,6 +43,7 @@ class LocalExchange:
         self.assignments: list[Assignment] = []
         self.offered: dict[str, Sequence[Rollouts]] = {}
         self.fetched: list[str] = []
+        self.several: list[int] = []  # threads of an iteration each; then as in the config
 
     def __deepcopy__(self, memo: object) -> LocalExchange:
         return self
@@ -50,6 +51,9 @@ class LocalExchange:
     def next(self, member: int, after: int) -> dict[str, Any] | None:
         waiting = [assignment for assignment in self.assignments if assignment.number > after]
         return waiting[0].to_dict() if waiting else None
+
+    def threads(self, member: int) -> int | None:
+        return self.several.pop(0) if self.several else None
 
     def offer(self, key: str, rollouts: Sequence[Rollouts]) -> None:
         self.offered[key] = list(rollouts)
@@ -119,8 +123,9 @@ def assert_same_checkpoint(population: Members, one: str, other: str) -> None:
 def test_a_member_takes_threads_of_idle_ones(population: Members) -> None:
     one, two = population.member(), population.member()
     given = {"iterations": 2, "seed": 1, "plays": [Play(policy="last", split="validation", tasks=2)]}
-    alone = population.play(one, options(), None, checkpoint="alone", threads=1, **given)
-    helped = population.play(two, options(), None, checkpoint="helped", threads=3, **given)
+    alone = population.play(one, options(), None, checkpoint="alone", **given)
+    population.exchange.several = [2, 3]
+    helped = population.play(two, options(), None, checkpoint="helped", **given)
     assert [len(member.learner._run.modules) for member in (one, two)] == [1, 3]
     assert_same_reports(alone, helped)
     assert_same_checkpoint(population, "alone", "helped")
