@@ -70,9 +70,14 @@ def bandit_promp(arms: int) -> dict[str, Any]:
     }
 
 
-def imitation(player: str) -> dict[str, Any]:
+def imitation(player: str, iterations: int = 200, **options: Any) -> dict[str, Any]:
     """Imitation alone: rewards teach little more within as many steps."""
-    return {"imitate": player, "imitate_iterations": 200, "iterations": 200, "outer_lr": 2e-3, "hidden_dim": 128}
+    how = {"imitate": player, "imitate_iterations": iterations, "iterations": iterations}
+    return {**how, "outer_lr": 2e-3, "hidden_dim": 128, **options}
+
+
+MANY_ARMS = {"hidden_dim": 256, "state_dim": 256, "outer_lr": 1e-3}
+"""Room for a count and a sum of each of 50 arms."""
 
 
 TABULAR = {10: "tabular-mdp", 25: "tabular-mdp-25"}
@@ -137,7 +142,7 @@ TARGETS: Mapping[str, Target] = {
             _bandit,
             f"100 pulls of {arms} arms, learned from what the index player shows.",
             task_options={"arms": arms},
-            **imitation("index"),
+            **imitation("index", **(MANY_ARMS if arms == 50 else {})),
         )
         for arms in BANDITS
     },
@@ -156,13 +161,7 @@ TARGETS: Mapping[str, Target] = {
     "wind-v0-imitation": Target(
         claim="75 steps in an unknown wind, learned from one who reckons it from the last move.",
         task="wind-v0",
-        options={
-            "algorithm": "rl2",
-            "iterations": SUITE["wind-v0"],
-            "imitate": "dead-reckoning",
-            "imitate_iterations": SUITE["wind-v0"],
-            "outer_lr": 5e-3,
-        },
+        options={"algorithm": "rl2", **imitation("dead-reckoning", SUITE["wind-v0"], outer_lr=5e-3, hidden_dim=64)},
         num_tasks=2000,
         episodes=1,
         after=0,
