@@ -216,6 +216,7 @@ def test_nothing_is_refused_that_was_not_altered(pristine: Path, tmp_path: Path,
     assert len(read_metrics(altered.place / "trained")) == 2
 
 
+@pytest.mark.slow
 def test_altered_run_folders(pristine: Path, tmp_path: Path, trainer: MetaTrainer) -> None:
     fuzz(pristine, tmp_path, trainer, range(260), pictures=130)
 

@@ -137,7 +137,8 @@ def ask(address: str, number: int, data: list[Any]) -> tuple[bool, str]:
     raise AssertionError("no answer")
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("few", [True, False])
 def test_odd_values_are_refused_in_a_sentence(
     served: tuple[str, Any], capfd: pytest.CaptureFixture[str], few: bool
 ) -> None:

@@ -60,7 +60,8 @@ def run_noisy(folder: Path, *words: str, **how: Any) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, env=environment, text=True, **streams)
 
 
-@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_environments_print_to_stderr_and_are_all_closed(tmp_path: Path, workers: str) -> None:
     options = [*IN_PROCESS, "--num-workers", workers]
     done = run_noisy(tmp_path, "train", "--iterations", "2", *options, "--run-dir", "run")

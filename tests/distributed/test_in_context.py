@@ -97,10 +97,9 @@ def returns(run: Path, config: TrainConfig) -> float:
     return float(evaluation.returns.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("look")
-@pytest.mark.parametrize(
-    "baseline", ["privileged", *(pytest.param(other, marks=pytest.mark.slow) for other in ("critic", "time"))]
-)
+@pytest.mark.parametrize("baseline", ["privileged", "critic", "time"])
 def test_a_trial_is_played_for_its_whole_return(tmp_path: Path, baseline: str) -> None:
     assert returns(tmp_path / "run", options(baseline=baseline)) > 0.9
 

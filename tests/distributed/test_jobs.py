@@ -42,6 +42,7 @@ PARTS = ("algorithms.objective", "tasks", "distributed.train", "tuning.evolve", 
 IMPORTS = "import ssm_metarl, " + ", ".join(f"ssm_metarl.{part}" for part in PARTS)
 
 
+@pytest.mark.slow
 def test_what_travels_with_a_job_is_the_whole_package(tmp_path: Path) -> None:
     """Packed as Ray packs `py_modules`: the files that the links lead to, and nothing that Python compiled."""
     packed = tmp_path / "package.zip"
@@ -59,6 +60,7 @@ def test_what_travels_with_a_job_is_the_whole_package(tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(tmp_path / "there") for file in where.split())
 
 
+@pytest.mark.slow
 def test_a_checkout_runs_without_being_installed() -> None:
     assert run(f"{IMPORTS}; print(ssm_metarl.tuning.evolve.__file__)", ROOT) == str(
         ROOT / "ssm_metarl/tuning/evolve.py"

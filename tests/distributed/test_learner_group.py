@@ -110,17 +110,15 @@ def assert_same_run(run: Run, expected: Run) -> None:
     assert_equal_arrays(run[1], expected[1])
 
 
-QUICK = [("two steps, normalised", 0, 2)]
-SLOW = [
+CASE_WORKERS_LEARNERS = [
     ("privileged", 1, 1),
     *[(case, workers, learners) for case in CASES for workers in (0, 2) for learners in (1, 2)],
 ]
-SLOW += [("promp", 0, 4), ("critic in minibatches", 0, 4), ("time", 1, 3)]
+CASE_WORKERS_LEARNERS += [("promp", 0, 4), ("critic in minibatches", 0, 4), ("time", 1, 3)]
 
 
-@pytest.mark.parametrize(
-    ("case", "workers", "learners"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "workers", "learners"), CASE_WORKERS_LEARNERS)
 def test_the_result_depends_neither_on_learners_nor_on_workers(case: str, workers: int, learners: int) -> None:
     with running(**CASES[case], num_workers=workers, num_learners=learners) as trainer:
         assert_same_run(result(trainer), in_driver(case))

@@ -55,6 +55,7 @@ def there(uri: str) -> dict[str, bytes]:
         return remote.get(name for name in remote.files() if not name.startswith("."))
 
 
+@pytest.mark.slow
 def test_a_run_at_a_uri_is_trained_resumed_used_and_started_from(
     command: Command, tmp_path: Path, s3: ObjectStore
 ) -> None:
