@@ -66,10 +66,10 @@ def has_no_node(actor: ActorHandle[Any]) -> bool:
     Until a node starts its process, its address is empty, or that of the node manager at whose door it waits.
     """
     found = state.actors(actor._actor_id.hex())
-    address = found["Address"]
-    managers = {(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
-    waits = not address["IPAddress"] or (address["IPAddress"], address["Port"]) in managers
-    return found["State"] == "RESTARTING" and waits
+    if found["State"] != "RESTARTING":
+        return False
+    address = found["Address"]["IPAddress"], found["Address"]["Port"]
+    return not address[0] or address in {(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()}
 
 
 def kill_env_runner(group: EnvRunnerGroup, worker: int) -> None:
